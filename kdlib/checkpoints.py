@@ -1,0 +1,145 @@
+"""The complete state of a training run in one safetensors file, replaced atomically.
+
+Tensors (weights, optimiser moments, random state) are stored as tensors; everything else is JSON in the file's header.
+Nothing is pickled, so a checkpoint from elsewhere cannot run code.
+"""
+
+import json
+import os
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from kdlib.learner import Learner
+
+
+class CheckpointError(OSError):
+    """A checkpoint could not be written or read."""
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor], state: dict[str, Any] | None = None) -> None:
+    """Write tensors and a JSON state to `path`: first to a temporary file beside it, then rename.
+
+    Whatever stood at `path` stays intact until the new file is complete on disk.
+
+    Raises CheckpointError if the folder cannot be written or the disk is full.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # Copies: safetensors refuses tensors that share memory, as tied weights do.
+    owned = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    try:
+        save_file(owned, temporary, metadata={"format": "pt", "state": json.dumps(state or {})})
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, SafetensorError) as error:
+        temporary.unlink(missing_ok=True)
+        raise CheckpointError(
+            f"could not write {path}: {error}. The file that stood there before is intact; "
+            "free some space or choose another output_dir, then run again to resume"
+        ) from error
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read what `write_tensors` wrote.
+
+    Raises CheckpointError, naming the file and the remedy, if it is damaged.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, json.loads(file.metadata()["state"])  # noqa: SIM118
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path} is damaged ({error}): delete it, or run with resume=False") from error
+
+
+def save(path: Path, learners: list[Learner], state: dict[str, Any]) -> None:
+    """Write learners (weights, optimisers, schedules, loss scaler), the random state and `state` to `path`."""
+    tensors: dict[str, Tensor] = {}
+    saved: dict[str, Any] = {"training": state, "learners": {}}
+    for learner in learners:
+        for name, tensor in learner.module.state_dict().items():
+            tensors[f"{learner.name}/module/{name}"] = tensor
+        optimizer = learner.optimizer.state_dict()
+        numbers: dict[str, Any] = {}
+        for index, moments in optimizer["state"].items():
+            for name, value in moments.items():
+                if isinstance(value, Tensor):
+                    tensors[f"{learner.name}/optimizer/{index}/{name}"] = value
+                else:
+                    numbers[f"{index}/{name}"] = value
+        scaler = learner.accelerator.scaler
+        saved["learners"][learner.name] = {
+            "groups": optimizer["param_groups"],
+            "numbers": numbers,
+            "schedule": learner.schedule.state_dict(),
+            "scaler": scaler.state_dict() if scaler is not None else None,
+        }
+    tensors["random/torch"] = torch.get_rng_state()
+    if torch.cuda.is_available():
+        for number, device_state in enumerate(torch.cuda.get_rng_state_all()):
+            tensors[f"random/cuda/{number}"] = device_state
+    kind, keys, *rest = np.random.get_state()
+    saved["random"] = {"python": random.getstate(), "numpy": [kind, keys.tolist(), *rest]}
+    write_tensors(path, tensors, saved)
+
+
+def load(path: Path, learners: list[Learner]) -> dict[str, Any]:
+    """Put learners and the random state back to where `save` found them; return the saved `state`.
+
+    Raises CheckpointError if the file is damaged or belongs to other networks; nothing is changed then.
+    """
+    tensors, saved = read_tensors(path)
+    restored = [(learner, *_learner_state(path, learner, tensors, saved)) for learner in learners]
+    for learner, weights, optimizer, rest in restored:
+        learner.module.load_state_dict(weights)
+        learner.optimizer.load_state_dict(optimizer)
+        learner.schedule.load_state_dict(rest["schedule"])
+        if learner.accelerator.scaler is not None and rest["scaler"] is not None:
+            learner.accelerator.scaler.load_state_dict(rest["scaler"])
+    torch.set_rng_state(tensors["random/torch"])
+    cuda = [tensors[name] for name in sorted(tensors) if name.startswith("random/cuda/")]
+    if cuda and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(cuda)
+    version, numbers, gauss = saved["random"]["python"]
+    random.setstate((version, tuple(numbers), gauss))
+    kind, keys, *rest = saved["random"]["numpy"]
+    np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
+    return saved["training"]
+
+
+def _learner_state(path: Path, learner: Learner, tensors: dict[str, Tensor], saved: dict) -> tuple[dict, dict, dict]:
+    prefix = f"{learner.name}/module/"
+    weights = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+    expected = learner.module.state_dict()
+    differing = [name for name in expected.keys() | weights.keys() if not _same_shape(expected, weights, name)]
+    if learner.name not in saved["learners"] or differing:
+        raise CheckpointError(
+            f"{path} belongs to another {learner.name} ({len(differing)} weights differ in name or shape): "
+            "choose another output_dir, or run with resume=False"
+        )
+    rest = saved["learners"][learner.name]
+    moments: dict[int, dict[str, Any]] = {}
+    prefix = f"{learner.name}/optimizer/"
+    for name, tensor in tensors.items():
+        if name.startswith(prefix):
+            index, moment = name.removeprefix(prefix).split("/")
+            moments.setdefault(int(index), {})[moment] = tensor
+    for name, number in rest["numbers"].items():
+        index, moment = name.split("/")
+        moments.setdefault(int(index), {})[moment] = number
+    return weights, {"state": moments, "param_groups": rest["groups"]}, rest
+
+
+def _same_shape(expected: dict[str, Tensor], found: dict[str, Tensor], name: str) -> bool:
+    return name in expected and name in found and expected[name].shape == found[name].shape
+
+
+def module_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """A detached copy of a module's weights on the CPU."""
+    return {name: tensor.detach().cpu().clone() for name, tensor in module.state_dict().items()}

@@ -1,0 +1,125 @@
+"""A network that learns: the module with its optimiser and schedule, as every method file needs it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from torch import Tensor, nn
+from transformers import get_linear_schedule_with_warmup
+
+Batch = dict[str, Tensor]
+"""What `glue.collate` returns, plus `positions`: where in the encoded training set each sample stands."""
+
+PRECISIONS = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
+
+
+class NonFiniteLossError(FloatingPointError):
+    """A loss or a gradient became NaN or infinite; the weights are still those from before the step."""
+
+    def __init__(self, name: str, loss: float, norm: float, rows: list[int]):
+        super().__init__(
+            f"the loss of the {name} is {loss}, its gradient's norm {norm}, on training rows {rows}. "
+            "Lower the learning rate, train in fp32, or look at these rows"
+        )
+        self.rows = rows
+
+
+@dataclass
+class Learner:
+    """A module, its optimiser and its learning-rate schedule."""
+
+    name: str
+    module: nn.Module
+    optimizer: torch.optim.Optimizer
+    schedule: torch.optim.lr_scheduler.LRScheduler
+    accelerator: Accelerator = field(repr=False)
+    max_grad_norm: float = 1.0
+    micro_batches: int = 1
+
+    def minimise(self, loss_function: Callable[[Batch], Tensor], batch: Batch) -> float:
+        """One optimiser step on the mean of `loss_function(batch)`, one value per sample; return that mean.
+
+        The batch is cut into `micro_batches` pieces whose gradients are added up, weighted by their size, so the step
+        is the same as with the whole batch at once (dropout masks aside) and needs less memory.  Gradients are clipped
+        to a total norm of `max_grad_norm`.
+
+        Raises NonFiniteLossError, before the weights change, if loss or gradient are NaN or infinite.
+        """
+        size = len(batch["labels"])
+        total = 0.0
+        for piece in split(batch, self.micro_batches):
+            with self.accelerator.autocast():
+                loss = loss_function(piece).sum() / size
+            self.accelerator.backward(loss)
+            total = total + loss.detach()
+        norm = self.accelerator.clip_grad_norm_(self.module.parameters(), self.max_grad_norm)
+        loss_value, norm_value = torch.stack([total, norm.to(total.dtype)]).tolist()
+        # With fp16 an infinite gradient is ordinary: the loss scaler skips the step and lowers its scale.
+        finite_norm = norm_value - norm_value == 0 or self.accelerator.scaler is not None
+        if loss_value - loss_value != 0 or not finite_norm:
+            self.optimizer.zero_grad()
+            raise NonFiniteLossError(self.name, loss_value, norm_value, batch["rows"].tolist())
+        self.optimizer.step()
+        self.schedule.step()
+        self.optimizer.zero_grad()
+        return loss_value
+
+
+def split(batch: Batch, pieces: int) -> list[Batch]:
+    """Cut a batch into at most `pieces` batches of nearly equal size, in order."""
+    if pieces == 1:
+        return [batch]
+    cuts = {key: torch.tensor_split(value, min(pieces, len(value))) for key, value in batch.items()}
+    return [{key: parts[i] for key, parts in cuts.items()} for i in range(len(cuts["labels"]))]
+
+
+def accelerator_for(device: str = "auto", precision: str = "fp32") -> Accelerator:
+    """The accelerate object for one device ("auto", "cpu", "cuda") and precision ("fp32", "bf16", "fp16").
+
+    Raises ValueError for an unknown value, for "cuda" without a GPU, and for fp16 on a CPU.
+    """
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision is {precision!r}; expected one of {', '.join(PRECISIONS)}")
+    if device not in ("auto", "cpu", "cuda"):
+        raise ValueError(f"device is {device!r}; expected 'auto', 'cpu' or 'cuda'")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device is 'cuda', but torch sees no GPU; use 'auto' or 'cpu'")
+    # accelerate keeps its state in the process; a notebook that trains in two precisions needs a fresh one.
+    AcceleratorState._reset_state(reset_partial_state=True)
+    accelerator = Accelerator(cpu=device == "cpu", mixed_precision=PRECISIONS[precision])
+    if precision == "fp16" and accelerator.device.type == "cpu":
+        raise ValueError("precision 'fp16' needs a GPU; on a CPU use 'fp32' or 'bf16'")
+    return accelerator
+
+
+def learner(
+    name: str,
+    module: nn.Module,
+    accelerator: Accelerator,
+    learning_rate: float,
+    total_steps: int,
+    weight_decay: float = 0.01,
+    warmup_ratio: float = 0.1,
+    max_grad_norm: float = 1.0,
+    micro_batches: int = 1,
+) -> Learner:
+    """A Learner with AdamW and linear warm-up and decay over `total_steps`; biases and LayerNorms are not decayed.
+
+    The module is moved to the accelerator's device.
+    """
+    module.to(accelerator.device)
+    optimizer = torch.optim.AdamW(weight_decay_groups(module, weight_decay), lr=learning_rate)
+    schedule = get_linear_schedule_with_warmup(optimizer, round(warmup_ratio * total_steps), total_steps)
+    optimizer, schedule = accelerator.prepare(optimizer, schedule)
+    return Learner(name, module, optimizer, schedule, accelerator, max_grad_norm, micro_batches)
+
+
+def weight_decay_groups(module: nn.Module, weight_decay: float) -> list[dict]:
+    """Two parameter groups for AdamW: matrices with weight decay, vectors (biases, LayerNorms) without."""
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    return [
+        {"params": [p for p in trained if p.dim() >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
+    ]

@@ -1,0 +1,196 @@
+"""Objectives: pure functions of outputs.
+
+Every function takes `reduction="none" | "mean" | "sum"`; with "none" it returns one value per sample, shape `(batch,)`,
+because the later chapters weigh and differentiate single samples.  Logits have shape `(batch, classes)`.
+
+The objectives that compare a student with a teacher at temperature T carry the factor T², so that the size of their
+gradient in the student's logits does not depend on T to first order (derived in chapters/01_distillation).
+
+Nothing is detached here: chapters 4 to 7 differentiate the same functions with respect to the *teacher*.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Literal
+
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn import functional as F
+
+Reduction = Literal["none", "mean", "sum"]
+
+
+def reduce(values: Float[Tensor, "batch"], reduction: Reduction) -> Tensor:
+    """Return per-sample `values` as they are ("none"), their mean or their sum.
+
+    Raises ValueError for any other reduction and for an empty batch.
+    """
+    if len(values) == 0:
+        raise ValueError("a loss over an empty batch is undefined; got 0 samples")
+    if reduction == "none":
+        return values
+    if reduction == "mean":
+        return values.mean()
+    if reduction == "sum":
+        return values.sum()
+    raise ValueError(f"reduction is {reduction!r}; expected 'none', 'mean' or 'sum'")
+
+
+def cross_entropy(
+    logits: Float[Tensor, "batch classes"], labels: Int[Tensor, "batch"], reduction: Reduction = "mean"
+) -> Tensor:
+    """Cross entropy of hard labels, −log p_y, in nats.
+
+    Raises ValueError if a label is not one of 0 … classes−1.
+
+    Source: IKD eq. (3); the hard term of LGTM eq. (1) and MetaDistil eq. (1).  Derived in: chapters/01_distillation.
+    """
+    classes = logits.shape[-1]
+    outside = (labels < 0) | (labels >= classes)
+    # On a GPU this look would make every step wait; there the labels were checked when the data were loaded.
+    if labels.device.type == "cpu" and outside.any():
+        bad = labels[outside][0].item()
+        raise ValueError(f"label {bad} is outside 0 … {classes - 1}: check the label column or the number of classes")
+    return reduce(F.cross_entropy(logits, labels, reduction="none"), reduction)
+
+
+def squared_error(
+    predictions: Float[Tensor, "batch #1"], targets: Float[Tensor, "batch"], reduction: Reduction = "mean"
+) -> Tensor:
+    """Squared error (prediction − target)² of a regression head with one output, shapes `(batch, 1)` and `(batch,)`.
+
+    Raises ValueError if the head has more than one output.  Derived in: chapters/01_distillation.
+    """
+    if predictions.shape != (len(targets), 1):
+        raise ValueError(
+            f"regression needs predictions of shape ({len(targets)}, 1), got {tuple(predictions.shape)}: "
+            "float labels go with a head of one output, integer labels with one output per class"
+        )
+    return reduce((predictions.squeeze(-1) - targets.to(predictions.dtype)) ** 2, reduction)
+
+
+def task_loss(logits: Float[Tensor, "batch classes"], labels: Tensor, reduction: Reduction = "mean") -> Tensor:
+    """The task's own loss: `cross_entropy` for integer labels, `squared_error` for float targets (STS-B).
+
+    Source: MetaDistil eq. (1), the task loss.  Derived in: chapters/01_distillation.
+    """
+    if labels.is_floating_point():
+        return squared_error(logits, labels, reduction)
+    return cross_entropy(logits, labels, reduction)
+
+
+def kl_divergence(
+    student_logits: Float[Tensor, "batch classes"],
+    teacher_logits: Float[Tensor, "batch classes"],
+    temperature: float = 1.0,
+    direction: Literal["forward", "reverse"] = "forward",
+    reduction: Reduction = "mean",
+) -> Tensor:
+    """T² · KL between the two softened distributions, summed over classes, in nats.
+
+    `direction="forward"` is KL(teacher ‖ student), the usual objective of a student; "reverse" is
+    KL(student ‖ teacher), the proximal term of a learning teacher.  The gradient of the forward direction in the
+    student's logits is T · (softmax(z_s/T) − softmax(z_t/T)).
+
+    Raises ValueError for shapes that differ, fewer than two classes, or a temperature that is not positive.
+
+    Source: IKD eqs. (1)-(2); LGTM writes the same gradient as a cross entropy in eq. (1).
+    Derived in: chapters/01_distillation.
+    """
+    _check_pair(student_logits, teacher_logits, temperature, softmax=True)
+    if direction not in ("forward", "reverse"):
+        raise ValueError(f"direction is {direction!r}; expected 'forward' (teacher ‖ student) or 'reverse'")
+    target, other = (teacher_logits, student_logits) if direction == "forward" else (student_logits, teacher_logits)
+    log_p = F.log_softmax(target / temperature, dim=-1)
+    log_q = F.log_softmax(other / temperature, dim=-1)
+    return reduce(temperature**2 * (log_p.exp() * (log_p - log_q)).sum(-1), reduction)
+
+
+def reverse_kl_divergence(
+    student_logits: Float[Tensor, "batch classes"],
+    teacher_logits: Float[Tensor, "batch classes"],
+    temperature: float = 1.0,
+    reduction: Reduction = "mean",
+) -> Tensor:
+    """T² · KL(student ‖ teacher): `kl_divergence` with `direction="reverse"`.  Derived in: chapters/01_distillation."""
+    return kl_divergence(student_logits, teacher_logits, temperature, "reverse", reduction)
+
+
+def soft_cross_entropy(
+    student_logits: Float[Tensor, "batch classes"],
+    teacher_logits: Float[Tensor, "batch classes"],
+    temperature: float = 1.0,
+    reduction: Reduction = "mean",
+) -> Tensor:
+    """T² · cross entropy of the student under the teacher's soft targets, −Σ_c p^t_c log p^s_c, in nats.
+
+    Differs from `kl_divergence` by T² times the teacher's entropy: the same gradient for the student, another one for
+    the teacher.  Raises as `kl_divergence` does.
+
+    Source: LGTM eqs. (1), (3).  Derived in: chapters/01_distillation.
+    """
+    _check_pair(student_logits, teacher_logits, temperature, softmax=True)
+    p = F.softmax(teacher_logits / temperature, dim=-1)
+    log_q = F.log_softmax(student_logits / temperature, dim=-1)
+    return reduce(-(temperature**2) * (p * log_q).sum(-1), reduction)
+
+
+def logit_mse(
+    student_logits: Float[Tensor, "batch classes"],
+    teacher_logits: Float[Tensor, "batch classes"],
+    temperature: float = 1.0,
+    reduction: Reduction = "mean",
+) -> Tensor:
+    """Mean over classes of (z_s − z_t)².  Works for regression heads, `(batch, 1)`.
+
+    The factor T² cancels the scale 1/T² of softened logits, so `temperature` has no effect; it is accepted so that all
+    objectives can be called alike.  Raises ValueError for shapes that differ.  Derived in: chapters/01_distillation.
+    """
+    _check_pair(student_logits, teacher_logits, temperature, softmax=False)
+    return reduce(((student_logits - teacher_logits) ** 2).mean(-1), reduction)
+
+
+def probability_mse(
+    student_logits: Float[Tensor, "batch classes"],
+    teacher_logits: Float[Tensor, "batch classes"],
+    temperature: float = 1.0,
+    reduction: Reduction = "mean",
+) -> Tensor:
+    """T² · mean over classes of (p_s − p_t)², the objective of the code released with MetaDistil.
+
+    Raises as `kl_divergence` does.  Derived in: chapters/01_distillation.
+    """
+    _check_pair(student_logits, teacher_logits, temperature, softmax=True)
+    difference = F.softmax(student_logits / temperature, dim=-1) - F.softmax(teacher_logits / temperature, dim=-1)
+    return reduce(temperature**2 * (difference**2).mean(-1), reduction)
+
+
+Objective = Callable[..., Tensor]
+
+OBJECTIVES: dict[str, Objective] = {
+    "kl": kl_divergence,
+    "reverse_kl": reverse_kl_divergence,
+    "soft_cross_entropy": soft_cross_entropy,
+    "logit_mse": logit_mse,
+    "probability_mse": probability_mse,
+}
+"""Distillation objectives by the name used in run configurations; each is called as
+`objective(student_logits, teacher_logits, temperature=T, reduction=…)`."""
+
+REGRESSION_OBJECTIVES = ("logit_mse",)
+"""The objectives that make sense for a head with a single output."""
+
+
+def _check_pair(student_logits: Tensor, teacher_logits: Tensor, temperature: float, softmax: bool) -> None:
+    if student_logits.shape != teacher_logits.shape:
+        raise ValueError(
+            f"student logits {tuple(student_logits.shape)} and teacher logits {tuple(teacher_logits.shape)} differ in "
+            "shape: both networks must see the same batch and have the same number of labels"
+        )
+    if softmax and student_logits.shape[-1] < 2:
+        raise ValueError(
+            "a softmax over one output is constant, so this objective has no gradient: "
+            "for regression use objective 'logit_mse'"
+        )
+    if not (temperature > 0 and math.isfinite(temperature)):
+        raise ValueError(f"temperature is {temperature}; expected a positive, finite number")

@@ -1,0 +1,196 @@
+"""Each objective against an independent statement: torch.distributions, autograd, scikit-learn, closed forms."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+from sklearn.metrics import log_loss
+from torch.distributions import Categorical
+from torch.distributions import kl_divergence as torch_kl
+
+from kdlib import losses
+
+
+def logits(seed: int, batch: int = 5, classes: int = 3) -> torch.Tensor:
+    return 2 * torch.randn(batch, classes, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+pairs = st.tuples(
+    arrays(np.float64, (4, 3), elements=st.floats(-6, 6)),
+    arrays(np.float64, (4, 3), elements=st.floats(-6, 6)),
+    st.floats(0.5, 20),
+)
+
+
+def test_cross_entropy_is_sklearns_log_loss():
+    z, labels = logits(0), torch.tensor([0, 2, 1, 1, 0])
+    expected = log_loss(labels.numpy(), z.softmax(-1).numpy(), labels=[0, 1, 2])
+    assert losses.cross_entropy(z, labels).item() == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("direction", ["forward", "reverse"])
+@pytest.mark.parametrize("temperature", [1.0, 4.0])
+def test_kl_is_temperature_squared_times_the_divergence_of_torch_distributions(direction, temperature):
+    student, teacher = logits(1), logits(2)
+    p, q = Categorical(logits=teacher / temperature), Categorical(logits=student / temperature)
+    expected = temperature**2 * (torch_kl(p, q) if direction == "forward" else torch_kl(q, p))
+    actual = losses.kl_divergence(student, teacher, temperature, direction, reduction="none")
+    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-14)
+
+
+def test_reverse_kl_is_the_other_direction():
+    student, teacher = logits(3), logits(4)
+    torch.testing.assert_close(
+        losses.reverse_kl_divergence(student, teacher, 2.0), losses.kl_divergence(teacher, student, 2.0)
+    )
+
+
+@pytest.mark.parametrize("temperature", [0.7, 1.0, 5.0])
+@pytest.mark.parametrize("objective", [losses.kl_divergence, losses.soft_cross_entropy])
+def test_the_gradient_in_the_students_logits(objective, temperature):
+    student, teacher = logits(5).requires_grad_(), logits(6)
+    objective(student, teacher, temperature=temperature, reduction="sum").backward()
+    expected = temperature * ((student / temperature).softmax(-1) - (teacher / temperature).softmax(-1))
+    torch.testing.assert_close(student.grad, expected.detach(), rtol=1e-12, atol=1e-14)
+
+
+def test_soft_cross_entropy_exceeds_kl_by_the_teachers_entropy():
+    student, teacher, temperature = logits(7), logits(8), 3.0
+    entropy = Categorical(logits=teacher / temperature).entropy()
+    difference = losses.soft_cross_entropy(student, teacher, temperature, "none") - losses.kl_divergence(
+        student, teacher, temperature, reduction="none"
+    )
+    torch.testing.assert_close(difference, temperature**2 * entropy)
+
+
+def test_high_temperature_limit_is_half_the_squared_error_of_centred_logits():
+    student, teacher = logits(9), logits(10)
+    centred = (student - student.mean(-1, keepdim=True)) - (teacher - teacher.mean(-1, keepdim=True))
+    limit = (centred**2).mean(-1) / 2
+    actual = losses.kl_divergence(student, teacher, 1e4, reduction="none")
+    torch.testing.assert_close(actual, limit, rtol=1e-3, atol=0)
+
+
+def test_logit_mse_and_probability_mse_by_hand():
+    student, teacher = torch.tensor([[1.0, -1.0]]), torch.tensor([[0.0, 2.0]])
+    assert losses.logit_mse(student, teacher).item() == pytest.approx((1 + 9) / 2)
+    p_s, p_t = 1 / (1 + math.exp(-2 / 3)), 1 / (1 + math.exp(2 / 3))
+    assert losses.probability_mse(student, teacher, 3.0).item() == pytest.approx(9 * (p_s - p_t) ** 2, rel=1e-6)
+
+
+def test_squared_error_takes_one_output_per_sample():
+    prediction, target = torch.tensor([[1.0], [3.0]]), torch.tensor([2.0, 5.0])
+    torch.testing.assert_close(losses.squared_error(prediction, target, "none"), torch.tensor([1.0, 4.0]))
+
+
+def test_task_loss_follows_the_type_of_the_labels():
+    z = logits(11)
+    labels = torch.tensor([0, 1, 2, 0, 1])
+    assert losses.task_loss(z, labels) == losses.cross_entropy(z, labels)
+    assert losses.task_loss(z[:, :1], labels.double()) == losses.squared_error(z[:, :1], labels.double())
+
+
+@pytest.mark.parametrize("objective", losses.OBJECTIVES.values(), ids=losses.OBJECTIVES)
+class TestEveryObjective:
+    @given(pairs)
+    def test_is_smallest_at_the_teacher_and_zero_there_but_for_the_entropy(self, objective, pair):
+        student, teacher, temperature = torch.tensor(pair[0]), torch.tensor(pair[1]), pair[2]
+        at_teacher = objective(teacher, teacher, temperature=temperature, reduction="none")
+        elsewhere = objective(student, teacher, temperature=temperature, reduction="none")
+        assert (elsewhere >= at_teacher - 1e-9).all()
+        if objective is not losses.soft_cross_entropy:
+            torch.testing.assert_close(at_teacher, torch.zeros_like(at_teacher), rtol=0, atol=1e-9)
+
+    @given(pairs, st.floats(-50, 50))
+    def test_adding_a_constant_to_the_logits_changes_nothing(self, objective, pair, constant):
+        student, teacher, temperature = torch.tensor(pair[0]), torch.tensor(pair[1]), pair[2]
+        before = objective(student, teacher, temperature=temperature, reduction="none")
+        shift = constant if objective is not losses.logit_mse else 0.0
+        after = objective(student + shift, teacher - shift, temperature=temperature, reduction="none")
+        torch.testing.assert_close(after, before, rtol=1e-7, atol=1e-8)
+
+    @given(pairs, st.permutations(range(4)))
+    def test_is_per_sample(self, objective, pair, order):
+        student, teacher, temperature = torch.tensor(pair[0]), torch.tensor(pair[1]), pair[2]
+        values = objective(student, teacher, temperature=temperature, reduction="none")
+        permuted = objective(student[order], teacher[order], temperature=temperature, reduction="none")
+        assert values.shape == (4,)
+        torch.testing.assert_close(permuted, values[order])
+
+    def test_reductions_agree(self, objective):
+        student, teacher = logits(12), logits(13)
+        values = objective(student, teacher, temperature=2.0, reduction="none")
+        torch.testing.assert_close(objective(student, teacher, temperature=2.0, reduction="sum"), values.sum())
+        torch.testing.assert_close(objective(student, teacher, temperature=2.0, reduction="mean"), values.mean())
+        torch.testing.assert_close(objective(student, teacher, temperature=2.0), values.mean())
+
+    def test_keeps_the_teachers_gradient(self, objective):
+        student, teacher = logits(14), logits(15).requires_grad_()
+        objective(student, teacher, temperature=2.0).backward()
+        assert teacher.grad.abs().sum() > 0
+
+    def test_gradient_hardly_depends_on_a_high_temperature(self, objective):
+        """The reason for T²: without it the ratio would be 1/4."""
+        sizes = []
+        for temperature in (50.0, 100.0):
+            student = logits(16).requires_grad_()
+            objective(student, logits(17), temperature=temperature).backward()
+            sizes.append(student.grad.norm().item())
+        assert sizes[1] / sizes[0] == pytest.approx(1.0, rel=0.05)
+
+    def test_refuses_bad_input_by_name(self, objective):
+        with pytest.raises(ValueError, match=r"\(5, 3\).*\(5, 2\)"):
+            objective(logits(0), logits(0, classes=2))
+        for temperature in (0.0, -1.0, math.inf, math.nan):
+            with pytest.raises(ValueError, match="temperature"):
+                objective(logits(0), logits(1), temperature=temperature)
+        with pytest.raises(ValueError, match="reduction is 'average'"):
+            objective(logits(0), logits(1), reduction="average")
+        with pytest.raises(ValueError, match="empty batch"):
+            objective(logits(0)[:0], logits(1)[:0])
+
+
+def test_objectives_with_a_softmax_refuse_a_single_output():
+    one = torch.zeros(2, 1)
+    for name, objective in losses.OBJECTIVES.items():
+        if name in losses.REGRESSION_OBJECTIVES:
+            assert objective(one, one + 1).item() == 1.0
+        else:
+            with pytest.raises(ValueError, match="logit_mse"):
+                objective(one, one)
+
+
+def test_directions_differ_and_a_third_is_refused():
+    student, teacher = logits(18), logits(19)
+    assert losses.kl_divergence(student, teacher) != losses.kl_divergence(student, teacher, direction="reverse")
+    with pytest.raises(ValueError, match="sideways"):
+        losses.kl_divergence(student, teacher, direction="sideways")
+
+
+def test_labels_out_of_range_and_wrong_heads_are_named():
+    with pytest.raises(ValueError, match="label 3 is outside 0 … 2"):
+        losses.cross_entropy(logits(0), torch.tensor([0, 1, 3, 0, 1]))
+    with pytest.raises(ValueError, match="label -1"):
+        losses.cross_entropy(logits(0), torch.tensor([0, 1, -1, 0, 1]))
+    with pytest.raises(ValueError, match=r"\(5, 1\), got \(5, 3\)"):
+        losses.task_loss(logits(0), torch.rand(5))
+
+
+def test_large_logits_stay_finite():
+    student, teacher = torch.tensor([[800.0, -800.0, 0.0]]).requires_grad_(), torch.tensor([[-800.0, 800.0, 0.0]])
+    for objective in losses.OBJECTIVES.values():
+        value = objective(student, teacher, temperature=1.0)
+        (gradient,) = torch.autograd.grad(value, student)
+        assert value.isfinite() and gradient.isfinite().all()
+
+
+def test_curvature_of_kl_is_the_softmax_covariance():
+    """The Hessian in the student's logits is diag(q) − q qᵀ: an independent check through second derivatives."""
+    student, teacher = logits(20, batch=1)[0], logits(21, batch=1)[0]
+    actual = torch.autograd.functional.hessian(lambda z: losses.kl_divergence(z[None], teacher[None]), student)
+    q = student.softmax(-1)
+    torch.testing.assert_close(actual, torch.diag(q) - torch.outer(q, q))
