@@ -110,7 +110,7 @@ def learner(
     The module is moved to the accelerator's device.
     """
     module.to(accelerator.device)
-    optimizer = torch.optim.AdamW(weight_decay_groups(module, weight_decay), lr=learning_rate)
+    optimizer = torch.optim.AdamW(weight_decay_groups(module, weight_decay), lr=learning_rate, fused=True)
     schedule = get_linear_schedule_with_warmup(optimizer, round(warmup_ratio * total_steps), total_steps)
     optimizer, schedule = accelerator.prepare(optimizer, schedule)
     return Learner(name, module, optimizer, schedule, accelerator, max_grad_norm, micro_batches)

@@ -17,7 +17,9 @@ def encoded(samples: int = 48, seed: int = 0) -> glue.Encoded:
     tokens = torch.randint(5, VOCABULARY, (int(lengths.sum()),), generator=generator)
     offsets = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
     labels = torch.stack([(part > 20).float().mean() > 0.5 for part in tokens.split(lengths.tolist())]).long()
-    return glue.Encoded(tokens.int(), torch.zeros_like(tokens).to(torch.int8), offsets, labels, torch.arange(samples), 0)
+    return glue.Encoded(
+        tokens.int(), torch.zeros_like(tokens).to(torch.int8), offsets, labels, torch.arange(samples) + 1000, 0
+    )
 
 
 def network(seed: int = 0, labels: int = 2, dropout: float = 0.1, layers: int = 1) -> BertForSequenceClassification:
@@ -34,12 +36,14 @@ def network(seed: int = 0, labels: int = 2, dropout: float = 0.1, layers: int = 
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return BertForSequenceClassification(config)
+        return BertForSequenceClassification(config).eval()  # as `models.load` returns it
 
 
 def student(seed: int = 0, total_steps: int = 18, dropout: float = 0.1, **options) -> Learner:
     options = {"learning_rate": 1e-3, **options}
-    return learner("student", network(seed, dropout=dropout), accelerator_for("cpu"), total_steps=total_steps, **options)
+    return learner(
+        "student", network(seed, dropout=dropout), accelerator_for("cpu"), total_steps=total_steps, **options
+    )
 
 
 def evaluate(who: Learner, split: glue.Encoded):

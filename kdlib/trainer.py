@@ -1,0 +1,306 @@
+"""The training loop: order of the data, evaluation, best weights, checkpoints, resuming, history.
+
+The loop knows nothing of the method: it calls a `Step` once a batch.  It is ours, not `transformers.Trainer`, because
+the later methods update two networks in turns.
+"""
+
+import hashlib
+import math
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from safetensors.torch import load_file
+from torch import Tensor
+
+from kdlib import checkpoints, glue, metrics
+from kdlib.learner import Batch, Learner, NonFiniteLossError
+from kdlib.methods import Step
+from kdlib.models import predict
+from kdlib.progress import bar
+
+CHECKPOINT, BEST = "checkpoint.safetensors", "best.safetensors"
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How long and in which order: what the loop itself needs to know.
+
+    `epochs` passes over the data in batches of `batch_size`, at most `max_steps` steps; an evaluation every
+    `evaluate_every` steps (None: at the end of each epoch) and at the end; a checkpoint every `checkpoint_every` steps
+    (None: after each evaluation).
+    """
+
+    epochs: int = 3
+    batch_size: int = 32
+    max_steps: int | None = None
+    evaluate_every: int | None = None
+    checkpoint_every: int | None = None
+    seed: int = 0
+
+    def total_steps(self, samples: int) -> int:
+        """The number of optimiser steps for a training set of `samples`."""
+        steps = self.epochs * math.ceil(samples / self.batch_size)
+        return steps if self.max_steps is None else min(steps, self.max_steps)
+
+
+@dataclass
+class Result:
+    """What a training run leaves: the history, one row an evaluation, the best evaluation's step and metrics, and the
+    seconds it took, those before interruptions included."""
+
+    history: pd.DataFrame
+    best_step: int
+    best_metrics: dict[str, float]
+    seconds: float
+
+
+class TrainingInterruptedError(KeyboardInterrupt):
+    """Ctrl-C was pressed; the state was saved after the step that was under way."""
+
+
+Evaluate = Callable[[], dict[str, float]]
+
+
+def evaluation(learner: Learner, task: glue.Task, splits: dict[str, glue.Encoded], batch_size: int = 128) -> Evaluate:
+    """A function that returns the learner's metrics on every split, named "validation/accuracy" and so on."""
+
+    def evaluate() -> dict[str, float]:
+        values = {}
+        for name, encoded in splits.items():
+            outputs = predict(
+                learner.module, encoded, batch_size, f"evaluating on {name}", learner.accelerator.autocast
+            )
+            for metric, value in metrics.compute(task.metrics, outputs, encoded.labels.numpy()).items():
+                values[f"{name}/{metric}"] = value
+        return values
+
+    return evaluate
+
+
+def teacher_logits(
+    teacher: torch.nn.Module,
+    encoded: glue.Encoded,
+    accelerator: Accelerator,
+    batch_size: int = 128,
+    cache: Path | None = None,
+) -> Callable[[Batch], Tensor]:
+    """The logits of a fixed teacher, computed once for the whole training set and then looked up by position.
+
+    With `cache`, a folder that belongs to this teacher, they are also kept on disk for later runs on the same data in
+    the same precision.
+    """
+    path = None
+    if cache is not None:
+        path = cache / f"logits-{_fingerprint(encoded)}-{accelerator.mixed_precision}.safetensors"
+    if path is not None and path.exists():
+        table = checkpoints.read_tensors(path)[0]["logits"]
+    else:
+        teacher.to(accelerator.device)
+        table = torch.from_numpy(predict(teacher, encoded, batch_size, "teacher logits", accelerator.autocast))
+        if path is not None:
+            checkpoints.write_tensors(path, {"logits": table})
+    table = table.to(accelerator.device)
+    return lambda batch: table[batch["positions"]]
+
+
+def train(
+    step: Step,
+    learners: list[Learner],
+    encoded: glue.Encoded,
+    schedule: Schedule,
+    evaluate: Evaluate,
+    select: str,
+    keep: Learner,
+    folder: Path | None = None,
+    identity: dict[str, Any] | None = None,
+    resume: bool = True,
+) -> Result:
+    """Run `step` over the data; end with the weights of `keep` from the evaluation with the highest `select`.
+
+    With a `folder` the run survives being killed at any moment: started again, it goes on from the last checkpoint and
+    ends with the same weights and history, bit for bit.  `identity` is stored with the checkpoint; one that was written
+    under another identity is refused.  Without a folder the best weights are held in memory.
+
+    Ctrl-C finishes the step under way, saves and raises TrainingInterruptedError, which says how to resume.
+
+    Raises NonFiniteLossError for a NaN or infinite loss (with the step, the rows and the last good checkpoint),
+    CheckpointError if the folder cannot be written or holds a checkpoint of another run, ValueError for no data.
+    """
+    accelerator = keep.accelerator
+    total = schedule.total_steps(len(encoded))
+    if total < 1:
+        raise ValueError(f"nothing to train on: {len(encoded)} samples, {schedule.epochs} epochs")
+    identity = {**asdict(schedule), "samples": len(encoded), **(identity or {})}
+    state: dict[str, Any] = {
+        "identity": identity,
+        "step": 0,
+        "loss_sum": 0.0,
+        "loss_count": 0,
+        "history": [],
+        "best_step": -1,
+        "best_metrics": {},
+        "seconds": 0.0,
+    }
+    best_weights: dict[str, Tensor] = {}
+    set_seed(schedule.seed)
+    if folder is not None:
+        prepare_folder(folder)
+        if resume and (folder / CHECKPOINT).exists():
+            state = _resume(folder / CHECKPOINT, learners, identity)
+        elif not resume:
+            for stale in (CHECKPOINT, BEST):
+                (folder / stale).unlink(missing_ok=True)
+
+    seconds_before, started = state["seconds"], time.perf_counter()
+
+    def save() -> None:
+        state["seconds"] = seconds_before + time.perf_counter() - started
+        if folder is not None:
+            checkpoints.save(folder / CHECKPOINT, learners, state)
+
+    for learner in learners:
+        learner.module.train()
+    with _interruptible() as interrupted:
+        batches = training_batches(encoded, schedule, state["step"], total)
+        for indices in bar(batches, f"training {keep.name}", initial=state["step"], total=total):
+            batch = training_batch(encoded, indices, accelerator.device)
+            try:
+                values = step(batch)
+            except NonFiniteLossError as error:
+                raise _located(error, state["step"] + 1, folder) from error
+            state["step"] += 1
+            state["loss_sum"] += values["loss"]
+            state["loss_count"] += 1
+            if _due(state["step"], schedule, len(encoded), total):
+                row = {
+                    "step": state["step"],
+                    "epoch": state["step"] / math.ceil(len(encoded) / schedule.batch_size),
+                    "learning_rate": keep.optimizer.param_groups[0]["lr"],
+                    "train_loss": state["loss_sum"] / state["loss_count"],
+                    **evaluate(),
+                }
+                state["history"].append(row)
+                state["loss_sum"], state["loss_count"] = 0.0, 0
+                if not state["best_metrics"] or row[select] > state["best_metrics"][select]:
+                    state["best_step"] = state["step"]
+                    state["best_metrics"] = {name: value for name, value in row.items() if "/" in name}
+                    best_weights = checkpoints.module_tensors(keep.module)
+                    if folder is not None:
+                        checkpoints.write_tensors(folder / BEST, best_weights)
+                if schedule.checkpoint_every is None:
+                    save()
+            if schedule.checkpoint_every is not None and state["step"] % schedule.checkpoint_every == 0:
+                save()
+            if interrupted.is_set():
+                save()
+                raise TrainingInterruptedError(_how_to_resume(state["step"], total, folder))
+    if not best_weights and folder is not None:
+        best_weights = load_file(folder / BEST)
+    keep.module.load_state_dict(best_weights)
+    for learner in learners:
+        learner.module.eval()
+    seconds = seconds_before + time.perf_counter() - started
+    return Result(pd.DataFrame(state["history"]), state["best_step"], state["best_metrics"], seconds)
+
+
+def training_batches(encoded: glue.Encoded, schedule: Schedule, start: int, total: int) -> Iterator[list[int]]:
+    """The batches of steps `start` … `total` − 1 as positions; an epoch's order depends on the seed and its number."""
+    per_epoch = math.ceil(len(encoded) / schedule.batch_size)
+    for epoch in range(start // per_epoch, math.ceil(total / per_epoch)):
+        generator = torch.Generator().manual_seed(1_000_003 * schedule.seed + epoch)
+        order = glue.length_grouped_batches(encoded.lengths, schedule.batch_size, generator)
+        first = max(start - epoch * per_epoch, 0)
+        yield from order[first : total - epoch * per_epoch]
+
+
+def training_batch(encoded: glue.Encoded, indices: list[int], device: torch.device) -> Batch:
+    """The padded batch at these positions, with the positions themselves, on `device`."""
+    batch = glue.collate(encoded, indices)
+    batch["positions"] = torch.tensor(indices)
+    return glue.to_device(batch, device)
+
+
+def prepare_folder(folder: Path) -> None:
+    """Create `folder` and see that it can be written, before any work is done.
+
+    Raises CheckpointError that names the folder and the remedy.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".writable"
+        probe.touch()
+        probe.unlink()
+        for stale in folder.glob(".*.tmp"):  # left by a run that was killed while it wrote
+            shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
+    except OSError as error:
+        raise checkpoints.CheckpointError(
+            f"cannot write to {folder} ({error.strerror or error}): choose another output_dir"
+        ) from error
+
+
+def _fingerprint(encoded: glue.Encoded) -> str:
+    digest = hashlib.sha256()
+    for tensor in (encoded.input_ids, encoded.token_type_ids, encoded.offsets):
+        digest.update(tensor.numpy().tobytes())
+    return digest.hexdigest()[:12]
+
+
+def _due(step: int, schedule: Schedule, samples: int, total: int) -> bool:
+    every = schedule.evaluate_every or math.ceil(samples / schedule.batch_size)
+    return step % every == 0 or step == total
+
+
+def _resume(path: Path, learners: list[Learner], identity: dict[str, Any]) -> dict[str, Any]:
+    _, saved = checkpoints.read_tensors(path)
+    found = saved["training"]["identity"]
+    differing = sorted(key for key in found.keys() | identity.keys() if found.get(key) != identity.get(key))
+    if differing:
+        changes = "; ".join(f"{key}: {found.get(key)!r} there, {identity.get(key)!r} now" for key in differing)
+        raise checkpoints.CheckpointError(
+            f"{path} belongs to another run ({changes}): choose another output_dir, or run with resume=False"
+        )
+    return checkpoints.load(path, learners)
+
+
+def _located(error: NonFiniteLossError, step: int, folder: Path | None) -> NonFiniteLossError:
+    checkpoint = None if folder is None else folder / CHECKPOINT
+    kept = f"the last good checkpoint is {checkpoint}" if checkpoint and checkpoint.exists() else "no checkpoint yet"
+    error.args = (f"step {step}: {error.args[0]}; {kept}",)
+    return error
+
+
+def _how_to_resume(step: int, total: int, folder: Path | None) -> str:
+    if folder is None:
+        return f"interrupted after step {step} of {total}; nothing was saved, because the run has no folder"
+    return f"interrupted after step {step} of {total}; run the same command again to go on from {folder / CHECKPOINT}"
+
+
+@contextmanager
+def _interruptible() -> Iterator[threading.Event]:
+    """Turn the first Ctrl-C into an event that the loop looks at between steps; the second one interrupts at once."""
+    event = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield event
+        return
+    before = signal.getsignal(signal.SIGINT)
+
+    def handler(number, frame) -> None:
+        event.set()
+        signal.signal(signal.SIGINT, before)
+
+    signal.signal(signal.SIGINT, handler)
+    try:
+        yield event
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -1,0 +1,186 @@
+"""Executing the book and building its site, on a book of a few cells."""
+
+import json
+import re
+import shutil
+import sys
+
+import nbformat
+import pytest
+
+from tools import book, chapters
+from tools.execute import execute
+
+
+def run(small_book, source, **options):
+    """Execute one chapter; its result and the notebook that was written."""
+    chapter = small_book.write("01_small", source)
+    target = small_book.root / "_build" / "out.ipynb"
+    result = execute(chapters.read_source(chapter.source), target, cwd=small_book.root, **options)
+    return result, nbformat.read(target, as_version=4)
+
+
+def outputs(notebook):
+    return "".join(output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", []))
+
+
+def test_the_kernel_is_this_python_in_the_given_folder_without_network(small_book, monkeypatch, tmp_path):
+    elsewhere = tmp_path / "kernels" / "python3"  # a kernel of the same name that goes before ours, if we let it
+    elsewhere.mkdir(parents=True)
+    (elsewhere / "kernel.json").write_text('{"argv": ["false"], "display_name": "Another", "language": "python"}')
+    monkeypatch.setenv("JUPYTER_PATH", str(tmp_path))
+    source = (
+        "# %%\nimport os\nimport sys\n\nprint(sys.executable, os.getcwd(), os.environ['HF_HUB_OFFLINE'], sep='|')\n"
+    )
+    result, notebook = run(small_book, source)
+    assert result.failure is None
+    assert outputs(notebook).strip() == f"{sys.executable}|{small_book.root}|1"
+
+
+def test_parameters_reach_the_cell(small_book):
+    _, notebook = run(small_book, '# %% tags=["parameters"]\nseed = 0\n\n# %%\nprint(seed)\n', parameters={"seed": 3})
+    assert outputs(notebook) == "3\n"
+
+
+def test_time_and_memory_are_those_of_the_kernel_and_its_children(small_book):
+    plain, _ = run(small_book, "# %%\n1\n")
+    child = "x = bytearray(200 * 2**20); import time; time.sleep(1)"
+    source = f"# %%\nimport subprocess\nimport sys\n\nsubprocess.run([sys.executable, '-c', {child!r}], check=True)\n"
+    busy, _ = run(small_book, source)
+    assert busy.seconds > 1
+    assert 190 < busy.peak_mib - plain.peak_mib < 300
+    assert 30 < plain.peak_mib < 300
+
+
+def test_the_failing_cell_is_named(small_book):
+    result, _ = run(
+        small_book, "# %% [markdown]\n# Text.\n\n# %%\nx = 1\n\n# %%\ny = x + 1\nraise ValueError(f'y is {y}')\n"
+    )
+    assert result.failure.cell == 3
+    assert result.failure.source == "y = x + 1\nraise ValueError(f'y is {y}')"
+    assert "ValueError: y is 2" in result.failure.error
+    assert "\x1b" not in result.failure.error
+
+
+def test_a_killed_kernel_is_a_failure_of_its_cell(small_book):
+    result, _ = run(small_book, "# %%\nx = 1\n\n# %%\nimport os\n\nos.kill(os.getpid(), 9)\n")
+    assert result.failure.cell == 2
+    assert "kernel died" in result.failure.error
+
+
+def test_an_endless_cell_is_a_failure(small_book):
+    result, _ = run(small_book, "# %%\nwhile True:\n    pass\n", timeout=2)
+    assert result.failure.cell == 1
+    assert "more than 2 s" in result.failure.error
+
+
+def test_the_book_stops_at_the_first_failing_cell(small_book, capsys):
+    small_book.write("01_first", "# %%\nprint('fine')\n")
+    small_book.write("02_second", "# %%\nbound = 3\nassert bound > 5, 'the bound is broken'\n")
+    small_book.write("03_third", "# %%\nopen('reached', 'w').close()\n")
+    assert book.main([], small_book.root) == 1
+    screen = capsys.readouterr().out
+    assert "chapters/02_second.ipynb stopped at cell 1:" in screen
+    assert "    assert bound > 5, 'the bound is broken'" in screen
+    assert "AssertionError: the bound is broken" in screen
+    assert re.search(r"^01_first +\d+\.\d +\d+  ok$", screen, re.MULTILINE)
+    assert re.search(r"^02_second +\d+\.\d +\d+  failed$", screen, re.MULTILINE)
+    assert re.search(r"^03_third +not run$", screen, re.MULTILINE)
+    assert list(small_book.root.rglob("reached")) == []
+    assert not (small_book.root / "_build" / "html").exists()
+    assert book.main(["--store"], small_book.root) == 1, "a chapter that failed is not up to date, nor stored"
+    assert list((small_book.root / "chapters").glob("*.ipynb")) == []
+
+
+def test_only_what_has_changed_is_executed_again(small_book):
+    counter = small_book.root / "runs"
+    count = f"# %%\nwith open({str(counter)!r}, 'a') as file:\n    file.write('x')\n"
+    small_book.write("01_counted", count)
+
+    def runs(*arguments):
+        assert book.main(["--store", *arguments], small_book.root) == 0
+        return len(counter.read_text())
+
+    assert runs() == 1
+    assert runs() == 1, "nothing has changed"
+    assert runs("--force") == 2
+    (small_book.root / "kdlib" / "losses.py").write_text("def half(x):\n    return x * 0.5\n")
+    assert runs() == 3, "the library has changed"
+    (small_book.root / "data" / "numbers.txt").write_text("1 2 4\n")
+    assert runs() == 4, "the data have changed"
+    small_book.write("01_counted", count + "\n# %%\n1 + 1\n")
+    assert runs() == 5, "the chapter has changed"
+    (small_book.root / "docs" / "index.md").write_text("# Another first page\n")
+    assert runs() == 5, "the site's other pages do not matter to a chapter"
+
+
+def test_what_an_earlier_run_left_is_gone(small_book):
+    small_book.write("01_first", "# %%\nfrom pathlib import Path\n\nPath('left').mkdir()\n")
+    assert [book.main(["--store", "--force"], small_book.root) for _ in range(2)] == [0, 0]
+
+
+def test_the_record(small_book):
+    small_book.write("01_first", "# %%\n1\n")
+    book.main(["--store"], small_book.root)
+    (record,) = json.loads((small_book.root / "_build" / "book.json").read_text())["chapters"]
+    assert (record["name"], record["result"]) == ("01_first", "ok")
+    assert record["seconds"] > 0
+    assert record["peak_mib"] > 30
+
+
+# The site: the real docs/ around a book of one chapter.
+
+PAGE = """\
+# %% [markdown]
+# # A chapter
+#
+# $$ a^2 = b $$ (eq-square)
+#
+# By equation {eq}`eq-square`, $b$ is positive.
+
+# %%
+import sys
+
+import matplotlib.pyplot as plt
+
+print("an output")
+print("progress", file=sys.stderr)
+plt.figure(figsize=(1, 1))
+plt.plot([1, 2]);
+"""
+
+
+@pytest.fixture
+def site_book(small_book, root):
+    shutil.copytree(root / "docs", small_book.root / "docs", dirs_exist_ok=True)
+    small_book.write("00_preface", PAGE)
+    return small_book
+
+
+def test_the_site_is_built_and_needs_no_network(site_book, capsys):
+    assert book.main([], site_book.root) == 0
+    html = site_book.root / "_build" / "html"
+    assert f"The site: {html / 'index.html'}" in capsys.readouterr().out
+    page = (html / "chapters" / "00_preface.html").read_text()
+    assert "an output" in page
+    assert "progress" not in re.sub(r"<pre>.*?print.*?</pre>|<[^>]*>", "", page, flags=re.DOTALL).split("an output")[1]
+    assert re.search(r'<img[^>]* src="\.\./_images/[0-9a-f]+\.png"', page)
+    assert "A chapter" in (html / "index.html").read_text()
+    for file in html.rglob("*.html"):
+        loaded = re.findall(
+            r"<(?:script|img|iframe|link)\b[^>]*(?:src|href)=\"((?:https?:)?//[^\"]+)", file.read_text()
+        )
+        assert loaded == [], file.name
+    assert (html / "_static" / "mathjax" / "tex-chtml.js").exists()
+    stamp = (html / "index.html").stat().st_mtime_ns
+    assert book.main([], site_book.root) == 0
+    assert (html / "index.html").stat().st_mtime_ns == stamp, "nothing has changed, so nothing is built"
+
+
+def test_a_broken_reference_stops_the_site(site_book, capfd):
+    site_book.write("00_preface", "# %% [markdown]\n# # A chapter\n#\n# By {eq}`eq-other`, all is well.\n\n# %%\n1\n")
+    assert book.main([], site_book.root) == 1
+    printed = capfd.readouterr()
+    assert "eq-other" in printed.err
+    assert "The site was not built" in printed.out
+    assert not (site_book.root / "_build" / "site.sha256").exists(), "a failed build is not up to date"

@@ -1,0 +1,145 @@
+"""Runs that are really killed: SIGKILL at chosen places, then the same command again.
+
+Each case starts a process that kills itself at one place of one run, checks that it died of it, starts the run again
+and compares student, history and metrics with an undisturbed run, bit for bit.
+"""
+
+import multiprocessing
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from kdlib import checkpoints, models, runs, trainer
+from kdlib.learner import Learner
+
+CONFIG = {
+    "task": "mini-sst2",
+    "method": "kd",
+    "teacher": "tiny-1x64",
+    "student": "tiny-1x32",
+    "max_train": 96,
+    "max_evaluation": 50,
+    "epochs": 3,  # 9 steps
+    "evaluate_every": 4,
+    "checkpoint_every": 2,
+    "device": "cpu",
+}
+
+# A place is a function and the number of the call to it that does not return: (holder, name, call, before or after).
+# Teacher and student train in the same process, 9 steps each, so calls 10 to 18 of `minimise` are the student's.
+PLACES = {
+    "teacher-first-step": (Learner, "minimise", 1, "after"),
+    "teacher-mid-run": (Learner, "minimise", 6, "before"),
+    "teacher-saved-not-recorded": (runs, "write_record", 1, "before"),
+    "teacher-logits-half-written": (checkpoints.os, "replace", 8, "before"),
+    "student-first-step": (Learner, "minimise", 10, "before"),
+    "student-between-checkpoints": (Learner, "minimise", 14, "after"),
+    "student-last-step": (Learner, "minimise", 18, "after"),
+    "student-evaluating": (models, "logits", 40, "before"),
+    "best-written-checkpoint-not": (checkpoints, "save", 7, "before"),
+    "checkpoint-half-written": (checkpoints.os, "replace", 11, "before"),
+    "student-folder-half-written": (runs, "save_pretrained", 2, "before"),
+    "student-saved-not-recorded": (runs, "write_record", 2, "before"),
+}
+
+
+def run(folder: str, place: str | None, places_hit) -> None:
+    """In a child process: run, and die at the place."""
+    import torch
+
+    torch.set_num_threads(1)
+    if place is not None:
+        holder, name, call, when = PLACES[place]
+        original = getattr(holder, name)
+        count = 0
+
+        def deadly(*arguments, **options):
+            nonlocal count
+            count += 1
+            if count == call and when == "before":
+                places_hit.value = 1
+                os.kill(os.getpid(), signal.SIGKILL)
+            result = original(*arguments, **options)
+            if count == call:
+                places_hit.value = 1
+                os.kill(os.getpid(), signal.SIGKILL)
+            return result
+
+        setattr(holder, name, deadly)
+    runs.run(runs.configure(**CONFIG, output_dir=folder))
+
+
+@pytest.fixture(scope="module")
+def processes():
+    """Children of a server that has imported everything but computed nothing: quick to start and safe to fork."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.test_resume"])
+    return context
+
+
+def start(processes, folder: Path, place: str | None = None) -> tuple[int, bool]:
+    hit = processes.Value("i", 0)
+    process = processes.Process(target=run, args=(str(folder), place, hit))
+    process.start()
+    process.join(120)
+    return process.exitcode, bool(hit.value)
+
+
+def ending(folder: Path) -> dict:
+    """Everything a run leaves that must not depend on interruptions."""
+    config = runs.configure(**CONFIG, output_dir=str(folder))
+    record = runs.read_record(config.folder)
+    return {
+        "history": record.history,
+        "metrics": record.metrics,
+        "best_step": record.best_step,
+        "oracle": record.oracle,
+        "student": (config.folder / "student" / "model.safetensors").read_bytes(),
+        "predictions": (config.folder / "mini-sst2.tsv").read_bytes(),
+        "files": sorted(p.name for p in config.folder.iterdir()),
+    }
+
+
+@pytest.fixture(scope="module")
+def undisturbed(processes, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("undisturbed")
+    assert start(processes, folder) == (0, False)
+    return ending(folder)
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_killed_and_started_again_it_ends_the_same(processes, undisturbed, tmp_path, place):
+    code, hit = start(processes, tmp_path, place)
+    assert hit and code == -signal.SIGKILL
+    assert start(processes, tmp_path)[0] == 0
+    assert ending(tmp_path) == undisturbed
+
+
+def test_killed_again_and_again(processes, undisturbed, tmp_path):
+    for place in ("teacher-mid-run", "teacher-saved-not-recorded", "teacher-first-step", "student-folder-half-written"):
+        start(processes, tmp_path, place)
+    assert start(processes, tmp_path)[0] == 0
+    assert ending(tmp_path) == undisturbed
+
+
+def test_killed_from_outside_at_odd_moments(processes, undisturbed, tmp_path):
+    """The parent kills; the moments are whatever the machine makes of them."""
+    for delay in (0.3, 0.6, 0.9, 1.2, 1.5):
+        process = processes.Process(target=run, args=(str(tmp_path), None, processes.Value("i", 0)))
+        process.start()
+        process.join(delay)
+        process.kill()
+        process.join()
+    assert start(processes, tmp_path)[0] == 0
+    assert ending(tmp_path) == undisturbed
+
+
+def test_the_checkpoint_is_small_and_one_file(processes, tmp_path):
+    code, _ = start(processes, tmp_path, "student-between-checkpoints")
+    assert code == -signal.SIGKILL
+    folder = runs.configure(**CONFIG, output_dir=str(tmp_path)).folder
+    assert sorted(p.name for p in folder.iterdir()) == [trainer.BEST, trainer.CHECKPOINT]
+    step = checkpoints.read_tensors(folder / trainer.CHECKPOINT)[1]["training"]["step"]
+    assert step == 4

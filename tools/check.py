@@ -1,0 +1,73 @@
+"""Everything that must hold, in order: `python -m tools.check` (`make test`); stops at the first step that fails.
+
+Names of steps as arguments run only those: `python -m tools.check lint tests`.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+
+from tools.book import empty_folder
+from tools.chapters import ROOT, chapters
+from tools.execute import CELL_TIMEOUT, kernel_environment
+
+WORKERS = "2"
+NOTEBOOKS = "_build/nbval"
+PYTHON = ".venv/bin/python"  # as a reader types it
+
+
+def steps() -> dict[str, list[str]]:
+    """The steps by name, each a command for this Python."""
+    return {
+        "lint": ["ruff", "check", "."],
+        "format": ["ruff", "format", "--check", "."],
+        "tests": ["pytest", "-q", "-n", WORKERS, "--dist", "loadscope", "--cov", "--cov-report", "term"],
+        "notebooks": [
+            *("pytest", "-q", "-n", WORKERS, "--dist", "loadscope", "-o", "filterwarnings=default", "-o", "timeout=0"),
+            *("--nbval-lax", "--nbval-current-env", f"--nbval-cell-timeout={CELL_TIMEOUT}", NOTEBOOKS),
+        ],
+    }
+
+
+def copy_notebooks() -> None:
+    """Put the notebooks where nbval runs them: an empty folder, so that no run is left from before."""
+    folder = empty_folder(ROOT / NOTEBOOKS)
+    for chapter in chapters():
+        shutil.copy(chapter.notebook, folder)
+
+
+def main(names: list[str]) -> int:
+    """Run the named steps, or all; returns the exit status."""
+    available = steps()
+    unknown = [name for name in names if name not in available]
+    if unknown:
+        print(f"unknown step {unknown[0]!r}; there are {', '.join(available)}")
+        return 2
+    kernel_environment()
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # two workers with two threads each would fight over two cores
+    lines = []
+    for name, command in available.items():
+        if names and name not in names:
+            continue
+        print(f"== {name}: {' '.join(command)}", flush=True)
+        started = time.perf_counter()
+        if name == "notebooks":
+            copy_notebooks()
+        failed = subprocess.run([sys.executable, "-m", *command], cwd=ROOT).returncode
+        lines.append(f"{name:<10} {time.perf_counter() - started:6.1f} s  {'failed' if failed else 'ok'}")
+        if failed:
+            print("\n" + "\n".join(lines))
+            print(
+                f"\nmake test stopped: the step {name!r} failed, its output is above. "
+                f"To run it alone: {PYTHON} -m tools.check {name}"
+            )
+            return 1
+    print("\n" + "\n".join(lines))
+    print("\nEverything holds.")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,141 @@
+"""Run one chapter through papermill, with this environment's own kernel, and measure its time and memory."""
+
+import os
+import re
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import papermill
+import psutil
+from nbclient.exceptions import CellTimeoutError, DeadKernelError
+from nbformat import NotebookNode
+from papermill.exceptions import PapermillExecutionError
+from traitlets.config import Config
+
+CELL_TIMEOUT = 600  # seconds; a cell of a chapter takes one minute at most
+MEBIBYTE = 2**20
+
+
+@dataclass(frozen=True)
+class Failure:
+    """The cell that stopped a chapter: its number (from 1), its source, and what went wrong."""
+
+    cell: int
+    source: str
+    error: str
+
+    def __str__(self) -> str:
+        lines = "\n".join(f"    {line}" for line in self.source.splitlines())
+        return f"stopped at cell {self.cell}:\n\n{lines}\n\n{self.error}"
+
+
+@dataclass(frozen=True)
+class Execution:
+    """How a run went: wall seconds, peak memory of the kernel and its children in MiB, and the failure, if any."""
+
+    seconds: float
+    peak_mib: float
+    failure: Failure | None = None
+
+
+def kernel_environment() -> None:
+    """Set this process's environment, which kernels inherit: this Python's kernel, no network, no progress bars."""
+    os.environ.pop("MPLBACKEND", None)  # figures belong into the notebook
+    os.environ.update(
+        JUPYTER_PREFER_ENV_PATH="1",  # not a kernel of the same name that the user installed elsewhere
+        JUPYTER_PATH=str(Path(sys.prefix) / "share" / "jupyter"),
+        HF_HUB_OFFLINE="1",
+        HF_HUB_DISABLE_PROGRESS_BARS="1",
+        HF_DATASETS_DISABLE_PROGRESS_BARS="1",
+        KDLIB_PROGRESS="0",
+        TQDM_DISABLE="1",
+        PYDEVD_DISABLE_FILE_VALIDATION="1",
+    )
+
+
+class PeakMemory(threading.Thread):
+    """Samples the memory of all processes below this one while a `with` block runs; `mib` is the highest sum seen.
+
+    Pages that processes share are counted once for each, so the number is an upper bound.
+    """
+
+    def __init__(self, interval: float = 0.1):
+        super().__init__(daemon=True)
+        self.mib = 0.0
+        self._interval = interval
+        self._done = threading.Event()
+
+    def run(self) -> None:
+        """Sample until the block is left."""
+        while True:
+            total = 0
+            for process in psutil.Process().children(recursive=True):
+                try:
+                    total += process.memory_info().rss
+                except psutil.Error:  # it ended meanwhile
+                    continue
+            self.mib = max(self.mib, total / MEBIBYTE)
+            if self._done.wait(self._interval):
+                return
+
+    def __enter__(self) -> "PeakMemory":
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        self.join()
+
+
+def execute(
+    notebook: NotebookNode,
+    target: Path,
+    cwd: Path,
+    parameters: Mapping[str, Any] | None = None,
+    timeout: int = CELL_TIMEOUT,
+) -> Execution:
+    """Execute a notebook with papermill and write it, outputs included, to `target`; the kernel starts in `cwd`.
+
+    Stops at the first failing cell.  A cell that raises, runs longer than `timeout` seconds or kills the kernel is
+    reported in the result, not raised.
+    """
+    kernel_environment()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    nbformat.write(notebook, target)
+    error = None
+    started = time.perf_counter()
+    with PeakMemory() as memory:
+        try:
+            papermill.execute_notebook(
+                target,
+                target,
+                parameters=dict(parameters or {}),
+                kernel_name="python3",
+                cwd=cwd,
+                progress_bar=False,
+                execution_timeout=timeout,
+                # Local traffic, but the kernel complains on the terminal if it is not encrypted.
+                config=Config(KernelManager={"transport_encryption": "auto"}),
+            )
+        except PapermillExecutionError as caught:
+            error = re.sub(r"\x1b\[[0-9;]*m", "", "\n".join(caught.traceback))
+        except DeadKernelError:
+            error = "The kernel died: the process was killed, for want of memory perhaps."
+        except CellTimeoutError:
+            error = f"The cell ran for more than {timeout} s."
+    failure = None if error is None else _failure(target, error)
+    return Execution(time.perf_counter() - started, memory.mib, failure)
+
+
+def _failure(executed: Path, error: str) -> Failure:
+    """The last cell that was started; papermill puts notes of its own before it, which do not count."""
+    cells = nbformat.read(executed, as_version=4).cells
+    cells = [cell for cell in cells if "papermill-error-cell-tag" not in cell.metadata.get("tags", [])]
+    started = [n for n, cell in enumerate(cells, start=1) if cell.metadata.get("papermill", {}).get("start_time")]
+    return Failure(started[-1], cells[started[-1] - 1].source, error)

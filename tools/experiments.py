@@ -1,0 +1,105 @@
+"""`make experiments`: fine-tune the book's teachers and make the run records that the chapters read.
+
+A run that has a record under data/runs is skipped unless --force is given, so an interrupted command goes on where it
+was.  Every run uses one thread: the records then agree bit for bit on processors of one kind.
+"""
+
+import argparse
+import itertools
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from multiprocessing import get_context
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("KDLIB_PROGRESS", "0")
+
+from kdlib import models, runs
+from kdlib.runs import RunConfig
+
+ROOT = Path(__file__).resolve().parents[1]
+RECORDS, TEACHERS = ROOT / "data" / "runs", ROOT / "data" / "teachers"
+WORK = ROOT / "_build" / "experiments"
+
+TEACHER_TASKS = ("mini-sst2", "mini-mnli")
+
+
+def teachers() -> Iterator[RunConfig]:
+    """The book's teachers: tiny-4x128, one for each task that a chapter distils."""
+    for task in TEACHER_TASKS:
+        yield runs.configure(task=task, method="fine_tune", student="tiny-4x128", **TEACHER_SETTINGS)
+
+
+def chapter_01() -> Iterator[RunConfig]:
+    """Student alone and distilled, five seeds; then the temperature and α, three seeds, on one task."""
+    common = {"teacher": models.BOOK_TEACHER, **STUDENT_SETTINGS}
+    for task, seed in itertools.product(TEACHER_TASKS, range(5)):
+        yield runs.configure(task=task, method="fine_tune", seed=seed, **STUDENT_SETTINGS)
+        yield runs.configure(task=task, method="kd", seed=seed, alpha=0.5, temperature=2.0, **common)
+    for temperature, seed in itertools.product((1.0, 4.0, 8.0), range(3)):
+        yield runs.configure(task="mini-mnli", method="kd", seed=seed, alpha=0.5, temperature=temperature, **common)
+    for alpha, seed in itertools.product((0.0, 0.25, 0.75, 1.0), range(3)):
+        yield runs.configure(task="mini-mnli", method="kd", seed=seed, alpha=alpha, temperature=2.0, **common)
+
+
+SHARED_SETTINGS = {"device": "cpu", "output_dir": str(WORK)}
+TEACHER_SETTINGS = {**SHARED_SETTINGS, "epochs": 12, "batch_size": 32, "learning_rate": 5e-4}
+STUDENT_SETTINGS = {**SHARED_SETTINGS, "student": "tiny-2x32", "epochs": 8, "batch_size": 64, "learning_rate": 3e-3}
+EXPERIMENTS = {"01_distillation": chapter_01}
+
+
+def make_teacher(config: RunConfig) -> None:
+    """Fine-tune a teacher and store it, in half precision, with its record."""
+    record = runs.run(config)
+    task = config.glue_task
+    tokenizer = models.load_tokenizer(config.student)
+    network = models.load(str(record.folder / runs.STUDENT), task, tokenizer)
+    runs.save_pretrained(network.half(), tokenizer, TEACHERS / task.name)
+    keep(record, "teachers")
+
+
+def make_record(job: tuple[str, RunConfig]) -> str:
+    """Compute one run and keep its record; return a line about it."""
+    chapter, config = job
+    record = runs.run(config)
+    keep(record, chapter)
+    shutil.rmtree(record.folder)
+    return f"{chapter}  {record.run_id}  {record.seconds:.0f} s  {record.metrics}"
+
+
+def keep(record: runs.RunRecord, chapter: str) -> None:
+    """Write a record to data/runs/<chapter>/<run id>.json, without the folder of this machine."""
+    folder = RECORDS / chapter
+    folder.mkdir(parents=True, exist_ok=True)
+    fields = {name: value for name, value in vars(record).items() if name != "folder"}
+    fields["config"] = {**fields["config"], "output_dir": "_runs"}
+    temporary = folder / f".{record.run_id}.tmp"
+    temporary.write_text(json.dumps(fields, indent=1) + "\n")
+    temporary.replace(folder / f"{record.run_id}.json")
+
+
+def main() -> None:
+    """Make what is missing; with --force, everything."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--force", action="store_true", help="compute runs again that have a record")
+    parser.add_argument("--processes", type=int, default=2, help="runs side by side")
+    arguments = parser.parse_args()
+    if arguments.force:
+        for folder in (RECORDS, TEACHERS, WORK):
+            shutil.rmtree(folder, ignore_errors=True)
+    with get_context("spawn").Pool(arguments.processes) as pool:
+        pool.map(make_teacher, [t for t in teachers() if not (TEACHERS / t.task / "config.json").exists()], 1)
+        jobs = [
+            (chapter, config)
+            for chapter, configs in EXPERIMENTS.items()
+            for config in configs()
+            if not (RECORDS / chapter / f"{config.run_id}.json").exists()
+        ]
+        for line in pool.imap_unordered(make_record, jobs):
+            print(line, flush=True)
+
+
+if __name__ == "__main__":
+    main()
