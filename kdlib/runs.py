@@ -38,6 +38,8 @@ from kdlib.methods import Step, kd
 
 RECORD, STUDENT = "record.json", "student"
 METHODS = ("fine_tune", "kd")
+TEACHER, STUDENT_NETWORK = "tiny-2x64", "tiny-2x32"
+"""Who learns from whom on MiniGLUE unless the configuration says otherwise."""
 
 
 class ConfigurationError(ValueError):
@@ -61,7 +63,7 @@ class RunConfig:
     method: str = "kd"
     """"fine_tune" (the student alone) or "kd" (distillation from a fixed teacher)"""
     teacher: str | None = None
-    """"tiny-<layers>x<hidden>", "book-teacher", "minilm", a hub id or a folder; None: tiny-4x128"""
+    """"tiny-<layers>x<hidden>", "book-teacher", "minilm", a hub id or a folder; None: tiny-2x64"""
     student: str | None = None
     """likewise; None: tiny-2x32, unless student_layers is given"""
     student_layers: int | None = None
@@ -69,7 +71,7 @@ class RunConfig:
     teacher_epochs: int | None = None
     """epochs of fine-tuning for the teacher; 0: it is fine-tuned already; None: as the student's, 0 for book-teacher"""
     epochs: int | None = None
-    """passes over the training set; None: 12 for tiny networks, 3 for pretrained ones"""
+    """passes over the training set; None: 8 for tiny networks, 3 for pretrained ones"""
     batch_size: int = 32
     """samples of an optimiser step"""
     micro_batches: int = 1
@@ -183,12 +185,12 @@ def configure(**parameters: Any) -> RunConfig:
 
 def _complete(config: RunConfig) -> RunConfig:
     """Fill in None by rule; reset what the method does not use."""
-    teacher = config.teacher or "tiny-4x128"
+    teacher = config.teacher or TEACHER
     student = config.student
     if student is None and config.student_layers is None:
-        student = "tiny-2x32"
+        student = STUDENT_NETWORK
     tiny_student = models.is_tiny(student or teacher)
-    epochs = _default(config.epochs, 12 if tiny_student else 3)
+    epochs = _default(config.epochs, 8 if tiny_student else 3)
     filled: dict[str, Any] = {
         "teacher": teacher,
         "student": student,
@@ -253,7 +255,7 @@ def _choice_problems(config: RunConfig, task: glue.Task | None) -> list[str]:
     for name in names:
         if name.startswith("tiny") and not models.is_tiny(name):
             problems.append(f"{name!r} is not of the form 'tiny-<layers>x<hidden>', for example 'tiny-2x64'")
-    if config.source != "miniglue" and models.is_small(config.teacher or "tiny-4x128") and config.method == "kd":
+    if config.source != "miniglue" and models.is_small(config.teacher or TEACHER) and config.method == "kd":
         problems.append(
             f"source {config.source!r} needs a pretrained teacher: tiny networks read MiniGLUE's small vocabulary. "
             "Give teacher 'minilm', a hub id or a folder"

@@ -95,7 +95,7 @@ class TestConfigure:
     def test_the_teacher_is_shared_by_runs_that_differ_in_the_student_only(self):
         one = runs.teacher_config(runs.configure(seed=1, temperature=4, alpha=0.2))
         other = runs.teacher_config(runs.configure(seed=2, student="tiny-1x64", learning_rate=1e-4))
-        assert one.run_id == other.run_id and one.method == "fine_tune" and one.student == "tiny-4x128"
+        assert one.run_id == other.run_id and one.method == "fine_tune" and one.student == runs.TEACHER
         assert runs.teacher_config(runs.configure(teacher_seed=1)).run_id != one.run_id
 
     def test_no_teacher_to_fine_tune(self):
