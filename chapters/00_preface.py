@@ -1,0 +1,147 @@
+# ---
+# jupyter:
+#   jupytext:
+#     formats: ipynb,py:percent
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # Before you start
+#
+# A large network, the *teacher*, has learned a task. A small one, the *student*, learns it from the teacher's outputs. That is knowledge
+# distillation, and usually the teacher never notices who is listening. This book is about teachers that do notice: they watch what their
+# lesson does to the student, and change the lesson. Four papers are derived here, equation by equation:
+#
+# | paper | what the teacher asks |
+# |---|---|
+# | LGTM | which of these samples helps the student on data it has not seen? |
+# | MetaDistil | how must I change, so that the student is better after its next step? |
+# | IKD | what did the student's exam say about my soft targets? |
+# | Tutor-KD | which examples should I make up for it? |
+#
+# Behind the first three stands one quantity, cheap and exact, which chapter 2 introduces. Behind all chapters stands `kdlib`, a library
+# small enough to be read in an evening.
+#
+# | | |
+# |---|---|
+# | Prerequisites | Python, PyTorch at tutorial level, partial derivatives |
+# | Time | ten minutes |
+
+# %% [markdown]
+# ## How to read a chapter
+#
+# Every chapter asks one question. It derives an equation, turns it into a function of a few lines, and lets something that does not know
+# the derivation judge the result: automatic differentiation, an enumeration, another library. Only then comes an experiment.
+#
+# - **Run it.** Each chapter runs from top to bottom on a laptop's processor, without a network, in about a minute, and needs no other
+#   chapter's variables. Change a number, run the cell again.
+# - **Guess first.** Where the text asks what you expect, decide before you run the cell. The surprises are what you will remember.
+# - **Numbers come from cells.** No measured number is typed into the text: the cell that measured it prints the sentence. Small
+#   experiments run live, for one seed. Bands over many seeds are read from records in `data/runs`, and the chapter says which is which.
+# - **Paper, code, exact.** Boxes with this title say what a paper states, what its released code does, and what holds exactly. The
+#   three differ more often than one would think.
+# - **Small version, library version.** A chapter defines things in small, then imports the library's version and asserts that both agree.
+# - **Exercises** state their difficulty and the minutes they take. Each has a stub and a check that tells whether you are right.
+
+# %% [markdown]
+# ## Notation
+#
+# One notation serves all four papers.
+#
+# | symbol | meaning | shape |
+# |---|---|---|
+# | $\theta_t$, $\theta_s$ | parameters of teacher and student | |
+# | $\eta_t$, $\eta_s$ | their learning rates | scalars |
+# | $z^t$, $z^s$ | logits of teacher and student | `(batch, classes)` |
+# | $p^t$, $p^s$ | probabilities, $\mathrm{softmax}(z / T)$ at temperature $T$ | `(batch, classes)` |
+# | $y$ | labels | `(batch,)` |
+# | $\ell_i(z^s_i, z^t_i)$ | distillation objective of one sample | `(batch,)` |
+# | $L$ | its mean over the batch, $L = \frac{1}{n} \sum_i \ell_i$ | scalar |
+# | $\alpha$ | weight of the hard labels; the teacher's outputs weigh $1 - \alpha$ | scalar |
+# | $e$ | feedback batch: LGTM's "validation batch", MetaDistil's "quiz", IKD's "exam" | |
+# | $\theta_s'$ | pilot student: $\theta_s' = \theta_s - \eta_s \nabla_{\theta_s} L$ | |
+# | $g$ | feedback gradient: $g = \nabla_{\theta_s'} L_{\mathrm{CE}}(e; \theta_s')$ | as $\theta_s$ |
+# | $\dot z$ | student tangent: the directional derivative of $z^s$ along $g$ | `(batch, classes)` |
+# | $I_i$ | distillation influence of sample $i$: $I_i = \langle \nabla_{\theta_s} \ell_i, g \rangle$ | `(batch,)` |
+# | $p^*$ | the true posterior $p^*(y \mid x)$, which our embedded data state | `(batch, classes)` |
+
+# %% [markdown]
+# ## Data
+#
+# The chapters use **MiniGLUE**, four small tasks that come with the book. They are shaped like tasks of GLUE, the benchmark of the
+# papers, but they are made by a program, so that two things are known which nobody knows of real data: the true posterior of every
+# example, and which training labels were flipped. Claims about teachers can be held against the truth.
+#
+# The last chapter runs on MiniGLUE, on GLUE itself and on your own data. Feedback for the teacher is always carved out of the training
+# set. The validation set is for choosing and reporting, never for teaching.
+
+# %% [markdown]
+# ## Is everything in place?
+#
+# The cells below look at your set-up. If one fails, run `make book` in the folder of the repository: it installs what is missing.
+
+# %%
+import platform
+from importlib.metadata import version
+
+import torch
+
+print(f"{'python':<14} {platform.python_version()}")
+for package in ("torch", "transformers", "datasets", "accelerate", "kdlib"):
+    print(f"{package:<14} {version(package)}")
+print(f"{'threads':<14} {torch.get_num_threads()}")
+print(f"{'accelerator':<14} {torch.cuda.get_device_name() if torch.cuda.is_available() else 'none, none needed'}")
+
+# %% [markdown]
+# Is the embedded data there, and does it look as it should? `load` checks every row. We look at the first example that is not quite
+# clear-cut: its posterior says how a reader who knows the true rule would bet.
+
+# %%
+from kdlib import glue
+
+data = glue.load("miniglue", "mini-sst2")
+example = next(row for row in data.train if max(row["posterior"]) < 0.9)
+print(f"{len(data.train):,} training examples, among them:")
+print(f"  {example['sentence']!r}")
+for name, probability in zip(data.task.label_names, example["posterior"], strict=True):
+    print(f"  {name}: {probability:.2f}")
+
+# %% [markdown]
+# The last thing that the book asks of your set-up is a derivative in *forward* mode, the tool behind chapter 2: how do the logits move when
+# the parameters move in a given direction? For a linear layer we know the answer.
+
+# %%
+layer = torch.nn.Linear(3, 2, dtype=torch.float64)
+x = torch.randn(4, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+direction = {"weight": torch.ones(2, 3, dtype=torch.float64), "bias": torch.zeros(2, dtype=torch.float64)}
+
+
+def logits(parameters):
+    return torch.func.functional_call(layer, parameters, (x,))
+
+
+_, tangent = torch.func.jvp(logits, (dict(layer.named_parameters()),), (direction,))
+torch.testing.assert_close(tangent, x.sum(-1, keepdim=True).expand(4, 2))
+print("ready")
+
+# %% [markdown]
+# ## The chapters
+#
+# | | chapter | |
+# |---|---|---|
+# | 1 | [What is distilled, and why?](01_distillation.ipynb) | |
+# | 2 | Influence: which example helped? | planned |
+# | 3 | Finite differences | planned |
+# | 4 | Teachers that learn along: online distillation | planned |
+# | 5 | Pilot updates: MetaDistil | planned |
+# | 6 | Student feedback: IKD | planned |
+# | 7 | Good teachers: LGTM | planned |
+# | 8 | Policy gradients | planned |
+# | 9 | The tutor: Tutor-KD | planned |
+# | 11 | Pretraining | planned |
+# | 12 | [Full GLUE runs](12_glue.ipynb) | |
+#
+# Read chapter 1 next. If you have come to run experiments on GLUE, chapter 12 stands on its own.

@@ -1,0 +1,258 @@
+# ---
+# jupyter:
+#   jupytext:
+#     formats: ipynb,py:percent
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # Full GLUE runs
+#
+# **Question.** How do you distil a BERT on a whole task, and what do you get?
+#
+# **You need** chapter 1. **Time:** about a minute as it stands, on the embedded data; minutes to hours with parameters of your own.
+#
+# This chapter is a form to fill in. As it stands it distils a tiny BERT on MiniGLUE. From the command line, papermill runs the same
+# notebook on real GLUE data with real pretrained networks. Every name in the next code cell is a parameter:
+#
+# ```bash
+# # real data in a local folder, a real pretrained BERT, no network needed
+# papermill chapters/12_glue.ipynb _build/sst2.ipynb \
+#     -p source ../glue -p task sst2 -p teacher minilm -p student_layers 3 -p max_train 2000 -p method kd
+#
+# # a paper's settings, from the hub, on a GPU
+# papermill chapters/12_glue.ipynb _build/rte.ipynb -f configs/lgtm.yml -p task rte -p device cuda
+# ```
+#
+# Start the same command again after an interruption, and the run goes on where it was. A parameter that does not exist stops the
+# notebook before any work is done.
+
+# %%
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import pandas as pd
+from IPython.display import Markdown
+
+from kdlib import models, plots, runs
+
+plots.use_style()
+names_before = set(globals()) | {"names_before"}
+
+# %% [markdown]
+# ## The form
+#
+# `None` means: choose what suits the networks. `kdlib.runs.RunConfig` explains each parameter in a sentence.
+
+# %% tags=["parameters"]
+# What to learn
+source = "miniglue"  # "miniglue", a hub id such as "nyu-mll/glue", or a local folder of the same layout
+task = "mini-sst2"  # cola, sst2, mrpc, stsb, qqp, mnli, qnli, rte, wnli, or one of MiniGLUE's; your own: any name
+text_columns = None  # for a data set of your own: "text" or "first,second"
+label_column = "label"
+regression = False  # for a data set of your own: labels are scores
+max_length = 128  # word pieces of an example
+max_train = None  # a random subset of so many training examples
+max_evaluation = None
+feedback_fraction = 0.0  # share of train kept as feedback data; vanilla distillation uses none
+
+# Who learns from whom
+method = "kd"  # "kd" or "fine_tune"
+teacher = None  # "tiny-4x128", "minilm", a hub id, a folder
+teacher_epochs = None  # 0: the teacher is fine-tuned already
+teacher_learning_rate = None
+teacher_seed = 0
+student = None  # likewise, or
+student_layers = None  # the first layers of the teacher's checkpoint
+baseline = True  # train the student on the labels alone as well, for comparison
+
+# How
+epochs = None
+batch_size = 32
+micro_batches = 1  # more of them need less memory
+learning_rate = None
+weight_decay = 0.01
+warmup_ratio = 0.1
+alpha = None  # weight of the labels; the teacher's is 1 - alpha
+temperature = None
+objective = None  # kl, reverse_kl, soft_cross_entropy, logit_mse, probability_mse
+seed = 0
+max_steps = None
+evaluate_every = None  # steps; None: once an epoch
+checkpoint_every = None
+precision = "fp32"  # "bf16" and "fp16" on a GPU
+device = "auto"
+predict_test = True  # also where the test labels are hidden, for a submission
+output_dir = "_runs"
+resume = True  # go on with an interrupted run, reuse a finished one
+
+# %% [markdown]
+# papermill writes your values into a cell of their own behind this one. We collect all names that were set in either, so a
+# misspelt one is found here.
+
+# %%
+given = {name: value for name, value in globals().items() if name not in names_before and not name.startswith("_")}
+baseline = given.pop("baseline")
+config = runs.configure(**given)
+chosen = {name: value for name, value in config.identity.items() if value is not None and given.get(name) is None}
+print("chosen for you:", ", ".join(f"{name} = {value}" for name, value in chosen.items()) or "nothing")
+if config.objective == "logit_mse" and config.glue_task.is_regression:
+    print(
+        "A regression: a softmax over one output is constant, so KL has no meaning here; the score itself is distilled."
+    )
+
+# %% [markdown]
+# ## The data
+
+# %%
+data = runs.load_data(config)
+splits = {"train": data.train, **data.evaluation, **data.test}
+print("  ".join(f"{name}: {len(split):,}" for name, split in splits.items()))
+columns = [*data.task.text_columns, data.task.label_column]
+data.train.select(range(min(4, len(data.train)))).to_pandas()[columns]
+
+# %%
+labels = pd.Series(data.train[data.task.label_column][:])
+figure, axes = plt.subplots(figsize=(4.2, 2.0))
+if data.task.is_regression:
+    axes.hist(labels, bins=20)
+    axes.set(xlabel="score", ylabel="training examples")
+else:
+    shares = labels.value_counts(normalize=True).sort_index()
+    axes.barh([data.task.label_names[label] for label in shares.index], shares)
+    axes.set(xlabel="share of the training examples")
+plt.show()
+
+# %% [markdown]
+# What a class-blind guess would score, and how unbalanced the task is, can be read from this picture.
+#
+# ## The teacher
+#
+# Vanilla distillation has two stages. First the teacher is fine-tuned on the labels. The result is stored under `output_dir`, so every
+# run that needs the same teacher shares it.
+
+
+# %%
+def summary(record):
+    """One line on a finished run."""
+    scores = ", ".join(f"{name} {value:.3f}" for name, value in record.metrics.items())
+    return f"{record.parameters / 1e6:.2f} M parameters, {record.seconds:.0f} s of training, step {record.best_step}: {scores}"
+
+
+if config.method == "fine_tune":
+    teacher_record = None
+    print("no teacher: the method is fine_tune")
+else:
+    where, teacher_record = runs.teacher_of(config)
+    print(f"{where} was fine-tuned elsewhere" if teacher_record is None else summary(teacher_record))
+
+# %% [markdown]
+# ## The student
+#
+# The second stage: the same loop, another loss. The teacher's logits are computed once, because the teacher does not change.
+
+# %%
+record = runs.run(config)
+print(summary(record))
+
+# %%
+alone = None
+if baseline and config.method != "fine_tune":
+    settings = {name: value for name, value in given.items() if name != "method"}
+    alone = runs.run(runs.configure(**settings, method="fine_tune"))
+    print(summary(alone))
+
+# %% [markdown]
+# ## What came out
+
+# %%
+metric = f"{next(iter(data.evaluation))}/{data.task.metrics[0]}"
+curves = {"teacher": teacher_record, "student alone": alone, f"student, {config.method}": record}
+figure, axes = plt.subplots()
+for name, run in curves.items():
+    if run is not None:
+        axes.plot(run.history_frame["epoch"], run.history_frame[metric], marker="o", label=name)
+axes.set(xlabel="epoch", ylabel=metric.replace("/", " "))
+axes.legend()
+plt.show()
+
+# %% [markdown]
+# One point is one evaluation; the best one is kept. One seed is one draw: before you believe a gap between two curves, look at
+# how far the seeds scatter (chapter 1 does).
+
+# %%
+table = pd.DataFrame({name: run.metrics for name, run in curves.items() if run is not None}).T
+table.insert(0, "million parameters", [run.parameters / 1e6 for run in curves.values() if run is not None])
+table.round(3)
+
+# %% [markdown]
+# Selection looks at the validation split, so the numbers there are a little optimistic. Where the test split has labels, those
+# numbers are not.
+#
+# ### Beside the papers
+
+
+# %%
+def beside_the_papers(record, methods=("teacher", "student alone", "KD")):
+    """The papers' scores on the same validation metric, times 100, with ours in the last row."""
+    published = runs.published(record.config["task"])
+    published = published[(published["split"] == "validation") & published["method"].isin(methods)]
+    if published.empty:
+        return Markdown(f"The papers print nothing for `{record.config['task']}`.")
+    wide = published.pivot_table(
+        index=["paper", "table", "method", "student"], columns="metric", values="value", aggfunc="first"
+    ).reset_index()
+    ours = {"paper": "this run", "table": record.run_id, "method": record.config["method"]}
+    ours["student"] = record.config["student"] or f"first {record.config['student_layers']} layers"
+    scores = {name: f"{100 * value:.1f}" for name, value in record.metrics.items() if name.startswith("validation/")}
+    ours |= {name.removeprefix("validation/"): score for name, score in scores.items()}
+    return pd.concat([wide, pd.DataFrame([ours])], ignore_index=True).fillna("")
+
+
+beside_the_papers(record)
+
+# %% [markdown]
+# The papers' students have 4 or 6 layers of 768 units and see the whole training set. A run on a subset, or with a smaller network,
+# is not comparable, and the table does not make it so.
+#
+# ## What is left behind
+#
+# The run's folder holds the record, the predictions for the test split in GLUE's submission format, and the student, which needs no
+# kdlib any more.
+
+# %%
+for path in sorted(record.folder.iterdir()):
+    print(path.name + ("/" if path.is_dir() else ""))
+predictions = sorted(record.folder.glob("*.tsv"))
+if predictions:
+    print("\n" + "\n".join(predictions[0].read_text().splitlines()[:4]))
+
+# %%
+from transformers import pipeline
+
+with models.quiet():
+    classify = pipeline("text-classification", str(Path(record.folder) / "student"), device=-1)
+example = next(iter(data.evaluation.values()))[0]
+texts = [example[column] for column in data.task.text_columns]
+print(" | ".join(texts))
+answer = classify({"text": texts[0], **({"text_pair": texts[1]} if len(texts) == 2 else {})}, function_to_apply="none")
+expected = example[data.task.label_column]
+print("student:", answer["label"] if not data.task.is_regression else f"{answer['score']:.2f}", end="; ")
+print("label:", expected if data.task.is_regression else data.task.label_names[expected])
+
+# %% [markdown]
+# ## Summary
+#
+# One form, one call of `runs.run`, one folder. `runs.results(output_dir)` reads all records into one table of means and standard
+# deviations over seeds.
+#
+# **Exercises**
+#
+# 1. (easy, 5 minutes) Run the notebook with `-p alpha 1.0`. Which other run must it agree with, and why not bit for bit with a
+#    teacher in the way? Check with `runs.results`.
+# 2. (medium, 15 minutes) Five seeds of `kd` and `fine_tune` on `mini-sst2`. Is the gap larger than the spread?
+# 3. (medium, 20 minutes) Take a data set of your own: two CSV files, `text_columns`, `label_column`. What does the first error
+#    message say, and was it right?
