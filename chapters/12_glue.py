@@ -50,7 +50,7 @@ names_before = set(globals()) | {"names_before"}
 # %% tags=["parameters"]
 # What to learn
 source = "miniglue"  # "miniglue", a hub id such as "nyu-mll/glue", or a local folder of the same layout
-task = "mini-sst2"  # cola, sst2, mrpc, stsb, qqp, mnli, qnli, rte, wnli, or one of MiniGLUE's; your own: any name
+task = "mini-mnli"  # cola, sst2, mrpc, stsb, qqp, mnli, qnli, rte, wnli, or one of MiniGLUE's; your own: any name
 text_columns = None  # for a data set of your own: "text" or "first,second"
 label_column = "label"
 regression = False  # for a data set of your own: labels are scores

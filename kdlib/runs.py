@@ -52,7 +52,7 @@ class RunConfig:
 
     source: str = "miniglue"
     """"miniglue" (embedded), a hub id such as "nyu-mll/glue", or a local folder of the same layout"""
-    task: str = "mini-sst2"
+    task: str = "mini-mnli"
     """the task's name; for a data set of your own any name, together with text_columns"""
     text_columns: str | None = None
     """for a data set of your own: its text column, or two joined by a comma"""
@@ -69,7 +69,7 @@ class RunConfig:
     student_layers: int | None = None
     """instead of a student: cut the teacher's checkpoint after so many layers"""
     teacher_epochs: int | None = None
-    """epochs of fine-tuning for the teacher; 0: it is fine-tuned already; None: as the student's, 0 for book-teacher"""
+    """epochs of fine-tuning for the teacher; 0: it is fine-tuned already; None: 12 if tiny, else as the student's"""
     epochs: int | None = None
     """passes over the training set; None: 8 for tiny networks, 3 for pretrained ones"""
     batch_size: int = 32
@@ -202,13 +202,19 @@ def _complete(config: RunConfig) -> RunConfig:
         filled |= {"teacher_seed": 0, "teacher": teacher if student is None else None}
     else:
         filled |= {
-            "teacher_epochs": _default(config.teacher_epochs, 0 if teacher == models.BOOK_TEACHER else epochs),
+            "teacher_epochs": _default(config.teacher_epochs, _teacher_epochs(teacher, epochs)),
             "teacher_learning_rate": _default(config.teacher_learning_rate, 1e-3 if models.is_tiny(teacher) else 3e-5),
             "alpha": _default(config.alpha, 0.5),
             "temperature": _default(config.temperature, 2.0),
             "objective": config.objective or ("logit_mse" if config.glue_task.is_regression else "kl"),
         }
     return dataclasses.replace(config, **filled)
+
+
+def _teacher_epochs(teacher: str, student_epochs: int) -> int:
+    if teacher == models.BOOK_TEACHER:
+        return 0
+    return 12 if models.is_tiny(teacher) else student_epochs
 
 
 def _default(value: Any, otherwise: Any) -> Any:

@@ -41,7 +41,7 @@ def record(config):
 class TestConfigure:
     def test_defaults_are_complete(self):
         config = runs.configure()
-        assert (config.source, config.task, config.method) == ("miniglue", "mini-sst2", "kd")
+        assert (config.source, config.task, config.method) == ("miniglue", "mini-mnli", "kd")
         left = {name for name, value in dataclasses.asdict(config).items() if value is None}
         limits = {"max_train", "max_evaluation", "max_steps", "evaluate_every", "checkpoint_every"}
         assert left == limits | {"text_columns", "student_layers"}
