@@ -21,7 +21,8 @@ CONFIG = {
     "student": "tiny-1x32",
     "max_train": 96,
     "max_evaluation": 50,
-    "epochs": 3,  # 9 steps
+    "teacher_epochs": 3,
+    "epochs": 3,  # 9 steps each
     "evaluate_every": 4,
     "checkpoint_every": 2,
     "device": "cpu",
