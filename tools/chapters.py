@@ -23,7 +23,6 @@ PREFACE = "00_preface"
 CELL_METADATA = ("tags", "mystnb")  # what a cell may say about itself; mystnb holds captions and alt texts
 MAX_NOTEBOOK_BYTES = 500_000
 MAX_FIGURE_BYTES = 60_000
-CELL_METADATA = ("tags", "mystnb")  # mystnb: the alternative text of a figure, for the site
 NOTEBOOK_METADATA = {
     # papermill needs the language; versions are left out, so that a notebook does not change with the machine.
     "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
