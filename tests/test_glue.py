@@ -211,10 +211,11 @@ def test_a_changed_file_is_read_anew(tmp_path):
 def test_nothing_is_left_in_the_cache(tmp_path, monkeypatch):
     for name in ("HF_DATASETS_CACHE", "DOWNLOADED_DATASETS_PATH", "EXTRACTED_DATASETS_PATH"):
         monkeypatch.setattr(datasets.config, name, tmp_path / "cache")
+    bars_were_off = datasets.are_progress_bars_disabled()
     glue.load(reviews(tmp_path / "data"), REVIEWS)
     glue.load(sst2(tmp_path / "mirror"), "sst2")
     assert not (tmp_path / "cache").exists()
-    assert not datasets.are_progress_bars_disabled()
+    assert datasets.are_progress_bars_disabled() == bars_were_off
 
 
 def test_the_readme_counts_and_names(tmp_path):
