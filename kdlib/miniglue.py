@@ -645,8 +645,10 @@ def folder() -> Path:
         write(partial)
         try:
             partial.rename(cached)
-        except OSError:  # another process was faster
+        except OSError:
             shutil.rmtree(partial)
+            if not cached.exists():  # otherwise another process was faster
+                raise
     return cached
 
 
