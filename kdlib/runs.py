@@ -623,8 +623,18 @@ def environment(device: torch.device) -> dict[str, str]:
         **{name: version(name) for name in packages},
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "cpu": torch.backends.cpu.get_cpu_capability(),
+        "processor": processor(),
         "threads": str(torch.get_num_threads()),
     }
+
+
+def processor() -> str:
+    """The processor's model: two models with the same instructions may still round sums differently."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
 
 
 def git_commit() -> str | None:

@@ -257,6 +257,16 @@ def test_published_tables_are_empty_without_the_repository(tmp_path):
     assert runs.published(folder=tmp_path).empty
 
 
+def test_the_processor_has_a_name_on_every_system(monkeypatch):
+    assert runs.processor()
+
+    def absent(*_, **__):
+        raise FileNotFoundError
+
+    monkeypatch.setattr(runs.Path, "read_text", absent)
+    assert runs.processor()
+
+
 def test_git_commit_outside_a_repository(monkeypatch, tmp_path):
     monkeypatch.setattr(runs.kdlib, "__file__", str(tmp_path / "kdlib" / "__init__.py"))
     assert runs.git_commit() is None

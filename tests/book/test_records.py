@@ -69,4 +69,4 @@ def test_one_record_can_be_made_again(root, tmp_path):
         assert again.history == recorded.history and again.metrics == recorded.metrics
     else:
         for name, value in recorded.metrics.items():
-            assert again.metrics[name] == pytest.approx(value, abs=0.1), name
+            assert again.metrics[name] == pytest.approx(value, abs=0.15), name
