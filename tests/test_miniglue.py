@@ -629,7 +629,7 @@ def restated_similarity(first, second):
     numbers = abs(first.agent_number - second.agent_number) + abs(first.patient_number - second.patient_number)
     total = 1.6 * verb + 1.4 * noun(first.agent, second.agent) + 1.4 * noun(first.patient, second.patient)
     total += 0.6 * max(0, 1 - numbers / 3)
-    return total * (1 if first.negated == second.negated else 0.6)
+    return total * (1 if first.negated == second.negated else 0.4)
 
 
 def test_every_similarity_is_that_of_the_two_events():

@@ -1,5 +1,8 @@
 """`make experiments`: fine-tune the book's teachers and make the run records that the chapters read.
 
+`python -m tools.experiments --choose` shows how the students' settings were chosen: by the validation split, with
+seeds of their own.
+
 A run that has a record under data/runs is skipped unless --force is given, so an interrupted command goes on where it
 was.  Every run uses one thread: the records then agree bit for bit on processors of one kind.
 """
@@ -11,6 +14,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from multiprocessing import get_context
+from multiprocessing.pool import Pool
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -33,21 +37,36 @@ def teachers() -> Iterator[RunConfig]:
 
 
 def chapter_01() -> Iterator[RunConfig]:
-    """Student alone and distilled, five seeds; then the temperature and α, three seeds, on one task."""
+    """Student alone and distilled, ten seeds; then the temperature and α, six seeds, on one task."""
     common = {"teacher": models.BOOK_TEACHER, **STUDENT_SETTINGS}
-    for task, seed in itertools.product(TEACHER_TASKS, range(5)):
+    for task, seed in itertools.product(TEACHER_TASKS, range(10)):
         yield runs.configure(task=task, method="fine_tune", seed=seed, **STUDENT_SETTINGS)
         yield runs.configure(task=task, method="kd", seed=seed, alpha=0.5, temperature=2.0, **common)
-    for temperature, seed in itertools.product((1.0, 4.0, 8.0), range(3)):
+    for temperature, seed in itertools.product((1.0, 4.0, 8.0), range(6)):
         yield runs.configure(task="mini-mnli", method="kd", seed=seed, alpha=0.5, temperature=temperature, **common)
-    for alpha, seed in itertools.product((0.0, 0.25, 0.75, 1.0), range(3)):
+    for alpha, seed in itertools.product((0.0, 0.25, 0.75, 1.0), range(6)):
         yield runs.configure(task="mini-mnli", method="kd", seed=seed, alpha=alpha, temperature=2.0, **common)
 
 
 SHARED_SETTINGS = {"device": "cpu", "output_dir": str(WORK)}
 TEACHER_SETTINGS = {**SHARED_SETTINGS, "epochs": 12, "batch_size": 32, "learning_rate": 5e-4}
-STUDENT_SETTINGS = {**SHARED_SETTINGS, "student": "tiny-2x32", "epochs": 8, "batch_size": 64, "learning_rate": 3e-3}
+STUDENT_SETTINGS = {**SHARED_SETTINGS, "student": "tiny-2x32", "epochs": 8, "batch_size": 64, "learning_rate": 2e-3}
 EXPERIMENTS = {"01_distillation": chapter_01}
+
+
+def candidates() -> Iterator[RunConfig]:
+    """Students alone at several learning rates, with seeds that no record uses."""
+    for task, rate, seed in itertools.product(TEACHER_TASKS, (1e-3, 2e-3, 3e-3, 5e-3), range(100, 103)):
+        settings = {**STUDENT_SETTINGS, "learning_rate": rate, "output_dir": str(WORK / "candidates")}
+        yield runs.configure(task=task, method="fine_tune", seed=seed, **settings)
+
+
+def choose(pool: Pool) -> None:
+    """Print what the validation split says of each candidate; the test split is not looked at."""
+    for _ in pool.imap_unordered(runs.run, candidates()):
+        pass
+    table = runs.results(WORK / "candidates", by=("task", "learning_rate"))
+    print(table[table["metric"] == "validation/accuracy"].to_string(index=False))
 
 
 def make_teacher(config: RunConfig) -> None:
@@ -80,25 +99,36 @@ def keep(record: runs.RunRecord, chapter: str) -> None:
     temporary.replace(folder / f"{record.run_id}.json")
 
 
+def make_records(pool: Pool) -> None:
+    """Make the teachers and records that are missing."""
+    pool.map(make_teacher, [t for t in teachers() if not (TEACHERS / t.task / "config.json").exists()], 1)
+    jobs = [
+        (chapter, config)
+        for chapter, configs in EXPERIMENTS.items()
+        for config in configs()
+        if not (RECORDS / chapter / f"{config.run_id}.json").exists()
+    ]
+    for line in pool.imap_unordered(make_record, jobs):
+        print(line, flush=True)
+
+
 def main() -> None:
     """Make what is missing; with --force, everything."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--force", action="store_true", help="compute runs again that have a record")
     parser.add_argument("--processes", type=int, default=2, help="runs side by side")
+    parser.add_argument("--choose", action="store_true", help="compare settings of the students and stop")
     arguments = parser.parse_args()
     if arguments.force:
         for folder in (RECORDS, TEACHERS, WORK):
             shutil.rmtree(folder, ignore_errors=True)
     with get_context("spawn").Pool(arguments.processes) as pool:
-        pool.map(make_teacher, [t for t in teachers() if not (TEACHERS / t.task / "config.json").exists()], 1)
-        jobs = [
-            (chapter, config)
-            for chapter, configs in EXPERIMENTS.items()
-            for config in configs()
-            if not (RECORDS / chapter / f"{config.run_id}.json").exists()
-        ]
-        for line in pool.imap_unordered(make_record, jobs):
-            print(line, flush=True)
+        if arguments.choose:
+            choose(pool)
+        else:
+            make_records(pool)
+        pool.close()
+        pool.join()
 
 
 if __name__ == "__main__":
