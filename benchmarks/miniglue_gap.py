@@ -1,13 +1,19 @@
 """Does MiniGLUE teach anything?  A linear bag of words against small BERTs, on the test split of every task.
 
-    python benchmarks/miniglue_gap.py [task …]
+    python benchmarks/miniglue_gap.py [task …] [--write]
 
 The linear model sees the words of each text, the words that both have in common, and nothing of their order.  Its
-regularisation is chosen on the validation split, as the checkpoint of the BERTs is.
+regularisation is chosen on the validation split, as the checkpoint of the BERTs is.  All BERTs train from scratch for
+the same number of epochs.  --write puts the table into the data card.  Finished runs are kept in _build/gap.
 """
 
 import argparse
-import tempfile
+import os
+from multiprocessing import get_context
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("KDLIB_PROGRESS", "0")
 
 import numpy as np
 import pandas as pd
@@ -17,8 +23,12 @@ from sklearn.linear_model import LogisticRegression, Ridge
 
 from kdlib import glue, metrics, miniglue, runs
 
-STUDENTS = ("tiny-2x32", "tiny-2x64", "tiny-4x128")
-SETTINGS = {"method": "fine_tune", "device": "cpu"}
+ROOT = Path(__file__).resolve().parents[1]
+CARD = ROOT / "data" / "miniglue" / "README.md"
+START, END = "<!-- benchmarks/miniglue_gap.py writes this table -->", "<!-- end of the table -->"
+RATES = {"tiny-2x32": 2e-3, "tiny-2x64": 1e-3}
+"""The networks and their learning rates."""
+EPOCHS = 12
 
 
 def words(texts: tuple[str, ...]) -> dict[str, int]:
@@ -34,7 +44,7 @@ def words(texts: tuple[str, ...]) -> dict[str, int]:
 
 
 def bag_of_words(data: glue.TaskData) -> dict[str, float]:
-    """The test metrics of the best linear model."""
+    """The test metrics of the linear model that is best on validation."""
     splits = {"train": data.train, **data.evaluation, **data.test}
     columns = data.task.text_columns
     texts = {name: list(zip(*(split[c][:] for c in columns), strict=True)) for name, split in splits.items()}
@@ -64,37 +74,63 @@ def oracle(data: glue.TaskData) -> dict[str, float]:
     return metrics.compute(data.task.metrics, outputs, np.array(data.test["test"]["label"][:]))
 
 
+def networks(task: str, seeds: int) -> list[runs.RunConfig]:
+    """One run for each network and seed."""
+    settings = {"method": "fine_tune", "device": "cpu", "epochs": EPOCHS, "output_dir": str(ROOT / "_build" / "gap")}
+    return [
+        runs.configure(task=task, student=student, learning_rate=rate, seed=seed, **settings)
+        for student, rate in RATES.items()
+        for seed in range(seeds)
+    ]
+
+
+def table(scores: pd.DataFrame) -> str:
+    """Mean ± standard deviation in per cent, one row a task and metric, as Markdown."""
+    models = ["bag of words", *RATES, "oracle"]
+    lines = ["| task | metric | " + " | ".join(models) + " |", "|---|---|" + "---:|" * len(models)]
+    for (task, metric), rows in scores.groupby(["task", "metric"], sort=False):
+        cells = []
+        for model in models:
+            values = 100 * rows.loc[rows["model"] == model, "value"]
+            spread = f" ± {values.std():.1f}" if len(values) > 1 else ""
+            cells.append(f"{values.mean():.1f}{spread}")
+        lines.append(f"| {task} | {metric} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def write(text: str) -> None:
+    """Put the table between the marks in the data card."""
+    card = CARD.read_text()
+    before, after = card[: card.index(START) + len(START)], card[card.index(END) :]
+    CARD.write_text(f"{before}\n{text}\n{after}")
+
+
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("tasks", nargs="*", default=miniglue.TASK_NAMES)
-    parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--students", nargs="*", default=STUDENTS)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--processes", type=int, default=2, help="runs side by side")
+    parser.add_argument("--write", action="store_true", help="write the table into the data card")
     arguments = parser.parse_args()
+    configs = [config for task in arguments.tasks for config in networks(task, arguments.seeds)]
+    with get_context("spawn").Pool(arguments.processes) as pool:
+        for record in pool.imap_unordered(runs.run, configs):
+            print(record.run_id, record.config["student"], f"{record.seconds:.0f} s", flush=True)
+        pool.close()
+        pool.join()
     rows = []
-    with tempfile.TemporaryDirectory() as folder:
-        for task in arguments.tasks:
-            data = glue.load("miniglue", task)
-            rows.append({"task": task, "model": "bag of words", **bag_of_words(data)})
-            for student in arguments.students:
-                learning_rate = {"tiny-2x32": 2e-3, "tiny-2x64": 1e-3, "tiny-4x128": 5e-4}[student]
-                for seed in range(arguments.seeds):
-                    record = runs.run(
-                        runs.configure(
-                            task=task,
-                            student=student,
-                            seed=seed,
-                            learning_rate=learning_rate,
-                            output_dir=folder,
-                            **SETTINGS,
-                        )
-                    )
-                    scores = {name.split("/")[1]: v for name, v in record.metrics.items() if name.startswith("test")}
-                    rows.append({"task": task, "model": student, **scores, "seconds": record.seconds})
-                    print(rows[-1], flush=True)
-            rows.append({"task": task, "model": "oracle", **oracle(data)})
-    table = pd.DataFrame(rows).groupby(["task", "model"], sort=False).mean().round(3)
-    print(table.to_string(na_rep=""))
+    for task in arguments.tasks:
+        data = glue.load("miniglue", task)
+        scores = [("bag of words", bag_of_words(data)), ("oracle", oracle(data))]
+        for config in networks(task, arguments.seeds):
+            metrics_of = runs.read_record(config.folder).metrics
+            scores.append((config.student, {name: metrics_of[f"test/{name}"] for name in data.task.metrics}))
+        rows += [(task, metric, model, value) for model, values in scores for metric, value in values.items()]
+    text = table(pd.DataFrame(rows, columns=["task", "metric", "model", "value"]))
+    print(text)
+    if arguments.write:
+        write(text)
 
 
 if __name__ == "__main__":

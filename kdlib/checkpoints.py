@@ -35,6 +35,7 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], state: dict[str, Any] 
     owned = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     try:
         save_file(owned, temporary, metadata={"format": "pt", "state": json.dumps(state or {})})
+        share(temporary)
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -44,6 +45,13 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], state: dict[str, Any] 
             f"could not write {path}: {error}. The file that stood there before is intact; "
             "free some space or choose another output_dir, then run again to resume"
         ) from error
+
+
+def share(path: Path) -> None:
+    """Give a file the permissions of any new file: safetensors lets nobody but the owner read what it writes."""
+    mask = os.umask(0)
+    os.umask(mask)
+    path.chmod(0o666 & ~mask)
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -34,7 +34,7 @@ from transformers.utils import logging as transformers_logging
 from kdlib import glue, miniglue
 from kdlib.progress import bar
 
-BOOK_TEACHER = "book-teacher"
+BOOK_TEACHER, MINILM = "book-teacher", "minilm"
 TINY = re.compile(r"tiny-(\d+)x(\d+)")
 
 # Forward-mode derivatives and double backward exist for eager attention only; the fused kernels train faster.
@@ -115,7 +115,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     if is_small(name):
         return miniglue.tokenizer()
     with _explained(name):
-        return AutoTokenizer.from_pretrained(minilm_folder() if name == "minilm" else name)
+        return AutoTokenizer.from_pretrained(minilm_folder() if name == MINILM else name)
 
 
 def load(name: str, task: glue.Task, tokenizer: PreTrainedTokenizerBase, seed: int = 0) -> PreTrainedModel:
@@ -235,7 +235,7 @@ def exact_attention(*models: PreTrainedModel) -> Iterator[None]:
 def _location(name: str, task: glue.Task) -> str | Path:
     if name == BOOK_TEACHER:
         return book_teacher_folder(task.name)
-    return minilm_folder() if name == "minilm" else name
+    return minilm_folder() if name == MINILM else name
 
 
 def _set_labels(config, task: glue.Task) -> None:

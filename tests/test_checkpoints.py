@@ -47,6 +47,13 @@ def test_nothing_is_pickled(tmp_path):
     assert json.loads(header["__metadata__"]["state"])["training"] == {"step": 2}
 
 
+def test_others_may_read_a_checkpoint_as_any_new_file(tmp_path):
+    path, plain = tmp_path / "c.safetensors", tmp_path / "plain"
+    plain.touch()
+    checkpoints.write_tensors(path, {"a": torch.ones(3)})
+    assert path.stat().st_mode == plain.stat().st_mode
+
+
 def test_a_full_disk_leaves_the_previous_checkpoint(tmp_path):
     """A real limit on the size of files the process may write: the write fails half-way."""
     path = tmp_path / "c.safetensors"

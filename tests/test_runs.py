@@ -38,6 +38,13 @@ def record(config):
     return runs.run(config)
 
 
+def test_others_may_read_the_student(record, tmp_path):
+    plain = tmp_path / "plain"
+    plain.touch()
+    files = list((record.folder / runs.STUDENT).iterdir())
+    assert {file.stat().st_mode for file in files} == {plain.stat().st_mode} and len(files) > 2
+
+
 class TestConfigure:
     def test_defaults_are_complete(self):
         config = runs.configure()
@@ -45,6 +52,23 @@ class TestConfigure:
         left = {name for name, value in dataclasses.asdict(config).items() if value is None}
         limits = {"max_train", "max_evaluation", "max_steps", "evaluate_every", "checkpoint_every"}
         assert left == limits | {"text_columns", "student_layers"}
+
+    @pytest.mark.parametrize(
+        ("networks", "teacher", "student"),
+        [
+            ({"teacher": "tiny-4x128", "student": "tiny-2x64"}, 1e-3, 2e-3),
+            ({"teacher": "minilm", "student_layers": 3}, 1e-4, 2e-4),
+            ({"teacher": "minilm", "student": "minilm"}, 1e-4, 2e-4),
+            ({"teacher": "bert-base-uncased", "student_layers": 6}, 3e-5, 5e-5),
+            ({"teacher": "bert-base-uncased", "student": "tiny-2x64"}, 3e-5, 2e-3),
+        ],
+    )
+    def test_learning_rates_suit_the_networks(self, networks, teacher, student):
+        config = runs.configure(**networks)
+        assert (config.teacher_learning_rate, config.learning_rate) == (teacher, student)
+        assert runs.teacher_config(config).learning_rate == teacher
+        given = runs.configure(**networks, teacher_learning_rate=7e-4, learning_rate=8e-4)
+        assert (given.teacher_learning_rate, given.learning_rate) == (7e-4, 8e-4)
 
     def test_all_problems_in_one_message_with_the_nearest_names(self):
         with pytest.raises(ConfigurationError) as caught:
