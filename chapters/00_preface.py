@@ -105,7 +105,7 @@ except (ImportError, AttributeError):
 # %% [markdown]
 # ## Is everything in place?
 #
-# The cells below look at your set-up. If one fails, run `make book` in the folder of the repository: it installs what is missing.
+# The cells below look at your set-up. If one fails, `python -m kdlib.doctor` looks closer and says what to do first.
 
 # %%
 import platform

@@ -131,6 +131,8 @@ def pair_problems(source: NotebookNode, stored: NotebookNode) -> Iterator[str]:
         same_metadata = kept_metadata(ours) == kept_metadata(theirs)
         if (ours.cell_type, ours.source) != (theirs.cell_type, theirs.source) or not same_metadata:
             yield f"cell {number} differs between .py and .ipynb: {remedy}"
+            if len(source.cells) != len(stored.cells):
+                break  # from here on all are shifted
     if stored.metadata.get("kernelspec", {}).get("language") != "python":
         yield f"the .ipynb names no kernel language, papermill would refuse it: {remedy}"
 
