@@ -1,5 +1,6 @@
 """The doctor: every bad state is made up, and must lead to its remedy and to the exit status."""
 
+import ast
 import http.server
 import json
 import os
@@ -115,6 +116,11 @@ def test_an_old_python_is_told_so_and_nothing_else_is_tried(monkeypatch):
     assert findings[-1].name == "python" and not findings[-1].ok
     assert "Python 3.11 or newer" in findings[-1].remedy
     assert len(findings) == 3
+
+
+@pytest.mark.parametrize("name", ["__init__.py", "doctor.py"])
+def test_an_old_python_can_read_what_tells_it_so(root, name):
+    ast.parse((root / "kdlib" / name).read_text(), feature_version=(3, 8))
 
 
 # Packages

@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from kdlib import runs
+from kdlib import models, runs
 from tools.chapters import ROOT, chapters, read_source
 
 README = "README.md"
@@ -70,7 +70,8 @@ def _lesson(config: dict[str, Any]) -> str:
     """What a network learned from, in a few words: only what is not the default of every record."""
     if config["method"] == "fine_tune":
         return "the labels"
-    words = [f"{config['teacher']} by {config['method']}", f"α = {config['alpha']:g}", f"T = {config['temperature']:g}"]
+    teacher = "the book's tiny-4x128" if config["teacher"] == models.BOOK_TEACHER else config["teacher"]
+    words = [f"{teacher} by {config['method']}", f"α = {config['alpha']:g}", f"T = {config['temperature']:g}"]
     return ", ".join(words + ([config["objective"]] if config["objective"] != "kl" else []))
 
 

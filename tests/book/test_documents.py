@@ -54,7 +54,7 @@ def test_the_command_writes_between_the_markers_only(small, capsys):
     text = (root / "README.md").read_text()
     assert text.startswith("# Book\n<!-- chapters -->\n") and text.endswith("<!-- end of results -->\nend\n")
     assert "\ntext\n" in text and "old" not in text
-    assert "| mini-mnli | tiny-2x32 | book-teacher by kd, α = 0.5, T = 2 | 55.0 ± 7.1 | 2 |" in text
+    assert "| mini-mnli | tiny-2x32 | the book's tiny-4x128 by kd, α = 0.5, T = 2 | 55.0 ± 7.1 | 2 |" in text
     assert "| 1 | [What is distilled, and why?](chapters/01_distillation.ipynb) | Distillation |" in text
     assert "wrote the tables" in capsys.readouterr().out
     assert readme.main(root) == 0
@@ -79,7 +79,7 @@ def test_settings_are_kept_apart_and_sweeps_are_left_out(small):
     assert rows == [
         "| mini-mnli | tiny-4x128 | the labels | 95.0 | 1 |",
         "| mini-mnli | tiny-2x32 | the labels | 70.0 ± 0.0 | 3 |",
-        "| mini-mnli | tiny-2x32 | book-teacher by kd, α = 0.5, T = 2 | 50.0 ± 0.0 | 3 |",
+        "| mini-mnli | tiny-2x32 | the book's tiny-4x128 by kd, α = 0.5, T = 2 | 50.0 ± 0.0 | 3 |",
     ]
 
 
