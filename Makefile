@@ -7,7 +7,7 @@ CANDIDATES := python3.11 python3.12 python3.13 python3
 export PYTHONNOUSERSITE := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup book test lab notebooks experiments lock clean
+.PHONY: help setup book test lab notebooks experiments pages lock clean
 
 help:  ## this list
 	@echo "Usage: make TARGET"
@@ -37,6 +37,10 @@ notebooks: setup  ## execute the chapters and store their outputs in chapters/*.
 
 experiments: setup  ## run the many-seed experiments again and write data/runs (hours)
 	@$(PY) -m tools.experiments
+
+pages: setup  ## write the README's tables and docs/licences.md anew
+	@$(PY) -m tools.readme
+	@$(PY) -m tools.licences
 
 lock: setup  ## resolve requirements.txt anew and write requirements.lock
 	@$(PY) -m tools.lock

@@ -30,6 +30,30 @@
 # | Prerequisites | Python, PyTorch at tutorial level, partial derivatives |
 # | Time | ten minutes |
 
+# %% tags=["setup", "hide-input"]
+# Installs kdlib where it is missing, on Colab for example; otherwise does nothing.
+try:
+    import kdlib
+
+    kdlib.__version__  # a folder that happens to be called kdlib has none
+except (ImportError, AttributeError):
+    import os
+    import subprocess
+    import sys
+    from pathlib import Path
+
+    around = [str(folder) for folder in (Path.cwd(), *Path.cwd().parents) if (folder / "kdlib/__init__.py").exists()]
+    place = around[0] if around else os.environ.get("KDLIB_SOURCE", "")
+    if not place:
+        raise ImportError("kdlib is missing: set KDLIB_SOURCE to the book's folder or git address, run again") from None
+    if not Path(place).is_dir():
+        address, place = place, "kdlib-book"
+        Path(place).is_dir() or subprocess.run(["git", "clone", "-q", "--depth=1", address, place], check=True)
+    # Not a copy but the folder itself: the chapters read the data that lie beside the library.
+    subprocess.run([sys.executable, "-m", "pip", "install", "-q", "--editable", place], check=True)
+    sys.modules.pop("kdlib", None)
+    sys.path.insert(0, str(Path(place).resolve()))
+
 # %% [markdown]
 # ## How to read a chapter
 #
@@ -81,7 +105,7 @@
 # %% [markdown]
 # ## Is everything in place?
 #
-# The cells below look at your set-up. If one fails, run `make book` in the folder of the repository: it installs what is missing.
+# The cells below look at your set-up. If one fails, `python -m kdlib.doctor` looks closer and says what to do first.
 
 # %%
 import platform

@@ -30,6 +30,30 @@
 # Start the same command again after an interruption, and the run goes on where it was. A parameter that does not exist stops the
 # notebook before any work is done.
 
+# %% tags=["setup", "hide-input"]
+# Installs kdlib where it is missing, on Colab for example; otherwise does nothing.
+try:
+    import kdlib
+
+    kdlib.__version__  # a folder that happens to be called kdlib has none
+except (ImportError, AttributeError):
+    import os
+    import subprocess
+    import sys
+    from pathlib import Path
+
+    around = [str(folder) for folder in (Path.cwd(), *Path.cwd().parents) if (folder / "kdlib/__init__.py").exists()]
+    place = around[0] if around else os.environ.get("KDLIB_SOURCE", "")
+    if not place:
+        raise ImportError("kdlib is missing: set KDLIB_SOURCE to the book's folder or git address, run again") from None
+    if not Path(place).is_dir():
+        address, place = place, "kdlib-book"
+        Path(place).is_dir() or subprocess.run(["git", "clone", "-q", "--depth=1", address, place], check=True)
+    # Not a copy but the folder itself: the chapters read the data that lie beside the library.
+    subprocess.run([sys.executable, "-m", "pip", "install", "-q", "--editable", place], check=True)
+    sys.modules.pop("kdlib", None)
+    sys.path.insert(0, str(Path(place).resolve()))
+
 # %%
 from pathlib import Path
 

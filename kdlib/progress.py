@@ -1,4 +1,7 @@
-"""Progress bars: on for people, off where output is stored.  Set KDLIB_PROGRESS=0 to silence them, 1 to force them."""
+"""Progress: bars for people, lines for log files, nothing where output is stored.
+
+KDLIB_PROGRESS=0 silences both, KDLIB_PROGRESS=1 forces bars.
+"""
 
 import os
 import sys
@@ -30,3 +33,9 @@ def bar(items: Iterable, description: str, initial: int = 0, total: int | None =
         mininterval=0.5,
         dynamic_ncols=True,
     )
+
+
+def line(text: str) -> None:
+    """Print a line to stderr for a log file, where no bar is shown and nobody has asked for silence."""
+    if not wanted() and os.environ.get("KDLIB_PROGRESS") is None:
+        print(text, file=sys.stderr, flush=True)

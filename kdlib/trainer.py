@@ -27,7 +27,7 @@ from kdlib import checkpoints, glue, metrics
 from kdlib.learner import Batch, Learner, NonFiniteLossError
 from kdlib.methods import Step
 from kdlib.models import predict
-from kdlib.progress import bar
+from kdlib.progress import bar, line
 
 CHECKPOINT, BEST = "checkpoint.safetensors", "best.safetensors"
 
@@ -191,6 +191,7 @@ def train(
                     **evaluate(),
                 }
                 state["history"].append(row)
+                line(f"{keep.name}: epoch {row['epoch']:.2f}, loss {row['train_loss']:.4f}, {select} {row[select]:.4f}")
                 state["loss_sum"], state["loss_count"] = 0.0, 0
                 if not state["best_metrics"] or row[select] > state["best_metrics"][select]:
                     state["best_step"] = state["step"]

