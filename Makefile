@@ -38,9 +38,10 @@ notebooks: setup  ## execute the chapters and store their outputs in chapters/*.
 experiments: setup  ## run the many-seed experiments again and write data/runs (hours)
 	@$(PY) -m tools.experiments
 
-pages: setup  ## write the README's tables and docs/licences.md anew
+pages: setup  ## write the README's tables, docs/licences.md and docs/papers.md anew
 	@$(PY) -m tools.readme
 	@$(PY) -m tools.licences
+	@$(PY) -m tools.ledger
 
 lock: setup  ## resolve requirements.txt anew and write requirements.lock
 	@$(PY) -m tools.lock

@@ -147,7 +147,8 @@ def feedback_gradient(
 
     Raises what `pilot.gradient` raises.
 
-    Source: LGTM eq. (8), its second factor; MetaDistil Algorithm 1, the quiz.  Derived in: chapters/02_influence.
+    Source: LGTM eq. (5), and the second factor of eq. (8); MetaDistil Algorithm 1, the quiz.
+    Derived in: chapters/02_influence.
     """
     return pilot.gradient(student, parameters, batch, loss, **wanted)
 
@@ -183,7 +184,7 @@ def meta_gradient_loss(influences: Float[Tensor, "batch"], learning_rate: float)
     influences along the feedback gradient at the pilot student.  Its *value* is the first-order change of the feedback
     loss.
 
-    Source: MetaDistil Algorithm 1, line 6; LGTM eq. (10) with the sign of descent.
+    Source: MetaDistil eq. (3) and Algorithm 1, line 6; LGTM eqs. (7), (10), the latter with the sign of descent.
     Derived in: chapters/03_finite_differences.
     """
     return -learning_rate * influences.mean()

@@ -74,7 +74,7 @@ def sgd_step(
     `create_graph=True` lets a loss of the pilot student be differentiated in the teacher, the expensive way to the
     meta-gradient.  The other arguments and the errors are those of `gradient` and `sgd`.
 
-    Source: LGTM Algorithm 1, line 4; MetaDistil Algorithm 1, the student's temporary copy.
+    Source: LGTM eq. (6) and Algorithm 1, line 4; MetaDistil eq. (2) and Algorithm 1, the temporary copy.
     Derived in: chapters/02_influence.
     """
     descent = gradient(student, parameters, batch, loss, create_graph, **wanted)

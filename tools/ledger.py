@@ -1,0 +1,360 @@
+"""Write docs/papers.md, the page "From paper to code", from data/ledger.yml: `python -m tools.ledger`.
+
+The ledger says of every equation, algorithm, figure and table of the four papers where it stands in the book, in kdlib
+and in the tests.  `problems` says what in it is not true; nothing is imported or executed for that.
+"""
+
+import ast
+import csv
+import re
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import NamedTuple
+
+import yaml
+
+ROOT = Path(__file__).resolve().parents[1]
+LEDGER = "data/ledger.yml"
+PAGE = "docs/papers.md"
+STATUSES = ("derived", "measured", "not yet", "not possible here")
+KINDS = {"": "equation", "alg": "algorithm", "fig": "figure", "tab": "table"}
+
+
+class Paper(NamedTuple):
+    """A paper: what docstrings call it, what it is, and how many equations, algorithms, figures and tables it has."""
+
+    name: str
+    work: str
+    counts: tuple[int, int, int, int]
+
+
+PAPERS = {
+    "lgtm": Paper("LGTM", "*Tailoring Instructions to Student's Learning Levels Boosts …*, ACL 2023", (19, 1, 6, 7)),
+    "metadistil": Paper("MetaDistil", "*Meta Learning for Knowledge Distillation*, 2021", (3, 1, 5, 3)),
+    "ikd": Paper("IKD", "*Learning to Teach with Student Feedback*, 2021", (16, 0, 5, 4)),
+    "tutor": Paper("Tutor-KD", "*Tutoring Helps Students Learn Better …*, EMNLP 2022", (14, 0, 3, 6)),
+}
+
+HEAD = """\
+# From paper to code
+
+<!-- Written by `make pages` from data/ledger.yml. Do not edit. -->
+
+Every numbered equation, algorithm, figure and table of the four papers, and what became of it in this book. The
+meanings are in our words and our notation, see {{doc}}`notation`.
+
+- *derived*: a chapter derives it, and the tests named beside it fail if the code says something else
+- *measured*: a chapter shows its counterpart, on data and networks of our size
+- *not yet*: with what is there already, and the chapter it belongs to
+- *not possible here*: with the reason
+
+{counts}
+
+The numbers that the papers print in their tables are in `data/published`, but for one table of example sentences.
+"""
+
+COLUMNS = ("id", "what it says", "in the book", "in kdlib", "tests", "status")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One line of the ledger; data/ledger.yml explains the fields."""
+
+    id: str
+    meaning: str
+    status: str
+    anchor: str = ""
+    functions: tuple[str, ...] = ()
+    tests: tuple[str, ...] = ()
+    why: str = ""
+    transcribed: str = ""
+
+    @property
+    def paper(self) -> str:
+        """The paper's key in PAPERS."""
+        return self.id.split("-")[0]
+
+    @property
+    def kind(self) -> str:
+        """Equation, algorithm, figure or table."""
+        return KINDS.get(re.sub(r"\d+$", "", self.id.split("-")[-1]), "thing of another kind")
+
+
+def read(root: Path = ROOT) -> list[Entry]:
+    """The ledger.
+
+    Raises ValueError for an entry with a field that is missing or unknown.
+    """
+    entries = []
+    for given in yaml.safe_load((root / LEDGER).read_text()):
+        unknown = given.keys() - {field.name for field in fields(Entry)}
+        missing = {"id", "meaning", "status"} - given.keys()
+        if unknown or missing:
+            raise ValueError(f"{LEDGER}, {given.get('id')}: unknown {sorted(unknown)}, missing {sorted(missing)}")
+        entries.append(
+            Entry(**{key: tuple(value) if isinstance(value, list) else value for key, value in given.items()})
+        )
+    return entries
+
+
+# What there is to point to
+
+
+def every_id() -> list[str]:
+    """The ids that there must be, in the order of the papers."""
+    return [
+        f"{key}-{prefix}{number}"
+        for key, paper in PAPERS.items()
+        for prefix, count in zip(KINDS, paper.counts, strict=True)
+        for number in range(1, count + 1)
+    ]
+
+
+def cited(text: str) -> list[str]:
+    """The ids that a text such as "LGTM eqs. (8), (12)-(17) and Figure 3; IKD section 2" cites.
+
+    A number belongs to the last kind and the last paper named before it.  A semicolon ends a paper's numbers, and so
+    does a year in brackets, because another work is meant then.  Sections and lines have no entries in the ledger.
+    """
+    keys = {paper.name: key for key, paper in PAPERS.items()}
+    prefixes = {word: prefix for prefix, word in KINDS.items()} | {"eq.": "", "eqs.": ""}
+    names = "|".join(map(re.escape, keys))
+    pattern = rf"(?P<paper>\b(?:{names})\b)|(?P<end>;|\(\d{{4}}\))"
+    pattern += r"|(?P<kind>\beqs?\.|\b(?:algorithm|figure|table|section|line)s?\b)"
+    pattern += r"|(?P<bracket>\()?\b(?P<first>\d+)\b\)?(?:\s*[-–]\s*\(?(?P<last>\d+)\)?)?"
+    paper, kind, found = None, None, []
+    for match in re.finditer(pattern, text, re.IGNORECASE):
+        if match["paper"]:
+            paper, kind = next(key for name, key in keys.items() if name.lower() == match["paper"].lower()), None
+        elif match["end"]:
+            paper = None
+        elif match["kind"]:
+            word = match["kind"].lower()
+            kind = prefixes.get(word, prefixes.get(word.rstrip("s")))
+        elif paper and kind is not None and (kind or match["bracket"]):
+            last = int(match["last"] or match["first"])
+            found += [f"{paper}-{kind}{number}" for number in range(int(match["first"]), last + 1)]
+    return list(dict.fromkeys(found))
+
+
+def docstrings(root: Path) -> dict[str, tuple[str, str]]:
+    """By dotted name, the role by which the site refers to a public thing of kdlib, and its docstring."""
+    found = {}
+
+    def visit(node: ast.Module | ast.ClassDef | ast.FunctionDef, name: str, role: str) -> None:
+        found[name] = (role, ast.get_docstring(node) or "")
+        for child in [] if isinstance(node, ast.FunctionDef) else node.body:
+            if isinstance(child, ast.ClassDef | ast.FunctionDef) and not child.name.startswith("_"):
+                inner = "py:meth" if isinstance(node, ast.ClassDef) else "py:func"
+                visit(child, f"{name}.{child.name}", "py:class" if isinstance(child, ast.ClassDef) else inner)
+
+    for path in sorted((root / "kdlib").rglob("*.py")):
+        name = ".".join(path.relative_to(root).with_suffix("").parts).removesuffix(".__init__")
+        visit(ast.parse(path.read_text()), name, "py:mod")
+    return found
+
+
+def sources(doc: str) -> str:
+    """What a docstring says under `Source:`, on one line."""
+    parts = re.findall(r"\bSource:(.*?)(?=\bDerived in:|\n\s*\n|\Z)", doc, re.DOTALL)
+    return "; ".join(" ".join(part.split()) for part in parts)
+
+
+def anchors(root: Path) -> dict[str, str]:
+    """By `chapters/NN_name#label`, the text of the link: all labelled equations and figures, and the headings."""
+    found = {}
+    for path in sorted((root / "chapters").glob("*.py")):
+        chapter, text = f"chapters/{path.stem}", path.read_text()
+        for label in re.findall(r"\$\$ \(([\w-]+)\)$", text, re.MULTILINE):
+            found[f"{chapter}#{label}"] = f"{{eq}}`{label}`"
+        for label in re.findall(r'^# %% mystnb=.*"name": "([\w-]+)"', text, re.MULTILINE):
+            found[f"{chapter}#{label}"] = f"{{numref}}`{label}`"
+        for title in re.findall(r"^# ##{1,2} (.+)$", text, re.MULTILINE):
+            label = re.sub(r"[^\w\- ]", "", title.strip().lower()).replace(" ", "-")  # as MyST makes it
+            found[f"{chapter}#{label}"] = f"[{title}]({chapter}.ipynb#{label})"
+    return found
+
+
+def tests(root: Path) -> set[str]:
+    """Every test as `path::name` or `path::Class::name`."""
+    found = set()
+    for path in sorted((root / "tests").rglob("test_*.py")):
+        for node in ast.parse(path.read_text()).body:
+            place = path.relative_to(root).as_posix()
+            if isinstance(node, ast.FunctionDef):
+                found.add(f"{place}::{node.name}")
+            elif isinstance(node, ast.ClassDef):
+                found |= {f"{place}::{node.name}::{inner.name}" for inner in node.body if hasattr(inner, "name")}
+    return {name for name in found if name.split("::")[-1].startswith("test_")}
+
+
+def announced(root: Path) -> dict[str, set[str]]:
+    """By chapter, the ids that the row "Papers" of its head announces."""
+    found = {}
+    for path in sorted((root / "chapters").glob("*.py")):
+        row = re.search(r"^# \| Papers \| (.*) \|$", path.read_text(), re.MULTILINE)
+        found[f"chapters/{path.stem}"] = set(cited(row[1])) if row else set()
+    return found
+
+
+# What must hold
+
+
+def problems(entries: list[Entry], root: Path = ROOT) -> list[str]:
+    """Everything in the ledger that is not true, as sentences; none if all is well."""
+    return [
+        *id_problems([entry.id for entry in entries]),
+        *(f"{entry.id}: {said}" for entry in entries for said in field_problems(entry)),
+        *place_problems(entries, root),
+        *source_problems(entries, root),
+        *transcription_problems(entries, root),
+    ]
+
+
+def id_problems(ids: list[str]) -> Iterator[str]:
+    """Each thing that the papers number stands there once, in the papers' order."""
+    wanted = every_id()
+    for name in dict.fromkeys(ids):
+        if name not in wanted:
+            yield f"{name}: no paper has this"
+        if ids.count(name) > 1:
+            yield f"{name}: stands there {ids.count(name)} times"
+    yield from (f"{name}: is missing" for name in wanted if name not in ids)
+    known = [name for name in dict.fromkeys(ids) if name in wanted]
+    if known != sorted(known, key=wanted.index):
+        yield "the entries are not in the order of the papers"
+
+
+def field_problems(entry: Entry) -> Iterator[str]:
+    """What its status and its kind ask of an entry."""
+    if entry.status not in STATUSES:
+        yield f"status is {entry.status!r}, expected one of {', '.join(STATUSES)}"
+    for text in (entry.meaning, entry.why):
+        if re.search(r"[|$<>*_`\n]", text):
+            yield f"what would be markup on the page: {text!r}"
+    if not 10 < len(entry.meaning) < 160:
+        yield f"the meaning has {len(entry.meaning)} characters"
+    theory = entry.kind in ("equation", "algorithm")
+    if entry.status in ("derived", "measured"):
+        if not entry.anchor:
+            yield f"{entry.status}, but no anchor says where"
+        if theory != (entry.status == "derived"):
+            yield f"{entry.status} is for {'figures and tables' if theory else 'equations and algorithms'}"
+    elif entry.anchor:
+        yield f"{entry.status}, but it has an anchor"
+    elif not entry.why:
+        yield f"{entry.status}, but nothing says why"
+    if entry.status == "not possible here" and (entry.functions or entry.tests):
+        yield "not possible here, but it has functions or tests"
+    if (entry.status == "derived" or entry.functions) and not entry.tests:
+        yield "no test holds it to the code"
+
+
+def place_problems(entries: list[Entry], root: Path) -> Iterator[str]:
+    """Anchors, functions and tests exist, and chapters and docstrings agree on what is derived where."""
+    places, known, checks, heads = anchors(root), docstrings(root), tests(root), announced(root)
+    for entry in entries:
+        chapter = entry.anchor.split("#")[0]
+        if entry.anchor and entry.anchor not in places:
+            yield f"{entry.id}: there is no {entry.anchor}"
+        elif entry.anchor and entry.id not in heads[chapter]:
+            yield f"{entry.id}: stands in {chapter}, whose head does not announce it"
+        for name in entry.functions:
+            if name not in known:
+                yield f"{entry.id}: there is no {name}"
+        for name in entry.tests:
+            if name not in checks:
+                yield f"{entry.id}: there is no test {name}"
+        said = [known[name][1] for name in entry.functions if name in known]
+        if entry.status == "derived" and said and not any(chapter in doc.partition("Derived in:")[2] for doc in said):
+            yield f"{entry.id}: none of its functions says that it is derived in {chapter}"
+    for chapter, names in heads.items():
+        yield from (f"{chapter} announces {name}, which no paper has" for name in sorted(names - set(every_id())))
+
+
+def source_problems(entries: list[Entry], root: Path) -> Iterator[str]:
+    """A docstring cites an equation if and only if the ledger names the function there."""
+    listed = {(entry.id, name) for entry in entries for name in entry.functions}
+    said = set()
+    for name, (_, doc) in docstrings(root).items():
+        source = sources(doc)
+        said |= {(id, name) for id in cited(source)}
+        if "section" not in source and not cited(source) and any(paper.name in source for paper in PAPERS.values()):
+            yield f"{name} names a paper under Source, but nothing in it: {source!r}"
+    yield from (f"{name} cites {id}, but the ledger does not name it there" for id, name in sorted(said - listed))
+    yield from (f"{id}: names {name}, whose docstring does not cite it" for id, name in sorted(listed - said))
+
+
+def transcription_problems(entries: list[Entry], root: Path) -> Iterator[str]:
+    """A table is said to be transcribed if and only if its numbers are in data/published."""
+    there = set()
+    for path in sorted((root / "data" / "published").glob("*.csv")):
+        with path.open(newline="") as lines:
+            there |= {(row["table"], path.relative_to(root).as_posix()) for row in csv.DictReader(lines)}
+    said = {(entry.id, entry.transcribed) for entry in entries if entry.transcribed}
+    yield from (f"{id}: its numbers are in {path}, which the ledger does not say" for id, path in sorted(there - said))
+    yield from (f"{id}: its numbers are not in {path}" for id, path in sorted(said - there))
+
+
+# The page
+
+
+def page(entries: list[Entry], root: Path = ROOT) -> str:
+    """The whole page; `problems` must have found none."""
+    places, known = anchors(root), docstrings(root)
+    parts = [HEAD.format(counts=count_table(entries))]
+    for key, paper in PAPERS.items():
+        rows = [row(entry, places, known) for entry in entries if entry.paper == key]
+        parts.append("\n".join([f"## {paper.name}", "", f"{paper.work}.", "", *table(COLUMNS, rows), ""]))
+    return "\n".join(parts)
+
+
+def count_table(entries: list[Entry]) -> str:
+    """How many of each kind have which status."""
+    rows = []
+    for kind in KINDS.values():
+        states = [entry.status for entry in entries if entry.kind == kind]
+        rows.append([f"{kind}s", *(str(states.count(status)) for status in STATUSES), str(len(states))])
+    return "\n".join(table(("", *STATUSES, "all"), rows))
+
+
+def row(entry: Entry, places: dict[str, str], known: dict[str, tuple[str, str]]) -> list[str]:
+    """The cells of one entry; a test's name is shown in words."""
+    place = ""
+    if entry.anchor:
+        place = f"chapter {int(re.search(r'[0-9]+', entry.anchor)[0])}, {places[entry.anchor]}"
+    functions = [f"{{{known[name][0]}}}`{name.removeprefix('kdlib.')} <{name}>`" for name in entry.functions]
+    checks = [f"`{test.split('::')[0]}`: {in_words(test)}" for test in entry.tests]
+    status = f"{entry.status}; {entry.why}" if entry.why else entry.status
+    return [entry.id, entry.meaning, place, ", ".join(functions), "; ".join(checks), status]
+
+
+def in_words(test: str) -> str:
+    """`tests/test_a.py::TestTheStep::test_it_goes_down` as "the step: it goes down"."""
+    *classes, name = test.split("::")[1:]
+    parts = [re.sub(r"(?<!^)(?=[A-Z])", " ", part.removeprefix("Test")).lower() for part in classes]
+    return ": ".join([*parts, name.removeprefix("test_").replace("_", " ")])
+
+
+def table(head: tuple[str, ...], rows: list[list[str]]) -> list[str]:
+    """A table's lines in Markdown."""
+    return [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows)]
+
+
+def main(root: Path = ROOT) -> int:
+    """Write the page, unless the ledger is wrong; returns the exit status."""
+    entries = read(root)
+    if complaints := problems(entries, root):
+        print("\n".join(complaints))
+        return 1
+    path, text = root / PAGE, page(entries, root)
+    if not path.exists() or path.read_text() != text:
+        path.write_text(text)
+        print(f"wrote {PAGE}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
