@@ -349,6 +349,45 @@ class TestDistillationInfluence:
             drop = feedback(PARAMETERS) - feedback(pilot.sgd_step(STUDENT, PARAMETERS, one, loss, rate))
             assert drop == pytest.approx(rate * influences[i].item(), rel=0.05)
 
+    def test_one_step_lowers_the_feedback_loss_by_the_sum_of_the_influences_to_first_order(self):
+        """LGTM's eqs. (13)-(16): what the forecast leaves out is ½ η² ∇Lᵀ H_e ∇L, with H_e at the pilot student."""
+        loss = as_loss(lambda student, teacher, labels: KL(student.logits, teacher.logits))
+        slope = pilot.gradient(STUDENT, PARAMETERS, FULL, loss)
+
+        def feedback(parameters):
+            with torch.no_grad(), models.evaluating(STUDENT):
+                return pilot.task_loss(models.apply(STUDENT, parameters, FEEDBACK), FEEDBACK).mean()
+
+        for rate in (1e-6, 1e-5):
+            stepped = pilot.sgd_step(STUDENT, PARAMETERS, FULL, loss, rate)
+            g = influence.feedback_gradient(STUDENT, stepped, FEEDBACK)
+            outputs, tangent = influence.student_tangent(STUDENT, PARAMETERS, BATCH, g)
+            influences = influence.distillation_influence(KL, outputs.logits, tangent.logits, FROM_TEACHER.logits)
+            curved = influence.hessian_vector_product(STUDENT, stepped, FEEDBACK, pilot.task_loss, slope)
+            left_out = rate**2 / 2 * sum((slope[name] * curved[name]).sum() for name in slope).item()
+            drop = (feedback(PARAMETERS) - feedback(stepped)).item()
+            forecast = -influence.meta_gradient_loss(influences, rate).item()
+            assert forecast == pytest.approx(rate / 5 * influences.sum().item())
+            assert drop == pytest.approx(forecast, rel=0.1)
+            assert drop - forecast == pytest.approx(left_out, rel=0.01, abs=0)
+
+    @pytest.mark.parametrize("name", ["kl_divergence", "soft_cross_entropy"])
+    def test_weighting_by_the_influences_is_not_descending_them(self, tangents, name):
+        """The two ends of LGTM's eq. (18), for the teacher's logits: −J M ż for eq. (9), −J ż for eq. (10)."""
+        outputs, tangent = (values.logits for values in tangents["jvp"])
+        objective = partial(getattr(losses, name), reduction="none")
+        teacher = FROM_TEACHER.logits.clone().requires_grad_()
+        influences = influence.distillation_influence(objective, outputs, tangent, teacher)
+        p, q = FROM_TEACHER.logits.softmax(-1), outputs.softmax(-1)
+        jacobian = torch.diag_embed(p) - p[:, :, None] * p[:, None, :]
+        scores = outputs - FROM_TEACHER.logits if name == "kl_divergence" else outputs
+        swapped = scores[:, :, None] * (q - p)[:, None, :]
+        (weighted,) = torch.autograd.grad((influences.detach() * objective(outputs, teacher)).sum(), teacher)
+        assert exact.error(weighted, -(jacobian @ swapped @ tangent[:, :, None])[..., 0]) < 1e-12
+        (descended,) = torch.autograd.grad(influences.sum(), teacher)
+        assert exact.error(descended, -(jacobian @ tangent[:, :, None])[..., 0]) < 1e-12
+        assert exact.error(weighted, descended) > 0.1
+
     def test_an_objective_that_is_not_per_sample_is_refused(self, tangents):
         outputs, tangent = tangents["jvp"]
         with pytest.raises(ValueError, match=r"returned shape \(\) for 5 samples, expected \(5,\)"):
