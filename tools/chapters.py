@@ -47,6 +47,7 @@ def chapters(root: Path = ROOT) -> list[Chapter]:
     """
     book = yaml.safe_load((root / "book.yml").read_text())
     files = [entry["file"] for part in book["parts"] for entry in part["chapters"]]
+    files = [file for file in files if file.startswith("chapters/")]  # the other pages belong to the site only
     if not files:
         raise ValueError("book.yml lists no chapter")
     found = [Chapter(Path(file).name, root / f"{file}.py", root / f"{file}.ipynb") for file in files]

@@ -1,0 +1,123 @@
+"""The site's pages on kdlib, written from its docstrings; nothing is imported, so that signatures read as in the source.
+
+A docstring says where its function is derived, `Derived in: chapters/01_distillation`.  That becomes a link to the
+chapter here, and `derived` collects the links back.
+"""
+
+import ast
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+ROLES = {"function": "py:func", "class": "py:class", "data": "py:data", "module": "py:mod"}
+CHAPTER = re.compile(r"\bchapters/(\d\d_\w+)")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One thing that kdlib offers: a function, class or constant of a module, or the module itself."""
+
+    module: str
+    name: str  # empty for the module
+    kind: str  # a key of ROLES
+    signature: str
+    doc: str
+    methods: tuple["Entry", ...] = ()
+
+    @property
+    def link(self) -> str:
+        """A cross-reference to this entry, shown without the package's name."""
+        target = f"{self.module}.{self.name}".rstrip(".")
+        return f"{{{ROLES[self.kind]}}}`{target.removeprefix('kdlib.')} <{target}>`"
+
+    @property
+    def summary(self) -> str:
+        """The first paragraph of the docstring."""
+        return self.doc.split("\n\n")[0].replace("\n", " ")
+
+
+def modules(root: Path) -> dict[str, list[Entry]]:
+    """The public entries of every module by the module's name, the module itself first; undocumented ones are left out.
+
+    A constant is documented by a string on the line after it.
+    """
+    found = {}
+    for path in sorted((root / "kdlib").rglob("*.py")):
+        name = ".".join(path.relative_to(root).with_suffix("").parts).removesuffix(".__init__")
+        tree = ast.parse(path.read_text())
+        entries = [Entry(name, "", "module", "", ast.get_docstring(tree) or ""), *_entries(name, tree)]
+        found[name] = [entry for entry in entries if entry.doc or entry.kind == "module"]
+    return found
+
+
+def derived(root: Path) -> dict[str, list[Entry]]:
+    """By chapter, the entries whose docstrings say that they are derived there."""
+    found: dict[str, list[Entry]] = {}
+    for entry in (entry for entries in modules(root).values() for entry in entries):
+        for said in re.findall(r"Derived in:\s*((?:chapters/\w+[,\s]*(?:and\s+)?)+)", entry.doc):
+            for chapter in CHAPTER.findall(said):
+                found.setdefault(chapter, []).append(entry)
+    return found
+
+
+def pages(root: Path) -> dict[str, str]:
+    """The pages as MyST Markdown by their name: `index`, and one for each module."""
+    found = modules(root)
+    links = {f"{e.module}.{e.name}": e.link for entries in found.values() for e in entries if e.name}
+    index = ["# The library", "", "What `kdlib` offers, room by room, in the words of its docstrings.", ""]
+    for module, entries in found.items():
+        index.append(f"- {{doc}}`{module}`: {_markdown(entries[0].summary, module, links)}")
+    return {"index": "\n".join([*index, ""])} | {name: _page(name, entries, links) for name, entries in found.items()}
+
+
+def _page(module: str, entries: list[Entry], links: dict[str, str]) -> str:
+    lines = [f"# `{module}`", "", f":::{{py:module}} {module}", ":::", ""]
+    lines += [_markdown(entries[0].doc, module, links), ""]
+    for entry in entries[1:]:
+        lines += [f"::::{{py:{entry.kind}}} {entry.name}{entry.signature}", "", _markdown(entry.doc, module, links), ""]
+        for method in entry.methods:
+            lines += [f":::{{py:method}} {method.name}{method.signature}", ""]
+            lines += [_markdown(method.doc, module, links), "", ":::", ""]
+        lines += ["::::", ""]
+    return "\n".join(lines)
+
+
+def _markdown(doc: str, module: str, links: dict[str, str]) -> str:
+    """A docstring as MyST: code that names something of kdlib, and every chapter, becomes a link.
+
+    Outside of code, what Markdown would take for markup is escaped.
+    """
+
+    def part(text: str) -> str:
+        if text.startswith("`"):
+            name = text.strip("`").removesuffix("()").removeprefix("kdlib.")
+            return links.get(f"{module}.{name}") or links.get(f"kdlib.{name}") or text
+        return CHAPTER.sub(r"{doc}`/chapters/\1`", re.sub(r"[<$]|\*(?! )", r"\\\g<0>", text))
+
+    return "".join(part(text) for text in re.split(r"(`[^`]*`)", doc))
+
+
+def _entries(module: str, tree: ast.Module) -> Iterator[Entry]:
+    for node, after in zip(tree.body, [*tree.body[1:], None], strict=True):
+        if isinstance(node, ast.FunctionDef) and not node.name.startswith("_"):
+            yield _function(module, node)
+        elif isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+            public = [n for n in node.body if isinstance(n, ast.FunctionDef) and not n.name.startswith("_")]
+            methods = tuple(method for method in (_function(module, n, bound=True) for n in public) if method.doc)
+            yield Entry(module, node.name, "class", "", ast.get_docstring(node) or "", methods)
+        elif isinstance(node, ast.Assign | ast.AnnAssign) and isinstance(after, ast.Expr):
+            target = node.target if isinstance(node, ast.AnnAssign) else node.targets[0]
+            if isinstance(after.value, ast.Constant) and isinstance(after.value.value, str):
+                # The lines after the first are not indented in these strings.
+                yield Entry(module, ast.unparse(target), "data", "", after.value.value)
+
+
+def _function(module: str, node: ast.FunctionDef, bound: bool = False) -> Entry:
+    arguments = ast.unparse(node.args)
+    if bound:
+        arguments = re.sub(r"^(self|cls)(, )?", "", arguments)
+    returned = f" -> {ast.unparse(node.returns)}" if node.returns else ""
+    is_property = any(getattr(d, "id", getattr(d, "attr", "")).endswith("property") for d in node.decorator_list)
+    signature = "" if is_property else f"({arguments}){returned}"
+    return Entry(module, node.name, "function", signature, ast.get_docstring(node) or "")
