@@ -1,4 +1,4 @@
-"""Configuration of the site.  tools/site.py copies docs/, the chapters and the pages on kdlib together, and builds them."""
+"""Configuration of the site.  tools/site.py collects docs/, the chapters and the pages on kdlib, and builds them."""
 
 from importlib.util import find_spec
 from pathlib import Path
@@ -35,6 +35,7 @@ html_theme_options = {
     "use_download_button": False,  # each chapter offers its own files
     "use_fullscreen_button": False,
     "show_navbar_depth": 1,
+    "navbar_persistent": [],  # the search field stands in the sidebar
     "pygments_light_style": "a11y-high-contrast-light",
     "pygments_dark_style": "a11y-high-contrast-dark",
 }

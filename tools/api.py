@@ -1,4 +1,4 @@
-"""The site's pages on kdlib, written from its docstrings; nothing is imported, so that signatures read as in the source.
+"""The site's pages on kdlib, written from its docstrings; nothing is imported, so signatures read as in the source.
 
 A docstring says where its function is derived, `Derived in: chapters/01_distillation`.  That becomes a link to the
 chapter here, and `derived` collects the links back.
@@ -86,14 +86,15 @@ def _page(module: str, entries: list[Entry], links: dict[str, str]) -> str:
 def _markdown(doc: str, module: str, links: dict[str, str]) -> str:
     """A docstring as MyST: code that names something of kdlib, and every chapter, becomes a link.
 
-    Outside of code, what Markdown would take for markup is escaped.
+    Outside of code, what Markdown would take for HTML or for a formula is escaped.
     """
 
     def part(text: str) -> str:
         if text.startswith("`"):
             name = text.strip("`").removesuffix("()").removeprefix("kdlib.")
             return links.get(f"{module}.{name}") or links.get(f"kdlib.{name}") or text
-        return CHAPTER.sub(r"{doc}`/chapters/\1`", re.sub(r"[<$]|\*(?! )", r"\\\g<0>", text))
+        text = re.sub(r"\s+(Source|Derived in):", r"\n\n**\1:**", text)
+        return CHAPTER.sub(r"{doc}`/chapters/\1`", re.sub(r"[<$]", r"\\\g<0>", text))
 
     return "".join(part(text) for text in re.split(r"(`[^`]*`)", doc))
 

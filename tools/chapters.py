@@ -114,6 +114,7 @@ def problems(chapter: Chapter, root: Path = ROOT) -> list[str]:
         *pair_problems(source, stored),
         *output_problems(stored, root),
         *size_problems(chapter.notebook, stored),
+        *caption_problems(stored),
         *parameter_problems(chapter.name, source),
         *agreement_problems(chapter.name, source, library_names(root)),
     ]
@@ -166,6 +167,17 @@ def size_problems(path: Path, stored: NotebookNode) -> Iterator[str]:
                 figure = len(content) if kind == "image/svg+xml" else len(base64.b64decode(content))
                 if figure > MAX_FIGURE_BYTES:
                     yield f"a figure of cell {number} has {figure:,} bytes, {MAX_FIGURE_BYTES:,} are allowed"
+
+
+def caption_problems(stored: NotebookNode) -> Iterator[str]:
+    """Figures that a reader who cannot see them, or does not know what to look at, gets nothing from."""
+    for number, cell in enumerate(stored.cells, start=1):
+        if not any(kind.startswith("image/") for output in cell.get("outputs", []) for kind in output.get("data", {})):
+            continue
+        said = cell.metadata.get("mystnb", {})
+        if not said.get("image", {}).get("alt") or not said.get("figure", {}).get("caption"):
+            example = '# %% mystnb={"image": {"alt": "..."}, "figure": {"caption": "..."}}'
+            yield f"the figure of cell {number} needs an alt text and a caption: {example}"
 
 
 def parameter_problems(name: str, source: NotebookNode) -> Iterator[str]:

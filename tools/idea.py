@@ -27,7 +27,15 @@ def arrow(axes: Axes, start: tuple, end: tuple, color: str = GREY, bend: str = "
     """An arrow between two points."""
     axes.add_patch(
         FancyArrowPatch(
-            start, end, arrowstyle="-|>", mutation_scale=10, color=color, lw=1.3, connectionstyle=bend, shrinkA=0, shrinkB=0
+            start,
+            end,
+            arrowstyle="-|>",
+            mutation_scale=10,
+            color=color,
+            lw=1.3,
+            connectionstyle=bend,
+            shrinkA=0,
+            shrinkB=0,
         )
     )
 
@@ -53,7 +61,14 @@ def draw() -> plt.Figure:
 
     arrow(axes, (3.4, 2.15), (3.4, 1.84), GREEN)
     axes.text(2.68, 2.0, "along $g$", **note)
-    box(axes, 2.75, 1.57, "student tangent $\\dot z$, hence the influence\n$I_i=\\langle\\nabla\\ell_i,g\\rangle$ of every sample", GREEN, 2.95)
+    box(
+        axes,
+        2.75,
+        1.57,
+        "student tangent $\\dot z$, hence the influence\n$I_i=\\langle\\nabla\\ell_i,g\\rangle$ of every sample",
+        GREEN,
+        2.95,
+    )
 
     for x, (paper, use) in zip(
         (0.8, 2.2, 3.6),
@@ -71,7 +86,12 @@ def draw() -> plt.Figure:
         )
         arrow(axes, (max(x, 1.45), 1.3), (x, 1.0), GREEN)
 
-    axes.plot([0.8, 3.6], [0.12, 0.12], color=BLUE, lw=1.3)
+    # Back to the teacher, around the left side.
+    for x in (0.8, 2.2, 3.6):
+        axes.plot([x, x], [0.27, 0.12], color=BLUE, lw=1.3)
+    axes.plot([3.6, 0.08, 0.08], [0.12, 0.12, 4.1], color=BLUE, lw=1.3)
+    arrow(axes, (0.08, 4.1), (0.3, 4.1), BLUE)
+    axes.text(0.2, 2.5, "the teacher changes", rotation=90, **note)
     return figure
 
 
