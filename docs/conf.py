@@ -39,10 +39,13 @@ html_theme_options = {
     "pygments_light_style": "a11y-high-contrast-light",
     "pygments_dark_style": "a11y-high-contrast-dark",
 }
+html_context = {"default_mode": "auto"}  # light or dark, as the reader's system is
 # The formulas' scripts and fonts come from the package sphinx-mathjax-offline, not from a network.
 html_static_path = ["_static", str(Path(find_spec("sphinx-mathjax-offline").origin).parent / "static")]
 mathjax_path = "mathjax/tex-chtml.js"
 html_css_files = ["book.css"]
+html_favicon = "_static/favicon.svg"
+html_use_index = html_domain_indices = False  # the search finds more
 html_copy_source = False
 html_show_sourcelink = False
 html_show_sphinx = False

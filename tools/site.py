@@ -76,8 +76,13 @@ def cost_table(chapters: Iterable[Chapter], costs: Mapping[str, Cost]) -> str:
 
 
 def chapter_page(notebook: NotebookNode, chapter: Chapter, derived: Iterable[api.Entry]) -> NotebookNode:
-    """A chapter as the site shows it: with links to its two files under the title, and to the library at the end."""
+    """A chapter as the site shows it: with links to its two files under the title, and to the library at the end.
+
+    The remark that tells nbval to compare a cell's output is for nbval only.
+    """
     page = nbformat.from_dict(notebook)
+    for cell in page.cells:
+        cell.source = cell.source.removeprefix("# NBVAL_CHECK_OUTPUT\n")
     title, _, rest = page.cells[0].source.partition("\n")
     files = [
         f"{{download}}`{label} </downloads/{path.name}>`"
@@ -118,9 +123,12 @@ def _collect(root: Path, source: Path, notebooks: Path, costs: Mapping[str, Cost
 
 
 def _add_print_page(single: Path, html: Path) -> None:
-    """The whole book on one page, `print.html`; styles, scripts, figures and downloads are those of the other pages."""
+    """The whole book on one page, `print.html`; styles, scripts, figures and downloads are those of the other pages.
+
+    Sphinx writes links as `index.html#document-page#anchor`; browsers want the anchor alone.
+    """
     page = re.sub(r'(?<=href=")index\.html(?=#)', "", single.read_text())
-    (html / "print.html").write_text(page)
+    (html / "print.html").write_text(re.sub(r'(?<=href=")#document-[^"#]*(?=#)', "", page))
 
 
 def _own_hash() -> str:
