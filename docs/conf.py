@@ -32,18 +32,20 @@ toc_object_entries_show_parents = "hide"
 
 html_theme = "sphinx_book_theme"
 html_theme_options = {
+    "logo": {"text": project},
     "use_download_button": False,  # each chapter offers its own files
     "use_fullscreen_button": False,
     "show_navbar_depth": 1,
     "navbar_persistent": [],  # the search field stands in the sidebar
-    "pygments_light_style": "a11y-high-contrast-light",
-    "pygments_dark_style": "a11y-high-contrast-dark",
+    "pygments_light_style": "github-light-colorblind",
+    "pygments_dark_style": "github-dark-colorblind",
 }
 html_context = {"default_mode": "auto"}  # light or dark, as the reader's system is
 # The formulas' scripts and fonts come from the package sphinx-mathjax-offline, not from a network.
 html_static_path = ["_static", str(Path(find_spec("sphinx-mathjax-offline").origin).parent / "static")]
 mathjax_path = "mathjax/tex-chtml.js"
 html_css_files = ["book.css"]
+html_js_files = ["search.js"]
 html_favicon = "_static/favicon.svg"
 html_use_index = html_domain_indices = False  # the search finds more
 html_copy_source = False

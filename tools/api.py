@@ -5,10 +5,13 @@ chapter here, and `derived` collects the links back.
 """
 
 import ast
+import inspect
+import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 ROLES = {"function": "py:func", "class": "py:class", "data": "py:data", "module": "py:mod"}
 CHAPTER = re.compile(r"\bchapters/(\d\d_\w+)")
@@ -20,10 +23,10 @@ class Entry:
 
     module: str
     name: str  # empty for the module
-    kind: str  # a key of ROLES
+    kind: str  # Sphinx's word for it; what is in a class is a method, property or attribute
     signature: str
     doc: str
-    methods: tuple["Entry", ...] = ()
+    members: tuple["Entry", ...] = ()
 
     @property
     def link(self) -> str:
@@ -33,8 +36,8 @@ class Entry:
 
     @property
     def summary(self) -> str:
-        """The first paragraph of the docstring."""
-        return self.doc.split("\n\n")[0].replace("\n", " ")
+        """The first paragraph of the docstring, without where it comes from."""
+        return re.split(r"\s+(?:Source|Derived in):|\n\n", self.doc)[0].replace("\n", " ")
 
 
 def modules(root: Path) -> dict[str, list[Entry]]:
@@ -67,23 +70,23 @@ def pages(root: Path) -> dict[str, str]:
     links = {f"{e.module}.{e.name}": e.link for entries in found.values() for e in entries if e.name}
     index = ["# The library", "", "What `kdlib` offers, room by room, in the words of its docstrings.", ""]
     for module, entries in found.items():
-        index.append(f"- {{doc}}`{module}`: {_markdown(entries[0].summary, module, links)}")
+        index.append(f"- {{doc}}`{module}`: {markdown(entries[0].summary, module, links)}")
     return {"index": "\n".join([*index, ""])} | {name: _page(name, entries, links) for name, entries in found.items()}
 
 
 def _page(module: str, entries: list[Entry], links: dict[str, str]) -> str:
-    lines = [f"# `{module}`", "", f":::{{py:module}} {module}", ":::", ""]
-    lines += [_markdown(entries[0].doc, module, links), ""]
+    lines = [f"# {module}", "", f":::{{py:module}} {module}", ":::", ""]
+    lines += [markdown(entries[0].doc, module, links), ""]
     for entry in entries[1:]:
-        lines += [f"::::{{py:{entry.kind}}} {entry.name}{entry.signature}", "", _markdown(entry.doc, module, links), ""]
-        for method in entry.methods:
-            lines += [f":::{{py:method}} {method.name}{method.signature}", ""]
-            lines += [_markdown(method.doc, module, links), "", ":::", ""]
+        lines += [f"::::{{py:{entry.kind}}} {entry.name}{entry.signature}", "", markdown(entry.doc, module, links), ""]
+        for member in entry.members:
+            lines += [f":::{{py:{member.kind}}} {member.name}{member.signature}", ""]
+            lines += [markdown(member.doc, module, links), "", ":::", ""]
         lines += ["::::", ""]
     return "\n".join(lines)
 
 
-def _markdown(doc: str, module: str, links: dict[str, str]) -> str:
+def markdown(doc: str, module: str = "", links: Mapping[str, str] = MappingProxyType({})) -> str:
     """A docstring as MyST: code that names something of kdlib, and every chapter, becomes a link.
 
     Outside of code, what Markdown would take for HTML or for a formula is escaped.
@@ -99,26 +102,42 @@ def _markdown(doc: str, module: str, links: dict[str, str]) -> str:
     return "".join(part(text) for text in re.split(r"(`[^`]*`)", doc))
 
 
-def _entries(module: str, tree: ast.Module) -> Iterator[Entry]:
-    for node, after in zip(tree.body, [*tree.body[1:], None], strict=True):
+def _entries(module: str, parent: ast.Module | ast.ClassDef) -> Iterator[Entry]:
+    """The public functions, classes and documented names of a module, or of a class."""
+    within = isinstance(parent, ast.ClassDef)
+    for node, after in zip(parent.body, [*parent.body[1:], None], strict=True):
         if isinstance(node, ast.FunctionDef) and not node.name.startswith("_"):
-            yield _function(module, node)
+            yield _function(module, node, within)
         elif isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
-            public = [n for n in node.body if isinstance(n, ast.FunctionDef) and not n.name.startswith("_")]
-            methods = tuple(method for method in (_function(module, n, bound=True) for n in public) if method.doc)
-            yield Entry(module, node.name, "class", "", ast.get_docstring(node) or "", methods)
-        elif isinstance(node, ast.Assign | ast.AnnAssign) and isinstance(after, ast.Expr):
+            members = tuple(member for member in _entries(module, node) if member.doc)
+            yield Entry(module, node.name, "class", "", ast.get_docstring(node) or "", members)
+        elif isinstance(node, ast.Assign | ast.AnnAssign) and (doc := _string(after)):
             target = node.target if isinstance(node, ast.AnnAssign) else node.targets[0]
-            if isinstance(after.value, ast.Constant) and isinstance(after.value.value, str):
-                # The lines after the first are not indented in these strings.
-                yield Entry(module, ast.unparse(target), "data", "", after.value.value)
+            for name in target.elts if isinstance(target, ast.Tuple) else [target]:
+                yield Entry(module, ast.unparse(name), "attribute" if within else "data", _value(node, within), doc)
 
 
-def _function(module: str, node: ast.FunctionDef, bound: bool = False) -> Entry:
+def _string(node: ast.stmt | None) -> str:
+    """The text of a statement that is nothing but a string."""
+    if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
+        return inspect.cleandoc(node.value.value)
+    return ""
+
+
+def _value(node: ast.Assign | ast.AnnAssign, within: bool) -> str:
+    """Type and default of a field as the options of its directive."""
+    if not (within and isinstance(node, ast.AnnAssign)):
+        return ""
+    default = f"\n:value: {json.dumps(ast.unparse(node.value))}" if node.value else ""
+    return f"\n:type: {json.dumps(ast.unparse(node.annotation))}{default}"
+
+
+def _function(module: str, node: ast.FunctionDef, within: bool) -> Entry:
     arguments = ast.unparse(node.args)
-    if bound:
-        arguments = re.sub(r"^(self|cls)(, )?", "", arguments)
     returned = f" -> {ast.unparse(node.returns)}" if node.returns else ""
-    is_property = any(getattr(d, "id", getattr(d, "attr", "")).endswith("property") for d in node.decorator_list)
-    signature = "" if is_property else f"({arguments}){returned}"
-    return Entry(module, node.name, "function", signature, ast.get_docstring(node) or "")
+    kind, signature = "function", f"({arguments}){returned}"
+    if within:
+        kind, signature = "method", re.sub(r"^\((self|cls)(, )?", "(", signature)
+        if any(ast.unparse(decorator).endswith("property") for decorator in node.decorator_list):
+            kind, signature = "property", f"\n:type: {json.dumps(ast.unparse(node.returns))}" if node.returns else ""
+    return Entry(module, node.name, kind, signature, ast.get_docstring(node) or "")

@@ -7,6 +7,7 @@ reading and for nbval.  Every check here returns its complaints as sentences, no
 import ast
 import base64
 import hashlib
+import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -95,8 +96,9 @@ def strip(executed: NotebookNode) -> NotebookNode:
 
 
 def kept_metadata(cell: NotebookNode) -> dict:
-    """What a cell says about itself, without what tools add when they run it."""
-    return {key: cell.metadata[key] for key in CELL_METADATA if cell.metadata.get(key)}
+    """What a cell says about itself, without what tools add when they run it; in the order of the stored file."""
+    kept = {key: cell.metadata[key] for key in CELL_METADATA if cell.metadata.get(key)}
+    return {key: json.loads(json.dumps(value, sort_keys=True)) for key, value in kept.items()}
 
 
 def tagged(notebook: NotebookNode, tag: str) -> list[NotebookNode]:

@@ -89,7 +89,7 @@ def chapter_page(notebook: NotebookNode, chapter: Chapter, derived: Iterable[api
         for label, path in (("notebook (.ipynb)", chapter.notebook), ("source (.py)", chapter.source))
     ]
     page.cells[0].source = f"{title}\n\n:::{{container}} downloads\nDownload: {', '.join(files)}\n:::\n{rest}"
-    lines = [f"- {entry.link}: {entry.summary}" for entry in derived]
+    lines = [f"- {entry.link}: {api.markdown(entry.summary)}" for entry in derived]
     if lines:
         text = "\n".join(["## In the library", "", "What `kdlib` offers of this chapter:", "", *lines])
         page.cells.append(new_markdown_cell(text, id="library"))

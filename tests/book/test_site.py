@@ -215,7 +215,7 @@ const scrolls = (e) => e && e !== document.body && (["auto", "scroll"].includes(
   && e.getBoundingClientRect().right <= width + 1 || scrolls(e.parentElement));
 for (const e of document.querySelectorAll(
     "article :is(h1, h2, h3, p, li, dt, dd, pre, table, td, img, figcaption, code, mjx-container, .eqno)"))
-  if (e.getBoundingClientRect().right > width + 1 && !scrolls(e.parentElement))
+  if ((e.getBoundingClientRect().right > width + 1 || e.getBoundingClientRect().left < -1) && !scrolls(e.parentElement))
     found.push("<" + e.localName + "> sticks out: " + e.textContent.trim().slice(0, 60));
 return found;
 """
@@ -330,6 +330,8 @@ def results(browser, address: str, word: str) -> list[str]:
     summary = "return document.querySelector('.search-summary')?.textContent ?? ''"
     finished = re.compile("found|did not match")
     WebDriverWait(browser, 60).until(lambda b: finished.search(b.execute_script(summary)))
+    quoted = "return [...document.querySelectorAll('#search-results li')].every(e => e.querySelector('p.context'))"
+    WebDriverWait(browser, 60).until(lambda b: b.execute_script(quoted))
     links = "return [...document.querySelectorAll('#search-results ul.search a')].map(a => a.href)"
     return browser.execute_script(links)
 
@@ -337,6 +339,8 @@ def results(browser, address: str, word: str) -> list[str]:
 def test_search(html, serve, browser):
     address = serve(html)
     assert any("/notation.html" in link for link in results(browser, address, "influence"))
+    assert len(browser.execute_script("return document.querySelector('#search-results').textContent")) > 300
+    assert [line for line in browser.execute_async_script(LOOK)["found"] if line.startswith("raw")] == []
     assert results(browser, address, "zyxwv") == []
 
 
