@@ -202,7 +202,7 @@ ready.then(() => {
     if (!box || !(shut || box.getBoundingClientRect().width > 0))
       found.push("formula without a size: " + formula.textContent.slice(0, 60));
   }
-  for (const error of document.querySelectorAll("mjx-merror, .MathJax_Error"))
+  for (const error of document.querySelectorAll("mjx-merror, mjx-container [style*='color: red']"))
     found.push("formula that MathJax refuses: " + (error.getAttribute("data-mjx-error") || error.textContent));
   const figures = [...document.querySelectorAll("article img")];
   for (const image of figures) {
@@ -226,7 +226,7 @@ if (document.documentElement.scrollWidth > width)
 const scrolls = (e) => e && e !== document.body && (["auto", "scroll"].includes(getComputedStyle(e).overflowX)
   && e.getBoundingClientRect().right <= width + 1 || scrolls(e.parentElement));
 for (const e of document.querySelectorAll(
-    "article :is(h1, h2, h3, p, li, dt, dd, pre, table, td, img, figcaption, code, mjx-container, .eqno)"))
+    "article :is(h1, h2, h3, p, li, dt, dd, pre, table, td, img, figcaption, code, mjx-math, .eqno)"))
   if ((e.getBoundingClientRect().right > width + 1 || e.getBoundingClientRect().left < -1) && !scrolls(e.parentElement))
     found.push("<" + e.localName + "> sticks out: " + e.textContent.trim().slice(0, 60));
 return found;
@@ -387,6 +387,7 @@ FAULTS = {
     r"<p>The cost is \(x^2\).</p>": r"raw formula: The cost is \(x^2\).",
     '<span class="math">x</span>': "formula without a size: x",
     '<mjx-merror data-mjx-error="Undefined">x</mjx-merror>': "formula that MathJax refuses: Undefined",
+    r'<mjx-container><i style="color: red">\nosuch</i></mjx-container>': r"formula that MathJax refuses: \nosuch",
     '<img src="none.png" alt="A line.">': "figure without a size: none.png",
     '<img src="wide.svg">': "figure without alt text: wide.svg",
     '<img src="wide.svg" alt="A line."><figure></figure>': "figure without a caption: wide.svg",
