@@ -710,7 +710,7 @@ check_largest_alpha(largest_alpha)
 
 
 # %%
-def sgd_step(weights, gradient, learning_rate):
+def descend(weights, gradient, learning_rate):
     """Equation (eq-dist-step)."""
     return weights - learning_rate * gradient
 
@@ -723,7 +723,7 @@ student = torch.nn.Parameter(weights.clone())
 optimiser = torch.optim.SGD([student], lr=0.1)
 combined_loss(inputs @ student, teacher_logits, labels, 0.3).mean().backward()
 optimiser.step()
-torch.testing.assert_close(student.detach(), sgd_step(weights, gradient, 0.1))
+torch.testing.assert_close(student.detach(), descend(weights, gradient, 0.1))
 
 
 # %%
@@ -734,7 +734,7 @@ def loss_at(weights):
 
 def missed(learning_rate):
     """What the first-order forecast of one step leaves unexplained."""
-    after = loss_at(sgd_step(weights, gradient, learning_rate))
+    after = loss_at(descend(weights, gradient, learning_rate))
     return after - (loss_at(weights) - learning_rate * gradient.square().sum())
 
 
@@ -1039,9 +1039,9 @@ def judge(task, settings):
 pd.concat([judge(task, SETTINGS["distilled"]) for task in TASKS])
 
 # %% [markdown]
-# Not every claim survives. The gain that is clearest against its spread is the one that {eq}`eq-dist-worth` promises: better targets bring the
-# student's probabilities closer to the truth. The gains in accuracy have the right sign, but seeds alone move the accuracy as much. A
-# table with one number for each method would have hidden that.
+# Every gain points the right way, and most of them stay open. Better targets do what {eq}`eq-dist-worth` promises, but the seeds of a small
+# student move its scores by as much as the teacher does, and ten pairs do not always tell the two apart. A table with one number for each
+# method would have hidden that.
 #
 # The same with the $\alpha$ that the validation split chose, on the task of the sweep:
 
