@@ -12,8 +12,8 @@
 # # What does a derivative along one direction cost, and how exact is it?
 #
 # Which sample of a batch helps a student? The answer is a derivative of the student's logits along *one* direction in its weights. There
-# are five ways to compute it. LGTM takes two forward passes and a difference, and reports training that is ten times faster. What does
-# the difference lose? Is anything cheaper? And does the formula that the paper prints for it compute what the paper wants?
+# are five ways to compute it. LGTM takes two forward passes and a difference, and reports training that is ten times faster. What does the
+# difference lose? Is anything cheaper? And does the formula that the paper prints for it compute what the paper wants?
 #
 # | | |
 # |---|---|
@@ -119,14 +119,14 @@ def central_quotient(f, x, step):
 #
 # $$\varepsilon_+ = 2 \sqrt{\frac{c u}{|f''|}}, \qquad \varepsilon_\pm = \left( \frac{3 c u}{|f'''|} \right)^{1/3}. $$ (eq-fd-best)
 #
-# The best error is proportional to $\sqrt u$ for the forward quotient and to $u^{2/3}$ for the central one. That is half, or two thirds,
-# of the digits of the number format. No step does better.
+# The best error is proportional to $\sqrt u$ for the forward quotient and to $u^{2/3}$ for the central one. That is half, or two thirds, of
+# the digits of the number format. No step does better.
 #
 # **Before you run it:** bfloat16 has $u = 2^{-8}$, float32 $2^{-24}$, float64 $2^{-53}$. How many digits of a derivative can bfloat16 give?
 #
-# We try $f(x) = \log(1 + e^x)$, the cross entropy of two classes, whose derivatives are known: with $\sigma$ the sigmoid,
-# $f' = \sigma$, $f'' = \sigma (1 - \sigma)$, $f''' = \sigma (1 - \sigma)(1 - 2 \sigma)$. Errors are root mean squares over 400 places $x$ between
-# 0.5 and 1.5; one place alone gives a ragged curve.
+# We try $f(x) = \log(1 + e^x)$, the cross entropy of two classes, whose derivatives are known: with $\sigma$ the sigmoid, $f' = \sigma$,
+# $f'' = \sigma (1 - \sigma)$, $f''' = \sigma (1 - \sigma)(1 - 2 \sigma)$. Errors are root mean squares over 400 places $x$ between 0.5 and
+# 1.5; one place alone gives a ragged curve.
 
 # %%
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -186,8 +186,8 @@ figure.legend(loc="outside upper center", ncols=3)
 plt.show()
 
 # %% [markdown]
-# Six V-shaped curves. On the right arm truncation rules, with slope 1 or 2; on the left arm round-off, with slope $-1$. The dots are the best step
-# {eq}`eq-fd-best` and the bound {eq}`eq-fd-bound` there: a little above the curves, as a bound must be.
+# Six V-shaped curves. On the right arm truncation rules, with slope 1 or 2; on the left arm round-off, with slope $-1$. The dots are the
+# best step {eq}`eq-fd-best` and the bound {eq}`eq-fd-bound` there: a little above the curves, as a bound must be.
 
 # %%
 # NBVAL_CHECK_OUTPUT
@@ -279,8 +279,8 @@ check_richardson(richardson)
 #
 # $$\dot z = \frac{\mathrm d}{\mathrm d \varepsilon} z^s(\theta_s + \varepsilon g) \Big|_{\varepsilon = 0} \approx \frac{z^s(\theta_s + \varepsilon g) - z^s(\theta_s - \varepsilon g)}{2 \varepsilon}. $$ (eq-fd-tangent)
 #
-# The stage is `mini-mnli`, whose pairs of sentences fall into three classes. The teacher is the book's fine-tuned BERT of 4 layers and width
-# 128. The student is cut from its first two layers, gets a fresh head and a few steps of training on labels.
+# The stage is `mini-mnli`, whose pairs of sentences fall into three classes. The teacher is the book's fine-tuned BERT of 4 layers and
+# width 128. The student is cut from its first two layers, gets a fresh head and a few steps of training on labels.
 
 # %%
 config = runs.configure(task="mini-mnli", method="fine_tune", student="tiny-2x32", feedback_fraction=0.1, device="cpu")
@@ -319,8 +319,8 @@ for _ in range(40):
     optimiser.step()
 
 # %% [markdown]
-# The direction: one pilot step on the distillation loss of a batch, then the gradient of the feedback loss at the pilot student. We do it in
-# float64, so that the exact tangent is exact to many digits. `jvp` is forward-mode differentiation: it carries a value and its
+# The direction: one pilot step on the distillation loss of a batch, then the gradient of the feedback loss at the pilot student. We do it
+# in float64, so that the exact tangent is exact to many digits. `jvp` is forward-mode differentiation: it carries a value and its
 # derivative along the direction through the network, side by side.
 
 
@@ -380,9 +380,9 @@ print(
 )
 
 # %% [markdown]
-# Four number formats: float64; float32; *autocast*, which stores weights in float32 and multiplies matrices in bfloat16, the usual way to train on a GPU; and
-# weights stored in bfloat16. In each the weights are moved by $r = \varepsilon \lVert g \rVert$ and the quotient is compared with the
-# exact tangent. The error is relative, $\lVert \text{quotient} - \dot z \rVert / \lVert \dot z \rVert$.
+# Four number formats: float64; float32; *autocast*, which stores weights in float32 and multiplies matrices in bfloat16, the usual way to
+# train on a GPU; and weights stored in bfloat16. In each the weights are moved by $r = \varepsilon \lVert g \rVert$ and the quotient is
+# compared with the exact tangent. The error is relative, $\lVert \text{quotient} - \dot z \rVert / \lVert \dot z \rVert$.
 
 # %%
 FORMATS = {
@@ -430,9 +430,10 @@ plt.show()
 # %% [markdown]
 # The same V. On the right all formats agree, because truncation does not know about rounding. On the left they part.
 #
-# LGTM's code takes $\varepsilon = 0.01 / \lVert g \rVert$, a rule inherited from architecture search (DARTS). Judge it here (dotted line). To find
-# the best $r$ of a format we need no theory of rounding in BERT: by {eq}`eq-fd-bound` the error is $a r^2 + b / r$. One measurement in float64 gives $a$,
-# since truncation is the same in every format; one on the left arm of the format gives $b$; and the best radius is $(b / 2a)^{1/3}$.
+# LGTM's code takes $\varepsilon = 0.01 / \lVert g \rVert$, a rule inherited from architecture search (DARTS). Judge it here (dotted line).
+# To find the best $r$ of a format we need no theory of rounding in BERT: by {eq}`eq-fd-bound` the error is $a r^2 + b / r$. One measurement
+# in float64 gives $a$, since truncation is the same in every format; one on the left arm of the format gives $b$; and the best radius is
+# $(b / 2a)^{1/3}$.
 
 # %%
 LEFT = {"float64": 1e-6, "float32": 1e-5, "autocast": 1e-3, "bfloat16": 1e-2}  # where round-off rules
@@ -459,8 +460,8 @@ for name in ("float32", "autocast", "bfloat16"):
 
 # %% [markdown]
 # The rule is a compromise, not a law. In float32 a smaller step would be more exact, but few need those digits. Under autocast the rule
-# lies near the best radius, and the best is mediocre. With weights *stored* in bfloat16 it fails: the step is smaller than the spacing
-# of most weights, so most do not move at all, and no radius helps. jvp never forms a difference of nearby numbers. Its error is that of the
+# lies near the best radius, and the best is mediocre. With weights *stored* in bfloat16 it fails: the step is smaller than the spacing of
+# most weights, so most do not move at all, and no radius helps. jvp never forms a difference of nearby numbers. Its error is that of the
 # arithmetic itself.
 #
 # ### What the perturbation does to the weights
@@ -511,9 +512,9 @@ print(
 torch.testing.assert_close(slopes["float32"], 0.5, atol=0.1, rtol=0)
 
 # %% [markdown]
-# A random walk: the drift grows with the square root of the number of steps. In float32 it is harmless in size. It is not harmless to reproducibility: the student's weights now depend on
-# whether its influence was *looked at*. The repair costs nothing: compute $\theta_s \pm \varepsilon g$ as new tensors, as `shifted` does.
-# The functional form never writes into the student.
+# A random walk: the drift grows with the square root of the number of steps. In float32 it is harmless in size. It is not harmless to
+# reproducibility: the student's weights now depend on whether its influence was *looked at*. The repair costs nothing: compute $\theta_s
+# \pm \varepsilon g$ as new tensors, as `shifted` does. The functional form never writes into the student.
 #
 # ## Five ways and what they cost
 #
@@ -521,10 +522,10 @@ torch.testing.assert_close(slopes["float32"], 0.5, atol=0.1, rtol=0)
 #
 # $$I_i = \langle \nabla_{\theta_s} \ell_i,\, g \rangle = \frac{\partial \ell_i}{\partial z^s_i} \cdot \dot z_i = (q_i - p_i) \cdot \dot z_i . $$ (eq-fd-influence)
 #
-# Count in units of $F$, one forward pass of the student over the batch. Nearly all of it is matrix products $Y = X W$. A backward pass computes
-# two products for each, $\bar W = X^\top \bar Y$ and $\bar X = \bar Y W^\top$: $2F$. Forward mode adds $\dot Y = X \dot W + \dot X W$, two as well.
-# Call $P$ the bytes of all weights, $A$ the activations that one training step keeps for its backward pass, and $W$ the workspace of a
-# forward pass that keeps nothing.
+# Count in units of $F$, one forward pass of the student over the batch. Nearly all of it is matrix products $Y = X W$. A backward pass
+# computes two products for each, $\bar W = X^\top \bar Y$ and $\bar X = \bar Y W^\top$: $2F$. Forward mode adds $\dot Y = X \dot W + \dot X
+# W$, two as well. Call $P$ the bytes of all weights, $A$ the activations that one training step keeps for its backward pass, and $W$ the
+# workspace of a forward pass that keeps nothing.
 #
 # | way to all $I_i$ | passes | time in $F$ | bytes |
 # |---|---|---|---|
@@ -595,8 +596,8 @@ WAYS = {
 }
 
 # %% [markdown]
-# Two instruments. The clock lets all ways take turns and keeps the fastest turn of each. The other one watches every tensor that torch creates and adds up the bytes
-# that are alive at once, beyond what was there before.
+# Two instruments. The clock lets all ways take turns and keeps the fastest turn of each. The other one watches every tensor that torch
+# creates and adds up the bytes that are alive at once, beyond what was there before.
 
 
 # %%
@@ -676,7 +677,8 @@ for name in ("loop", "vmap", "double backward", "difference"):
 print("all five ways find the same influences")
 
 # %% [markdown]
-# The prediction for a batch of 32, with $F$, $W$, $A$ and $P$ measured on the forward pass and the training step, beside what the five took:
+# The prediction for a batch of 32, with $F$, $W$, $A$ and $P$ measured on the forward pass and the training step, beside what the five
+# took:
 
 # %%
 B = 32
@@ -727,13 +729,14 @@ for count, (table, _) in measured.items():
     print(f"{table.loc['jvp', 'MiB'] / table.loc['training step', 'MiB']:.0%} of a training step's bytes")
 
 # %% [markdown]
-# What to see: the loop's time climbs with the batch and the others' much less, because a pass over one sample costs a good part of a pass over
-# many. `vmap` is fast and pays in memory: one gradient for each sample. Central difference and jvp are close in time, keep no graph and need less
-# memory than one training step. (jvp handles two tensors in every operation, and small networks notice; with matrices of BERT's real size only the products count.)
+# What to see: the loop's time climbs with the batch and the others' much less, because a pass over one sample costs a good part of a pass
+# over many. `vmap` is fast and pays in memory: one gradient for each sample. Central difference and jvp are close in time, keep no graph
+# and need less memory than one training step. (jvp handles two tensors in every operation, and small networks notice; with matrices of
+# BERT's real size only the products count.)
 #
-# > **Paper, code, exact.** LGTM says that the difference needs "two forward passes" and that the naive way is memory intensive because
-# > it keeps a copy of $g$. The first holds if the logits at $\theta_s$ are there already. The second does not tell the ways apart: every
-# > one of them needs $g$, the difference too, since $\theta_s^\pm$ are made from it. What the naive way can be short of is room for $B$
+# > **Paper, code, exact.** LGTM says that the difference needs "two forward passes" and that the naive way is memory intensive because it
+# > keeps a copy of $g$. The first holds if the logits at $\theta_s$ are there already. The second does not tell the ways apart: every one
+# > of them needs $g$, the difference too, since $\theta_s^\pm$ are made from it. What the naive way can be short of is room for $B$
 # > gradients, and a loop that forgets each gradient after use does not even need that.
 #
 # ## LGTM, line by line
@@ -750,8 +753,10 @@ for count, (table, _) in measured.items():
 #
 # $$\nabla_{\theta_t} \frac 1 B \sum_i w_i \ell_i = \frac 1 B \sum_i \nabla_{\theta_t} \ell_i\, (\nabla_{\theta_s} \ell_i)^\top g \;\overset{(a)}{\approx}\; \frac 1 B \sum_i \nabla^2_{\theta_t \theta_s} \ell_i\; g \;\overset{(b)}{\approx}\; \nabla_{\theta_t} \hat L_{\text{influence}}. $$ (eq-fd-chain)
 #
-# (The transposes are ours, so that the shapes fit.) We test each step. The stage is small and exact: teacher and student are perceptrons on
-# scikit-learn's digits, in float64, a dozen seeds, at three moments of training.
+# (The transposes are ours, so that the shapes fit.) A first doubt needs no computer. As $\varepsilon \to 0$ the value of (10) is the mean
+# of $I_i$, that of (9) the mean of $I_i\, \ell_i$: the same if every $\ell_i$ were 1. And the gradient of (9) is the mean of $I_i \nabla
+# \ell_i$, that of (10) the mean of $\nabla I_i$: the two halves of a product rule. We test each step. The stage is small and exact: teacher
+# and student are perceptrons on scikit-learn's digits, in float64, a dozen seeds, at three moments of training.
 
 # %%
 from sklearn.datasets import load_digits
@@ -800,8 +805,8 @@ def situation(seed, stage):
 situations = {(seed, stage): situation(seed, stage) for seed in SEEDS for stage in STAGES}
 
 # %% [markdown]
-# The judge is brute force: let the student take its pilot step, evaluate the feedback loss, and differentiate the result through the step in the teacher's
-# weights. This *meta-gradient* is what a teacher should descend if it wants the student's feedback loss to fall.
+# The judge is brute force: let the student take its pilot step, evaluate the feedback loss, and differentiate the result through the step
+# in the teacher's weights. This *meta-gradient* is what a teacher should descend if it wants the student's feedback loss to fall.
 
 
 # %%
@@ -830,9 +835,9 @@ def feedback_of(teacher, student, batch, feedback_batch):
 # %% [markdown]
 # ### Where the ∇ is missing
 #
-# As printed, $L_e(\theta_s')$ in $\theta_s^\pm$ is a number, and adding a number to a vector of weights adds it to every weight. Eq. (10), eq. (18) and
-# Algorithm 1 line 6 all print it this way. Meant is its gradient $g$, as the released code has it. Does it matter? Read literally, the formula
-# differentiates along the all-ones vector:
+# As printed, $L_e(\theta_s')$ in $\theta_s^\pm$ is a number, and adding a number to a vector of weights adds it to every weight. Eq. (10),
+# eq. (18) and Algorithm 1 line 6 all print it this way. Meant is its gradient $g$, as the released code has it. Does it matter? Read
+# literally, the formula differentiates along the all-ones vector:
 
 
 # %%
@@ -864,8 +869,9 @@ for stage in STAGES:
     print(f"{stage:5s}: cosine between eq. (10) read literally and with ∇: {angles.mean():.2f} ± {angles.std():.2f}")
 
 # %% [markdown]
-# Nothing in common on average: the ∇ is a slip of the pen, but a formula typed in as printed would be noise. From here on $\theta_s^\pm = \theta_s \pm \varepsilon g$.
-# With it, step $(b)$ of {eq}`eq-fd-chain` is the central quotient of the previous sections. It is right up to $O(\varepsilon^2)$:
+# Nothing in common on average: the ∇ is surely a slip of the pen, but a formula typed in as printed computes something else. From here on
+# $\theta_s^\pm = \theta_s \pm \varepsilon g$. With it, step $(b)$ of {eq}`eq-fd-chain` is the central quotient of the previous sections. It
+# is right up to $O(\varepsilon^2)$:
 
 # %%
 # NBVAL_CHECK_OUTPUT
@@ -885,21 +891,21 @@ print("step (b), largest 1 − cosine:", "below 1e-8" if worst < 1e-8 else f"{wo
 # %% [markdown]
 # ### Why step (a) does not hold
 #
-# Step $(a)$ exchanges a product of two first derivatives for one mixed second derivative. For a likelihood the two have equal means (that is Fisher's
-# information identity), but a distillation loss is no likelihood of teacher and student together. Look at one sample in
-# the space of logits, where $\theta_t$ and $\theta_s$ act through $z^t$ and $z^s$. Write $J = \mathrm{diag}(p) - p p^\top$ for the Jacobian of
+# Step $(a)$ exchanges a product of two first derivatives for one mixed second derivative. For a likelihood the two have equal means (that
+# is Fisher's information identity), but a distillation loss is no likelihood of teacher and student together. Look at one sample in the
+# space of logits, where $\theta_t$ and $\theta_s$ act through $z^t$ and $z^s$. Write $J = \mathrm{diag}(p) - p p^\top$ for the Jacobian of
 # the softmax. Both cross entropy and KL have $\partial \ell / \partial z^s = q - p$, so both have
 #
 # $$\frac{\partial^2 \ell}{\partial z^t\, \partial z^s} = -J. $$ (eq-fd-mixed)
 #
-# In the teacher's logits they differ, $\partial \ell_{\mathrm{soft}} / \partial z^t = -J z^s$ and
-# $\partial \ell_{\mathrm{KL}} / \partial z^t = -J (z^s - z^t)$, so that the products are
+# In the teacher's logits they differ, $\partial \ell_{\mathrm{soft}} / \partial z^t = -J z^s$ and $\partial \ell_{\mathrm{KL}} / \partial
+# z^t = -J (z^s - z^t)$, so that the products are
 #
 # $$\frac{\partial \ell}{\partial z^t} \Bigl(\frac{\partial \ell}{\partial z^s}\Bigr)^{\!\top} = -J\, M, \qquad M_{\mathrm{soft}} = z^s (q - p)^\top, \quad M_{\mathrm{KL}} = (z^s - z^t)(q - p)^\top. $$ (eq-fd-product)
 #
-# Step $(a)$ thus puts the identity in place of $M$, a matrix of rank one that need not even be positive. Its trace tells the sign.
-# For KL it is $(q - p) \cdot (z^s - z^t) = \mathrm{KL}(p \Vert q) + \mathrm{KL}(q \Vert p) \ge 0$. For cross entropy it is
-# $\mathbb E_q[z^s] - \mathbb E_p[z^s]$, which is *negative* as soon as the teacher is surer than the student of what the student favours.
+# Step $(a)$ thus puts the identity in place of $M$, a matrix of rank one that need not even be positive. Its trace tells the sign. For KL
+# it is $(q - p) \cdot (z^s - z^t) = \mathrm{KL}(p \Vert q) + \mathrm{KL}(q \Vert p) \ge 0$. For cross entropy it is $\mathbb E_q[z^s] -
+# \mathbb E_p[z^s]$, which is *negative* as soon as the teacher is surer than the student of what the student favours.
 
 
 # %%
@@ -923,7 +929,8 @@ for objective in (soft_ce, kl):
     torch.testing.assert_close(mixed_derivative, -softmax_jacobian(zt))
 
 # %% [markdown]
-# How large are the traces that stand in for the identity's? (The identity has trace 9 on ten classes, since constants added to all logits drop out.)
+# How large are the traces that stand in for the identity's? (The identity has trace 9 on ten classes, since constants added to all logits
+# drop out.)
 
 # %%
 rows = []
@@ -949,15 +956,15 @@ columns = ["moment", "mean trace, cross entropy", "negative", "mean trace, KL", 
 pd.DataFrame(rows, columns=columns).set_index("moment")
 
 # %% [markdown]
-# So {eq}`eq-fd-weighted` and {eq}`eq-fd-printed` are two different objectives. With cross entropy, as LGTM prints the loss, they pull mostly *against* each
-# other once training is under way; with KL, as its code computes it, with each other. In both cases one question is left: which of them points where the
-# feedback loss falls?
+# So {eq}`eq-fd-weighted` and {eq}`eq-fd-printed` are two different objectives. With cross entropy, as LGTM prints the loss, the traces say
+# that they pull mostly *against* each other once training is under way; with KL, as its code computes it, with each other. One question is
+# left: which of them points where the feedback loss falls?
 #
 # ### Which one helps the student?
 #
-# Each candidate gives the teacher a direction to descend. We measure its cosine with the exact meta-gradient, and then take a step of equal length along each
-# and see what the student's pilot step now does to the feedback loss. The change is divided by what the meta-gradient itself achieves: $-1$ is
-# as good as can be, above 0 is harm.
+# Each candidate gives the teacher a direction to descend. We measure its cosine with the exact meta-gradient, and then take a step of equal
+# length along each and see what the student's pilot step now does to the feedback loss. The change is divided by what the meta-gradient
+# itself achieves: $-1$ is as good as can be, above 0 is harm.
 
 
 # %%
@@ -1028,15 +1035,20 @@ text.loc[names, list(STAGES)].rename_axis(columns="cosine with the meta-gradient
 # %% [markdown]
 # Read the figure by columns; every dot is one seed, below zero is help.
 #
-# - **Eq. (10) as printed is the exact meta-gradient with the wrong sign.** Minimising it *raises* the feedback loss, in every seed. Turned round, it is exact.
-# - **Eq. (9) depends on which loss is meant.** With KL it raises the feedback loss: a weight $w_i > 0$ pulls the teacher *towards the student* on just those samples whose
-#   difference from the student was useful. With cross entropy it helps in most seeds once training is under way, and does harm at the start, as the sign of the trace foretold.
-# - Hence the two ends of {eq}`eq-fd-chain` cannot both be what is wanted, whichever loss is read into $\ell$.
+# - **Eq. (10) as printed is the exact meta-gradient with the wrong sign.** Minimising it *raises* the feedback loss, in every seed. Turned
+#   round, it is exact.
+# - **Eq. (9) depends on which loss is meant.** With KL it raises the feedback loss: a weight $w_i > 0$ pulls the teacher *towards the
+#   student* on just those samples whose difference from the student was useful. With cross entropy it does harm at the start, and helps in
+#   more seeds than not once training is under way, as the sign of the trace foretold; but the spread over seeds is wide.
+# - Step $(a)$ joins the first or second column to the third. The cosine of its two sides is minus the number in the table: far from 1
+#   everywhere.
+# - Hence the two ends of {eq}`eq-fd-chain` are two objectives. The chapter on student feedback trains with each.
 #
-# > **Paper, code, exact.** The paper minimises $\hat L_{\text{influence}}$. The code released with it *subtracts* the term, which is the sign of the exact
-# > gradient. But in its difference it evaluates the teacher's own loss, the reversed divergence $\mathrm{KL}(q \Vert p)$, where the student was stepped on $\mathrm{KL}(p \Vert q)$. In logits that
-# > replaces $J(p)\,\dot z$ by $J(q)\,\dot z$: the same where teacher and student agree, less and less where they do not. The last column shows it: always a help, never the best. And it multiplies the term by the *teacher's* learning rate.
-# > What is left of it then? We ask the BERT pair from above.
+# > **Paper, code, exact.** The paper minimises $\hat L_{\text{influence}}$. The code released with it *subtracts* the term, which is the
+# > sign of the exact gradient. But in its difference it evaluates the teacher's own loss, the reversed divergence $\mathrm{KL}(q \Vert p)$,
+# > where the student was stepped on $\mathrm{KL}(p \Vert q)$. In logits that replaces $J(p)\,\dot z$ by $J(q)\,\dot z$: the same where
+# > teacher and student agree, less and less where they do not. The last column shows it: always a help, never the best. And it multiplies
+# > the term by the *teacher's* learning rate. What is left of it then? We ask the BERT pair from above.
 
 
 # %%
@@ -1071,12 +1083,12 @@ print(
 print(f"exact term at the student's rate {RATE}: {size(exact) / size(own):.0e} of the teacher's own gradient")
 
 # %% [markdown]
-# At that size the released method is online distillation with a whisper of feedback. What happens when the term is given a real weight is the subject of
-# the chapter on student feedback.
+# At that size the released method is online distillation with a whisper of feedback. What happens when the term is given a real weight is a
+# question for a whole training, and a later chapter.
 #
-# **Exercise 3** (harder, 15 minutes). With *two* classes everything that matters about logits is one number, their difference, and $M$ in {eq}`eq-fd-product` acts as a scalar. Show
-# that for KL the gradient of sample $i$'s term in {eq}`eq-fd-weighted` equals a factor times the gradient of its term $I_i$, and find the factor. Which sign can it have? The check
-# compares both gradients in the teacher's logits.
+# **Exercise 3** (harder, 15 minutes). With *two* classes everything that matters about logits is one number, their difference, and $M$ in
+# {eq}`eq-fd-product` acts as a scalar. Show that for KL the gradient of sample $i$'s term in {eq}`eq-fd-weighted` equals a factor times the
+# gradient of its term $I_i$, and find the factor. Which sign can it have? The check compares both gradients in the teacher's logits.
 
 
 # %% tags=["exercise"]
@@ -1101,7 +1113,8 @@ check_two_class_factor(two_class_factor)
 # %% [markdown]
 # ## The counterpart of Table 3
 #
-# LGTM's Table 3 trains once without and once with the difference ("FDA") and finds the time cut by ten with almost the same score. Read from `data/published`:
+# LGTM's Table 3 trains once without and once with the difference ("FDA") and finds the time cut by ten with almost the same score. Read
+# from `data/published`:
 
 # %%
 published = runs.published()
@@ -1111,10 +1124,11 @@ print(published.to_string())
 print(f"ratio of times: {minutes['LGTM without FDA'] / minutes['LGTM']:.1f}")
 
 # %% [markdown]
-# If "without" minimises eq. (9) and "with" eq. (10), the table compares two objectives and not two ways to compute one; the paper does not say. Here is the comparison with everything else held fixed: the teacher
-# minimises {eq}`eq-fd-weighted` plus its own losses (LGTM eq. 11), the weights come from a loop, from a central difference, or from the tangent. A fourth run leaves the weights out.
-# Same seeds, same batches, same number of steps; float32. Influences are small beside the other weights of that loss, so we divide them by their mean size: then they
-# matter, and so would their errors.
+# If "without" minimises eq. (9) and "with" eq. (10), the table compares two objectives and not two ways to compute one; the paper does not
+# say. Here is the comparison with everything else held fixed: the teacher minimises {eq}`eq-fd-weighted` plus its own losses (LGTM eq. 11),
+# the weights come from a loop, from a central difference, or from the tangent. A fourth run leaves the weights out. Same seeds, same
+# batches, same number of steps; float32. Influences are small beside the other weights of that loss, so we divide them by their mean size:
+# then they matter, and so would their errors.
 
 
 # %%
@@ -1202,10 +1216,13 @@ columns = ["influences by", "time (tangent = 1)", "test accuracy (%)", "students
 pd.DataFrame(rows, columns=columns).set_index("influences by")
 
 # %% [markdown]
-# The three ways train the same student to within rounding, so no score is lost. The drop in the published table is then not due to differences in place of derivatives as such; at the size of MRPC's
-# validation split, one seed moves more than that. (What the weights themselves bring on this toy, compare the last row, is within the spread over seeds. This is a comparison of ways to compute, not of methods.)
+# The three ways train the same student to within rounding, so no score is lost. The drop in the published table is then not due to
+# differences in place of derivatives as such; at the size of MRPC's validation split, one seed moves more than that. (What the weights
+# themselves bring on this toy, compare the last row, is within the spread over seeds. This is a comparison of ways to compute, not of
+# methods.)
 #
-# The digits say nothing about the time on a BERT, so we time one whole step on our pair: pilot gradient, feedback gradient, influences, teacher gradient and student gradient.
+# The digits say nothing about the time on a BERT, so we time one whole step on our pair: pilot gradient, feedback gradient, influences,
+# teacher gradient and student gradient.
 
 # %%
 float_teacher = weights_of(teacher)
@@ -1232,23 +1249,29 @@ for name, value in step_times.items():
     print(f"{name:16s} {value / step_times['jvp']:5.1f} times the step with jvp")
 
 # %% [markdown]
-# Table 3 is confirmed in direction: the loop makes the whole step several times as long. The factor depends on the machine. On a processor a pass over one sample is
-# cheaper than a pass over 32; on a GPU it is not, and the loop loses more. And the gain need not be bought with a difference: the tangent takes about as long and has no step to choose.
+# Table 3 is confirmed in direction: the loop makes the whole step several times as long. The factor depends on the machine. On a processor
+# a pass over one sample is cheaper than a pass over 32; where it is not, as we expect of a GPU, the loop loses more. And the gain need not
+# be bought with a difference: the tangent takes about as long and has no step to choose.
 #
 # ## What the teacher's gradient really is
 #
-# Everything above leads to one statement. Let the student take a pilot step of plain gradient descent, $\theta_s'(\theta_t) = \theta_s - \eta_s \nabla_{\theta_s} \frac 1 B \sum_i \ell_i$. Then
+# Everything above leads to one statement. Let the student take a pilot step of plain gradient descent, $\theta_s'(\theta_t) = \theta_s -
+# \eta_s \nabla_{\theta_s} \frac 1 B \sum_i \ell_i$. Then
 #
 # $$\nabla_{\theta_t} L_e\bigl(\theta_s'(\theta_t)\bigr) = -\eta_s\, \nabla_{\theta_t} \frac 1 B \sum_i I_i, \qquad I_i = \frac{\partial \ell_i}{\partial z^s_i} \cdot \dot z_i, \quad \dot z \text{ held fixed}. $$ (eq-fd-theorem)
 #
 # *Exactly*: no $\varepsilon$, no small $\eta_s$. The proof has three lines.
 #
-# 1. Chain rule: $\nabla_{\theta_t} L_e(\theta_s') = (\partial \theta_s' / \partial \theta_t)^\top g$, with $g = \nabla L_e(\theta_s')$ a plain vector.
-# 2. Of $\theta_s'$ only the gradient step depends on $\theta_t$: $(\partial \theta_s' / \partial \theta_t)^\top g = -\eta_s \nabla_{\theta_t} \bigl\langle \nabla_{\theta_s} \frac 1 B \sum_i \ell_i,\, v \bigr\rangle$ at $v = g$, held fixed.
-# 3. The inner product is a derivative along $v$, and the teacher does not enter the student's network: $\langle \nabla_{\theta_s} \ell_i, g \rangle = \frac{\mathrm d}{\mathrm d \varepsilon} \ell_i(z^s_i + \varepsilon \dot z_i,\, z^t_i) = I_i$. $\qquad \square$
+# 1. Chain rule: $\nabla_{\theta_t} L_e(\theta_s') = (\partial \theta_s' / \partial \theta_t)^\top g$, with $g = \nabla L_e(\theta_s')$ a
+#    plain vector.
+# 2. Of $\theta_s'$ only the gradient step depends on $\theta_t$: $(\partial \theta_s' / \partial \theta_t)^\top g = -\eta_s
+#    \nabla_{\theta_t} \bigl\langle \nabla_{\theta_s} \frac 1 B \sum_i \ell_i,\, v \bigr\rangle$ at $v = g$, held fixed.
+# 3. The inner product is a derivative along $v$, and the teacher does not enter the student's network: $\langle \nabla_{\theta_s} \ell_i, g
+#    \rangle = \frac{\mathrm d}{\mathrm d \varepsilon} \ell_i(z^s_i + \varepsilon \dot z_i,\, z^t_i) = I_i$. $\qquad \square$
 #
-# What it saves: $z^s$ and $\dot z$ are constants, a few numbers for each sample. One ordinary backward pass through the *teacher* does the rest, and it can be shared with the
-# teacher's other losses. No double backward, no graph of the student. LGTM's eq. (10) is the same thing with $\varepsilon > 0$ and without $-\eta_s$; MetaDistil's teacher update is the left-hand side.
+# What it saves: $z^s$ and $\dot z$ are constants, a few numbers for each sample. One ordinary backward pass through the *teacher* does the
+# rest, and it can be shared with the teacher's other losses. No double backward, no graph of the student. LGTM's eq. (10) is the same thing
+# with $\varepsilon > 0$ and without $-\eta_s$; MetaDistil's teacher update is the left-hand side.
 
 
 # %%
@@ -1263,8 +1286,8 @@ def distillation_influence(objective, student_logits, tangent, teacher_logits):
 
 
 # %% [markdown]
-# The check: the BERT pair in float64, against differentiating through the pilot step, for three objectives: KL; the mixture $\alpha\,\mathrm{CE} + (1 - \alpha)\,T^2\,\mathrm{KL}$ of {doc}`01_distillation`;
-# and squared errors of logits.
+# The check: the BERT pair in float64, against differentiating through the pilot step, for three objectives: KL; the mixture
+# $\alpha\,\mathrm{CE} + (1 - \alpha)\,T^2\,\mathrm{KL}$ of {doc}`01_distillation`; and squared errors of logits.
 
 # %%
 OBJECTIVES = {
@@ -1312,14 +1335,15 @@ print(
 )
 
 # %% [markdown]
-# So the saving is memory, and the freedom to use kernels without second derivatives; in time the two are close. The tangent also hands over what
-# the other side never sees, the influence of every sample.
+# So the saving is memory, and the freedom to use kernels without second derivatives; in time the two are close. The tangent also hands over
+# what the other side never sees, the influence of every sample.
 #
-# Where it ends: a pilot step by AdamW is not linear in the gradient. Then $g$ must first be multiplied by the derivative of that step, and the identity holds to first order
-# only. Several pilot steps are no longer one tangent either. Both are for the chapter on pilot updates.
+# Where it ends: a pilot step by AdamW is not linear in the gradient. Then $g$ must first be multiplied by the derivative of that step, and
+# the identity holds to first order only. Several pilot steps are no longer one tangent either. Both are for the chapter on pilot updates.
 #
-# **Exercise 4** (medium, 15 minutes). What does the teacher learn from one sample? For $\ell = T^2\, \mathrm{KL}(p \Vert q)$ at temperature $T$, give the gradient of $I_i$ in the
-# teacher's logits as a formula without autograd. Which power of $T$ is left? The check asks autograd at two temperatures.
+# **Exercise 4** (medium, 15 minutes). What does the teacher learn from one sample? For $\ell = T^2\, \mathrm{KL}(p \Vert q)$ at temperature
+# $T$, give the gradient of $I_i$ in the teacher's logits as a formula without autograd. Which power of $T$ is left? The check asks autograd
+# at two temperatures.
 
 
 # %% tags=["exercise"]
@@ -1397,19 +1421,20 @@ print("kdlib agrees with this chapter's tangents, influences and meta-gradient")
 # | five ways to all influences of a batch: the loop is slow, `vmap` is large, the others cost about a training step | {eq}`eq-fd-influence` | LGTM section 4 |
 # | $\theta_s^\pm$ lacks a ∇ | {eq}`eq-fd-printed` | LGTM (10), (18), Algorithm 1 |
 # | step $(a)$ of Appendix B puts the identity for a matrix of rank one whose sign depends on the loss | {eq}`eq-fd-chain`, {eq}`eq-fd-mixed`, {eq}`eq-fd-product` | LGTM (18) |
-# | eq. (10) as printed, minimised, raises the feedback loss; eq. (9) with KL as well, with cross entropy mostly not | {eq}`eq-fd-weighted`, {eq}`eq-fd-printed` | LGTM (9)-(11) |
+# | eq. (10) as printed, minimised, raises the feedback loss; eq. (9) with KL does as well; with cross entropy it depends | {eq}`eq-fd-weighted`, {eq}`eq-fd-printed` | LGTM (9)-(11) |
 # | loop, difference and tangent train the same student | | LGTM Table 3 |
 # | the meta-gradient is $-\eta_s$ times the gradient of the mean influence, exactly | {eq}`eq-fd-theorem` | MetaDistil Algorithm 1; LGTM (10) |
 #
-# The next chapters let the teacher move. The theorem will be the tool; what remains open is whether its gradient makes better *students*, and not only a better next step.
+# The next chapters let the teacher move. The theorem will be the tool; what remains open is whether its gradient makes better *students*,
+# and not only a better next step.
 
 # %% [markdown]
 # ## Solutions
 #
 # <details><summary>Exercise 1</summary>
 #
-# The bound is $\frac \varepsilon 2 |f''| + 2 n / \varepsilon$ with $n$ the noise. Its derivative vanishes at $\varepsilon = 2 \sqrt{n / |f''|}$, where both terms are
-# equal to $\sqrt{n |f''|}$.
+# The bound is $\frac \varepsilon 2 |f''| + 2 n / \varepsilon$ with $n$ the noise. Its derivative vanishes at $\varepsilon = 2 \sqrt{n /
+# |f''|}$, where both terms are equal to $\sqrt{n |f''|}$.
 #
 # ```python
 # def best_forward(second, noise):
@@ -1420,7 +1445,8 @@ print("kdlib agrees with this chapter's tangents, influences and meta-gradient")
 #
 # <details><summary>Exercise 2</summary>
 #
-# The quotient with step $2\varepsilon$ has four times the first error term. Four times the one minus the other cancels it, and leaves three derivatives.
+# The quotient with step $2\varepsilon$ has four times the first error term. Four times the one minus the other cancels it, and leaves three
+# derivatives.
 #
 # ```python
 # def richardson(f, x, step):
@@ -1431,9 +1457,10 @@ print("kdlib agrees with this chapter's tangents, influences and meta-gradient")
 #
 # <details><summary>Exercise 3</summary>
 #
-# The weighted gradient of one sample is $-J M \dot z$ with $M = (z^s - z^t)(q - p)^\top$, that of the influence is $-J \dot z$. With two classes $J$ ignores a constant added to both
-# entries of a vector, and up to such a constant $z^s - z^t$ and $\dot z$ are multiples of $(1, -1)$, as $q - p$ is. So $M$ acts on $\dot z$ as the number $(q - p) \cdot (z^s - z^t)$: the sum of both divergences, never negative. With KL,
-# eq. (9) and eq. (10) as printed then agree sample by sample in direction, and both lead uphill.
+# The weighted gradient of one sample is $-J M \dot z$ with $M = (z^s - z^t)(q - p)^\top$, that of the influence is $-J \dot z$. With two
+# classes $J$ ignores a constant added to both entries of a vector, and up to such a constant $z^s - z^t$ and $\dot z$ are multiples of $(1,
+# -1)$, as $q - p$ is. So $M$ acts on $\dot z$ as the number $(q - p) \cdot (z^s - z^t)$: the sum of both divergences, never negative. With
+# KL, eq. (9) and eq. (10) as printed then agree sample by sample in direction, and both lead uphill.
 #
 # ```python
 # def two_class_factor(student_logits, teacher_logits):
@@ -1445,8 +1472,8 @@ print("kdlib agrees with this chapter's tangents, influences and meta-gradient")
 #
 # <details><summary>Exercise 4</summary>
 #
-# The gradient of $\ell$ in the student's logits is $T (q - p)$, so $I = T (q - p) \cdot \dot z$. The derivative of $p \cdot \dot z$ in $z^t$ is $\frac 1 T\, p_k (\dot z_k - \mathbb E_p[\dot z])$.
-# The powers of $T$ cancel; the temperature is left in $p$ only.
+# The gradient of $\ell$ in the student's logits is $T (q - p)$, so $I = T (q - p) \cdot \dot z$. The derivative of $p \cdot \dot z$ in
+# $z^t$ is $\frac 1 T\, p_k (\dot z_k - \mathbb E_p[\dot z])$. The powers of $T$ cancel; the temperature is left in $p$ only.
 #
 # ```python
 # def influence_pull(teacher_logits, tangent, temperature):
