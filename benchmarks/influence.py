@@ -1,6 +1,6 @@
 """What do the influences of one batch cost?  Every way to compute them against one training step of the student.
 
-    python benchmarks/influence.py [--quick] [--device cuda] [--hidden 128 384] [--batches 8 32 128]
+    python benchmarks/influence.py [--quick] [--device cuda] [--hidden 128 384] [--batches 8 32 128] [--tokens 64]
 
 The first table holds, for each way, seconds and the peak of memory above what was in use before, both also as a
 multiple of one training step (forward, backward, a plain gradient update) on the same batch.  Ratios within one run are
@@ -26,7 +26,7 @@ from transformers import BertForSequenceClassification
 
 from kdlib import influence, losses, models, pilot
 
-TOKENS, CLASSES, WORDS, LAYERS = 64, 3, 1000, 3
+CLASSES, WORDS, LAYERS = 3, 1000, 3
 OBJECTIVE = partial(losses.kl_divergence, temperature=2.0, reduction="none")
 STEP = "training step"
 
@@ -92,14 +92,14 @@ def network(hidden: int, device: str) -> BertForSequenceClassification:
     return student.to(device).train()
 
 
-def random_batch(samples: int, device: str, seed: int) -> dict[str, Tensor]:
-    """Sequences of 32 to 64 random words, padded to 64, with labels and a teacher's logits."""
+def random_batch(samples: int, tokens: int, device: str, seed: int) -> dict[str, Tensor]:
+    """Sequences of half to all of `tokens` random words, padded, with labels and a teacher's logits."""
     generator = torch.Generator().manual_seed(seed)
-    lengths = torch.randint(TOKENS // 2, TOKENS + 1, (samples, 1), generator=generator)
-    lengths[0] = TOKENS
+    lengths = torch.randint(tokens // 2, tokens + 1, (samples, 1), generator=generator)
+    lengths[0] = tokens
     batch = {
-        "input_ids": torch.randint(5, WORDS, (samples, TOKENS), generator=generator),
-        "attention_mask": (torch.arange(TOKENS) < lengths).long(),
+        "input_ids": torch.randint(5, WORDS, (samples, tokens), generator=generator),
+        "attention_mask": (torch.arange(tokens) < lengths).long(),
         "labels": torch.randint(0, CLASSES, (samples,), generator=generator),
         "teacher_logits": torch.randn(samples, CLASSES, generator=generator),
     }
@@ -138,10 +138,10 @@ def ways(student: torch.nn.Module, batch: dict, direction: dict) -> dict[str, Ca
     return found
 
 
-def costs(hidden: int, samples: int, device: str, turns: int, limit: float) -> list[dict]:
+def costs(hidden: int, samples: int, tokens: int, device: str, turns: int, limit: float) -> list[dict]:
     """The rows of the first table for one width and one batch size."""
     student = network(hidden, device)
-    batch, feedback = (random_batch(samples, device, seed) for seed in (0, 1))
+    batch, feedback = (random_batch(samples, tokens, device, seed) for seed in (0, 1))
     direction = influence.feedback_gradient(student, models.trainable(student), feedback)
     functions = ways(student, batch, direction)
     size = sum(value.nbytes for value in direction.values())
@@ -177,11 +177,11 @@ def tidy(rows: list[dict]) -> pd.DataFrame:
     return table[columns].round({"seconds": 4, "seconds / step": 2, "faster than loop": 1, "MB": 1, "bytes / step": 2})
 
 
-def errors(hidden: int, device: str, samples: int = 16) -> pd.DataFrame:
+def errors(hidden: int, tokens: int, device: str, samples: int = 16) -> pd.DataFrame:
     """Relative error of the logits' tangent against jvp in float64, by precision, method and radius."""
-    student, batch = network(hidden, device), random_batch(samples, device, 0)
+    student, batch = network(hidden, device), random_batch(samples, tokens, device, 0)
     parameters = models.trainable(student)
-    direction = influence.feedback_gradient(student, parameters, random_batch(samples, device, 1))
+    direction = influence.feedback_gradient(student, parameters, random_batch(samples, tokens, device, 1))
     student.double()
     wide = {name: value.double() for name, value in direction.items()}
     expected = influence.student_tangent(student, models.trainable(student), batch, wide)[1].logits
@@ -208,21 +208,22 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--hidden", type=int, nargs="*", default=(128, 384))
     parser.add_argument("--batches", type=int, nargs="*", default=(8, 16, 32, 64, 128))
+    parser.add_argument("--tokens", type=int, default=64, help="the longest sequence; short ones favour whole batches")
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--limit", type=float, default=4.0, help="gigabytes for vmap; seconds for the turns of one way")
     arguments = parser.parse_args()
     if arguments.quick:
         arguments.hidden, arguments.batches, arguments.turns = (64,), (8, 32), 1
     where = torch.cuda.get_device_name() if arguments.device == "cuda" else f"{torch.get_num_threads()} CPU threads"
-    print(f"{LAYERS} layers, {TOKENS} tokens, float32, {where}, torch {torch.__version__}")
+    print(f"{LAYERS} layers, {arguments.tokens} tokens, float32, {where}, torch {torch.__version__}")
     rows = []
     for hidden in arguments.hidden:
         for samples in arguments.batches:
-            rows += costs(hidden, samples, arguments.device, arguments.turns, arguments.limit)
+            rows += costs(hidden, samples, arguments.tokens, arguments.device, arguments.turns, arguments.limit)
     print(tidy(rows).to_string(index=False))
     for hidden in arguments.hidden:
         print(f"\nrelative error of the tangent, hidden {hidden}")
-        print(errors(hidden, arguments.device).to_string(index=False, na_rep=""))
+        print(errors(hidden, arguments.tokens, arguments.device).to_string(index=False, na_rep=""))
 
 
 if __name__ == "__main__":
