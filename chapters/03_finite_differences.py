@@ -461,7 +461,7 @@ print(f"weights stored in bfloat16 that do not move at r = 0.01: {still:.0%}")
 # %% [markdown]
 # The rule is a compromise, not a law. In float32 a smaller step would be more exact, but few need those digits. Under autocast the rule
 # lies near the best radius, and the best is mediocre. With weights *stored* in bfloat16 it fails: the step is smaller than the spacing of
-# many weights, so they do not move at all, and no radius helps. jvp never forms a difference of nearby numbers. Its error is that of the
+# nearly all weights, so they do not move at all, and no radius helps. jvp never forms a difference of nearby numbers. Its error is that of the
 # arithmetic itself.
 #
 # ### What the perturbation does to the weights
@@ -726,8 +726,8 @@ for count, (table, _) in measured.items():
 # %% [markdown]
 # What to see: the loop's time climbs with the batch and the others' much less, because a pass over one sample costs a good part of a pass
 # over many. `vmap` is fast and pays in memory: one gradient for each sample. Central difference and jvp are close in time, keep no graph
-# and need less memory than one training step. (jvp handles two tensors in every operation, and small networks notice; with matrices of
-# BERT's real size only the products count.)
+# and need less memory than one training step. (jvp handles two tensors in every operation, which small networks notice;
+# `benchmarks/influence.py` measures wider ones and larger batches.)
 #
 # > **Paper, code, exact.** LGTM says that the difference needs "two forward passes" and that the naive way is memory intensive because it
 # > keeps a copy of $g$. The first holds if the logits at $\theta_s$ are there already. The second does not tell the ways apart: every one
@@ -927,19 +927,20 @@ for objective in (soft_ce, kl):
 # How large are the traces that stand in for the identity's? (The identity has trace 9 on ten classes, since constants added to all logits
 # drop out.)
 
+
 # %%
+def traces(objective, seed, stage):
+    """Trace of the matrix M for every sample of a batch, shape (batch,)."""
+    teacher, student, batch, _ = situations[seed, stage]
+    pairs = zip(mlp(student, images[batch]), mlp(teacher, images[batch]), strict=True)
+    return torch.stack([replaced(objective, zs, zt).trace() for zs, zt in pairs])
+
+
 rows = []
 for stage in STAGES:
-    traces = {soft_ce: [], kl: []}
-    for seed in SEEDS:
-        teacher_mlp, student_mlp, batch, _ = situations[seed, stage]
-        pairs = zip(mlp(student_mlp, images[batch]), mlp(teacher_mlp, images[batch]), strict=True)
-        for zs, zt in pairs:
-            for objective, values in traces.items():
-                values.append(replaced(objective, zs, zt).trace().item())
-    soft, divergence = (torch.tensor(values) for values in traces.values())
-    cells = [(f"{v.mean():.2f}", f"{(v < 0).double().mean():.0%}") for v in (soft, divergence)]
-    rows.append([stage, *cells[0], *cells[1]])
+    both = [torch.cat([traces(objective, seed, stage) for seed in SEEDS]) for objective in (soft_ce, kl)]
+    described = [(f"{values.mean():.2f}", f"{(values < 0).double().mean():.0%}") for values in both]
+    rows.append([stage, *described[0], *described[1]])
 columns = ["moment", "mean trace, cross entropy", "negative", "mean trace, KL", "negative "]
 pd.DataFrame(rows, columns=columns).set_index("moment")
 
@@ -1019,17 +1020,32 @@ cosines = tried.groupby(["candidate", "moment"])["cosine"].agg(["mean", "std"])
 text = (cosines["mean"].map("{:.2f}".format) + " ± " + cosines["std"].map("{:.2f}".format)).unstack()
 text.loc[names, list(STAGES)].rename_axis(columns="cosine with the meta-gradient")
 
+# %%
+weighted = tried[tried["candidate"] == "(9), cross entropy"]
+mean_trace = [
+    traces(soft_ce, seed, stage).mean().item() for seed, stage in zip(weighted["seed"], weighted["moment"], strict=True)
+]
+weighted = weighted.assign(trace=mean_trace)
+for name, part in {
+    "all situations": weighted,
+    "those after the start": weighted[weighted["moment"] != "start"],
+}.items():
+    print(
+        f"{name}: correlation of a batch's mean trace with the cosine of (9), cross entropy: {part['trace'].corr(part['cosine']):.2f}"
+    )
+
 # %% [markdown]
 # Read the figure by columns; every dot is one seed, below zero is help.
 #
 # - **Eq. (10) as printed is the exact meta-gradient with the wrong sign.** Minimising it *raises* the feedback loss, in every seed. Turned
 #   round, it is exact.
 # - **Eq. (9) depends on which loss is meant.** With KL it raises the feedback loss: a weight $w_i > 0$ pulls the teacher *towards the
-#   student* on just those samples whose difference from the student was useful. With cross entropy it does harm at the start, and helps in
-#   more seeds than not once training is under way, as the sign of the trace foretold; but the spread over seeds is wide.
-# - Step $(a)$ joins the first or second column to the third. The cosine of its two sides is minus the number in the table: far from 1
-#   everywhere.
-# - Hence the two ends of {eq}`eq-fd-chain` are two objectives. The chapter on student feedback trains with each.
+#   student* on just those samples whose difference from the student was useful. With cross entropy it does harm at the start and helps in
+#   more seeds than not once training is under way. The trace foretells that turn, but not which seed is helped: the spread is wide, and
+#   with ten classes $M$ is more than its trace.
+# - Step $(a)$ joins the first or second column to the third. The cosine of its two sides is minus the number in the table: below 1
+#   everywhere, and for cross entropy its sign depends on the moment and the seed.
+# - Hence the two ends of {eq}`eq-fd-chain` are two objectives. A later chapter trains with both.
 #
 # > **Paper, code, exact.** The paper minimises $\hat L_{\text{influence}}$. The code released with it *subtracts* the term, which is the
 # > sign of the exact gradient. But in its difference it evaluates the teacher's own loss, the reversed divergence $\mathrm{KL}(q \Vert p)$,
@@ -1321,8 +1337,8 @@ print(
 )
 
 # %% [markdown]
-# So the saving is memory, and the freedom to use kernels without second derivatives; in time the two are close. The tangent also hands over
-# what the other side never sees, the influence of every sample.
+# So the saving is memory, and the freedom to use kernels without second derivatives. It is not time: brute force needs about as long. What
+# brute force never sees is the influence of every sample, which the tangent hands over on the way.
 #
 # Where it ends: a pilot step by AdamW is not linear in the gradient. Then $g$ must first be multiplied by the derivative of that step, and
 # the identity holds to first order only. Several pilot steps are no longer one tangent either. Both are for the chapter on pilot updates.
