@@ -898,9 +898,10 @@ print("step (b), largest 1 − cosine:", "below 1e-8" if worst < 1e-8 else f"{wo
 #
 # $$\frac{\partial \ell}{\partial z^t} \Bigl(\frac{\partial \ell}{\partial z^s}\Bigr)^{\!\top} = -J\, M, \qquad M_{\mathrm{soft}} = z^s (q - p)^\top, \quad M_{\mathrm{KL}} = (z^s - z^t)(q - p)^\top. $$ (eq-fd-product)
 #
-# Step $(a)$ thus puts the identity in place of $M$, a matrix of rank one that need not even be positive. Its trace tells the sign. For KL
-# it is $(q - p) \cdot (z^s - z^t) = \mathrm{KL}(p \Vert q) + \mathrm{KL}(q \Vert p) \ge 0$. For cross entropy it is $\mathbb E_q[z^s] -
-# \mathbb E_p[z^s]$, which is *negative* as soon as the teacher is surer than the student of what the student favours.
+# Step $(a)$ thus puts the identity in place of $M$, a matrix of rank one that need not even be positive. With two classes $M$ acts as a
+# number, its trace (exercise 3); with more the trace gives a first idea of the sign. For KL it is
+# $(q - p) \cdot (z^s - z^t) = \mathrm{KL}(p \Vert q) + \mathrm{KL}(q \Vert p) \ge 0$. For cross entropy it is
+# $\mathbb E_q[z^s] - \mathbb E_p[z^s]$, which is *negative* as soon as the teacher is surer than the student of what the student favours.
 
 
 # %%
@@ -1022,17 +1023,12 @@ text.loc[names, list(STAGES)].rename_axis(columns="cosine with the meta-gradient
 
 # %%
 weighted = tried[tried["candidate"] == "(9), cross entropy"]
-mean_trace = [
-    traces(soft_ce, seed, stage).mean().item() for seed, stage in zip(weighted["seed"], weighted["moment"], strict=True)
-]
-weighted = weighted.assign(trace=mean_trace)
-for name, part in {
-    "all situations": weighted,
-    "those after the start": weighted[weighted["moment"] != "start"],
-}.items():
-    print(
-        f"{name}: correlation of a batch's mean trace with the cosine of (9), cross entropy: {part['trace'].corr(part['cosine']):.2f}"
-    )
+places = zip(weighted["seed"], weighted["moment"], strict=True)
+weighted = weighted.assign(trace=[traces(soft_ce, seed, stage).mean().item() for seed, stage in places])
+started = weighted[weighted["moment"] != "start"]
+print("correlation of a batch's mean trace with the cosine of (9), cross entropy:")
+for name, part in {"all situations": weighted, "those after the start": started}.items():
+    print(f"{name:22s} {part['trace'].corr(part['cosine']):.2f}")
 
 # %% [markdown]
 # Read the figure by columns; every dot is one seed, below zero is help.
