@@ -724,10 +724,10 @@ for count, (table, _) in measured.items():
     print(f"{table.loc['jvp', 'MiB'] / table.loc['training step', 'MiB']:.0%} of a training step's bytes")
 
 # %% [markdown]
-# What to see: the loop's time climbs with the batch and the others' much less, because a pass over one sample costs a good part of a pass
-# over many. `vmap` is fast and pays in memory: one gradient for each sample. Central difference and jvp are close in time, keep no graph
-# and need less memory than one training step. (jvp handles two tensors in every operation, which small networks notice;
-# `benchmarks/influence.py` measures wider ones and larger batches.)
+# What to see: central difference, jvp and double backward take about what was predicted. The first two keep no graph and need less memory
+# than one training step. The loop's time climbs with the batch much faster than the others', because a pass over one sample costs a good
+# part of a pass over many. `vmap` removes that overhead and pays in memory, one gradient for each sample; writing and reading those is what
+# takes it beyond its prediction. (`benchmarks/influence.py` measures wider networks and larger batches.)
 #
 # > **Paper, code, exact.** LGTM says that the difference needs "two forward passes" and that the naive way is memory intensive because it
 # > keeps a copy of $g$. The first holds if the logits at $\theta_s$ are there already. The second does not tell the ways apart: every one
