@@ -156,7 +156,7 @@ for T in torch.tensor([0.5, 2.0, 8.0], dtype=torch.float64):
 # **Before you run it:** a teacher says $z = (4, 3, -2)$. At $T = 1$ the second class gets less than a third. Can any temperature lift it
 # above one third?
 
-# %% mystnb={"image": {"alt": "Three probabilities and the entropy against temperature: one-hot at the left, uniform at the right."}}
+# %% mystnb={"image": {"alt": "Three probabilities and the entropy against temperature: one-hot at the left, uniform at the right."}, "figure": {"name": "fig-dist-temperature", "caption": "The winner gives way from left to right, the order of the classes never changes, and the entropy only grows."}}
 z = torch.tensor([4.0, 3.0, -2.0], dtype=torch.float64)
 temperatures = torch.logspace(-1, 2, 200, dtype=torch.float64)
 p = soften(z, temperatures[:, None])
@@ -392,7 +392,7 @@ def soft_cross_entropy(student_logits, teacher_logits, temperature=1.0):
     return temperature**2 * bare_soft_cross_entropy(student_logits, teacher_logits, temperature)
 
 
-# %% mystnb={"image": {"alt": "Share of the soft gradient in the sum: it falls towards zero without T squared and levels off with it."}}
+# %% mystnb={"image": {"alt": "Share of the soft gradient in the sum: it falls towards zero without T squared and levels off with it."}, "figure": {"name": "fig-dist-scale", "caption": "Without $T^2$ the teacher's share of the step fades as the temperature rises; with it the share settles."}}
 temperatures = torch.logspace(0, 1.5, 40, dtype=torch.float64)
 bare = torch.stack([pull(student_logits, soften(teacher_logits, t), t).norm() for t in temperatures])
 hard_size = pull(student_logits, F.one_hot(labels, 3)).norm()
@@ -495,7 +495,7 @@ forward, reverse = bare_kl(students, undecided[None]), bare_kl(undecided[None], 
 slope = ((soften(students) - undecided.exp()) * scores).sum(dim=-1) / 1.5**2  # equation (eq-dist-moments)
 torch.testing.assert_close(slope, autograd(lambda m: bare_kl(bump(m), undecided[None]), centres)[:, 0])
 
-# %% mystnb={"image": {"alt": "Teacher with two peaks; the forward student sits between them, the reverse student on the taller one."}}
+# %% mystnb={"image": {"alt": "Teacher with two peaks; the forward student sits between them, the reverse student on the taller one."}, "figure": {"name": "fig-dist-directions", "caption": "Forward KL covers both of the teacher's peaks and stands between them; reverse KL takes one."}}
 figure, axes = plt.subplots()
 axes.bar(scores, undecided.exp(), color="0.8", label="teacher")
 for name, values, marker in (("forward", forward, "o-"), ("reverse", reverse, "s-")):
@@ -564,7 +564,7 @@ torch.testing.assert_close(1e3 * rest, hot_correction(*pair), rtol=0.02, atol=0.
 # %% [markdown]
 # **Before you run it:** by which power of $T$ does the gap to the limit close for three classes, by which for two?
 
-# %% mystnb={"image": {"alt": "Gap to the limit against temperature on log axes: slope minus one for three classes, minus two for two."}}
+# %% mystnb={"image": {"alt": "Gap to the limit against temperature on log axes: slope minus one for three classes, minus two for two."}, "figure": {"name": "fig-dist-limit", "caption": "The distance to the limit falls like $1/T$ for three classes and like $1/T^2$ for two."}}
 temperatures = torch.logspace(0.5, 2.5, 30, dtype=torch.float64)
 gaps = {}
 for classes in (3, 2):
@@ -710,7 +710,7 @@ check_largest_alpha(largest_alpha)
 
 
 # %%
-def sgd_step(weights, gradient, learning_rate):
+def descend(weights, gradient, learning_rate):
     """Equation (eq-dist-step)."""
     return weights - learning_rate * gradient
 
@@ -723,7 +723,7 @@ student = torch.nn.Parameter(weights.clone())
 optimiser = torch.optim.SGD([student], lr=0.1)
 combined_loss(inputs @ student, teacher_logits, labels, 0.3).mean().backward()
 optimiser.step()
-torch.testing.assert_close(student.detach(), sgd_step(weights, gradient, 0.1))
+torch.testing.assert_close(student.detach(), descend(weights, gradient, 0.1))
 
 
 # %%
@@ -734,7 +734,7 @@ def loss_at(weights):
 
 def missed(learning_rate):
     """What the first-order forecast of one step leaves unexplained."""
-    after = loss_at(sgd_step(weights, gradient, learning_rate))
+    after = loss_at(descend(weights, gradient, learning_rate))
     return after - (loss_at(weights) - learning_rate * gradient.square().sum())
 
 
@@ -881,10 +881,10 @@ def learning_curves(task):
     plt.show()
 
 
-# %% mystnb={"image": {"alt": "Validation accuracy on mini-sst2 against the step: distilled student near the teacher, student alone below."}}
+# %% mystnb={"image": {"alt": "Validation accuracy on mini-sst2 against the step: distilled student near the teacher, student alone below."}, "figure": {"name": "fig-dist-curves-sst2", "caption": "Accuracy on `mini-sst2`: bands over the recorded seeds, this session's runs dotted, the teacher dashed."}}
 learning_curves("mini-sst2")
 
-# %% mystnb={"image": {"alt": "Validation accuracy on mini-mnli against the step: both students below the teacher, the distilled one higher."}}
+# %% mystnb={"image": {"alt": "Validation accuracy on mini-mnli against the step: both students below the teacher, the distilled one higher."}, "figure": {"name": "fig-dist-curves-mnli", "caption": "Accuracy on `mini-mnli`, drawn in the same way."}}
 learning_curves("mini-mnli")
 
 # %% [markdown]
@@ -908,7 +908,7 @@ def sweep(knob, values, metric):
 
 KNOBS = {"temperature": [1.0, 2.0, 4.0, 8.0], "alpha": [0.0, 0.25, 0.5, 0.75, 1.0]}
 
-# %% mystnb={"image": {"alt": "Validation accuracy, with bands over seeds, against the temperature and against the weight of the labels."}}
+# %% mystnb={"image": {"alt": "Validation accuracy, with bands over seeds, against the temperature and against the weight of the labels."}, "figure": {"name": "fig-dist-sweep", "caption": "One knob at a time on `mini-mnli`: mean over the recorded seeds with a band of one standard deviation."}}
 figure, panels = plt.subplots(1, 2, sharey=True)
 for axes, (knob, values) in zip(panels, KNOBS.items(), strict=True):
     accuracies = 100 * torch.tensor(sweep(knob, values, "validation/accuracy"))
@@ -947,7 +947,7 @@ def training_targets(task):
     return given, soften(torch.from_numpy(logits).double()), torch.tensor(data.train["posterior"]).double()
 
 
-# %% mystnb={"image": {"alt": "Squared error of the mixed target against the weight of the labels: two parabolas with their minima marked."}}
+# %% mystnb={"image": {"alt": "Squared error of the mixed target against the weight of the labels: two parabolas with their minima marked."}, "figure": {"name": "fig-dist-mixture", "caption": "How far the mixed target is from the truth, for each weight of the labels; dots mark the minima."}}
 alphas = torch.linspace(0, 1, 101).double()
 _, axes = plt.subplots()
 rows = []
@@ -995,7 +995,7 @@ for task in TASKS:
 columns = ["task", "", "KL to the truth (nats)", "says wrong (%)", "wrong if unseen (%)", "says clean (%)"]
 pd.DataFrame(rows, columns=columns).set_index(columns[:2])
 
-# %% mystnb={"image": {"alt": "Share of flipped training examples on which teacher and students predict the wrong label that was given."}}
+# %% mystnb={"image": {"alt": "Share of flipped training examples on which teacher and students predict the wrong label that was given."}, "figure": {"name": "fig-dist-flipped", "caption": "How often each network says the wrong label that a flipped example was given; lines are one standard deviation over seeds."}}
 _, axes = plt.subplots()
 for offset, name in enumerate(LOOKS):
     shares = [100 * measured("train/flipped_given", task, name) for task in TASKS]
@@ -1039,9 +1039,9 @@ def judge(task, settings):
 pd.concat([judge(task, SETTINGS["distilled"]) for task in TASKS])
 
 # %% [markdown]
-# Not every claim survives. The gain that is clearest against its spread is the one that {eq}`eq-dist-worth` promises: better targets bring the
-# student's probabilities closer to the truth. The gains in accuracy have the right sign, but seeds alone move the accuracy as much. A
-# table with one number for each method would have hidden that.
+# Every gain points the right way, and most of them stay open. Better targets do what {eq}`eq-dist-worth` promises, but the seeds of a small
+# student move its scores by as much as the teacher does, and ten pairs do not always tell the two apart. A table with one number for each
+# method would have hidden that.
 #
 # The same with the $\alpha$ that the validation split chose, on the task of the sweep:
 

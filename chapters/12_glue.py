@@ -138,7 +138,7 @@ print("  ".join(f"{name}: {len(split):,}" for name, split in splits.items()))
 columns = [*data.task.text_columns, data.task.label_column]
 data.train.select(range(min(4, len(data.train)))).to_pandas()[columns]
 
-# %%
+# %% mystnb={"image": {"alt": "Distribution of the labels, or of the scores, in the training set."}, "figure": {"name": "fig-glue-labels", "caption": "What the training set holds, and so what a class-blind guess would score."}}
 labels = pd.Series(data.train[data.task.label_column][:])
 figure, axes = plt.subplots(figsize=(4.2, 2.0))
 if data.task.is_regression:
@@ -192,7 +192,7 @@ if baseline and config.method != "fine_tune":
 # %% [markdown]
 # ## What came out
 
-# %%
+# %% mystnb={"image": {"alt": "Validation metric against the epoch for the teacher, the student alone and the distilled student."}, "figure": {"name": "fig-glue-curves", "caption": "The validation metric after every epoch; the best point of each curve is kept."}}
 metric = f"{next(iter(data.evaluation))}/{data.task.metrics[0]}"
 curves = {"teacher": teacher_record, "student alone": alone, f"student, {config.method}": record}
 figure, axes = plt.subplots()

@@ -635,7 +635,7 @@ def write(folder: Path | str) -> None:
 def folder() -> Path:
     """The folder that holds the tasks: the repository's data/miniglue, or one generated once with the same bytes.
 
-    The generated one lies in $KDLIB_CACHE, by default ~/.cache/kdlib; it appears complete or not at all.
+    The generated one lies in `$KDLIB_CACHE`, by default `~/.cache/kdlib`; it appears complete or not at all.
     """
     shipped = Path(__file__).resolve().parents[1] / "data" / "miniglue"
     if (shipped / "vocab.txt").exists():

@@ -5,19 +5,18 @@ the site is built again only if a page has.  Both are told by the content of the
 """
 
 import argparse
-import hashlib
 import json
 import shutil
-import subprocess
 import sys
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import nbformat
 
+from tools import site
 from tools.chapters import ROOT, Chapter, chapters, read_source, strip
 from tools.execute import execute
+from tools.site import fingerprint
 
 
 @dataclass(frozen=True)
@@ -29,18 +28,6 @@ class Record:
     peak_mib: float
     result: str  # "ok" or "failed"
     fingerprint: str  # of everything the chapter was executed from
-
-
-def fingerprint(paths: Iterable[Path], root: Path) -> str:
-    """A hash of the names and contents of files; folders stand for every file below them."""
-    digest = hashlib.sha256(sys.version.encode())
-    for path in paths:
-        files = sorted(path.rglob("*")) if path.is_dir() else [path]
-        for file in files:
-            if file.is_file() and "__pycache__" not in file.parts:
-                digest.update(f"\n{file.relative_to(root)}\n".encode())
-                digest.update(hashlib.sha256(file.read_bytes()).digest())
-    return digest.hexdigest()
 
 
 def execute_book(root: Path, force: bool = False) -> tuple[dict[str, Record], list[tuple[str, str, str, str]]]:
@@ -103,37 +90,6 @@ def store(root: Path) -> None:
             print(f"stored chapters/{chapter.name}.ipynb")
 
 
-def build_site(root: Path, records: dict[str, Record]) -> bool:
-    """Build _build/html from docs/ and the executed chapters with Sphinx; warnings are errors.  False if it failed."""
-    build = root / "_build"
-    source, html, stamp = build / "site", build / "html", build / "site.sha256"
-    shutil.rmtree(source, ignore_errors=True)
-    shutil.copytree(root / "docs", source)
-    shutil.copy(root / "book.yml", source)
-    (source / "chapters").mkdir()
-    for chapter in chapters(root):
-        page = strip(nbformat.read(build / "executed" / f"{chapter.name}.ipynb", as_version=4))
-        nbformat.write(page, source / "chapters" / chapter.notebook.name)
-    (source / "costs.md").write_text(costs(records[chapter.name] for chapter in chapters(root)))
-    wanted = fingerprint([source, root / "requirements.lock"], root)
-    if stamp.exists() and stamp.read_text() == wanted and (html / "index.html").exists():
-        return True
-    stamp.unlink(missing_ok=True)
-    shutil.rmtree(html, ignore_errors=True)
-    command = [sys.executable, "-m", "sphinx", "-b", "html", "-q", "-n", "-W", "--keep-going"]
-    command += ["-d", str(build / "doctrees"), str(source), str(html)]
-    if subprocess.run(command).returncode:
-        return False
-    stamp.write_text(wanted)
-    return True
-
-
-def costs(records: Iterable[Record]) -> str:
-    """A table of what each chapter takes, for the site's first page."""
-    rows = [f"| {{doc}}`chapters/{record.name}` | {record.seconds:.0f} | {record.peak_mib:.0f} |" for record in records]
-    return "\n".join(["| chapter | seconds | memory in MiB |", "|---|---:|---:|", *rows, ""])
-
-
 def table(rows: list[tuple[str, str, str, str]]) -> str:
     """The closing table: chapter, seconds, MiB, result."""
     lines = [("chapter", "seconds", "MiB", "result"), *rows]
@@ -158,7 +114,8 @@ def main(arguments: list[str] | None = None, root: Path = ROOT) -> int:
     if executed and options.store:
         store(root)
     elif executed:
-        built = build_site(root, records)
+        costs = {name: site.Cost(record.seconds, record.peak_mib) for name, record in records.items()}
+        built = site.build(root, root / "_build", root / "_build" / "executed", costs)
     print(f"\n{table(rows)}\n")
     if not executed:
         print("The book stopped at the cell shown above; no site was built.")

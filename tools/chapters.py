@@ -8,6 +8,7 @@ reading and for nbval.  Every check here returns its complaints as sentences, no
 import ast
 import base64
 import hashlib
+import json
 import re
 import sys
 from collections.abc import Iterator
@@ -98,8 +99,9 @@ def strip(executed: NotebookNode) -> NotebookNode:
 
 
 def kept_metadata(cell: NotebookNode) -> dict:
-    """What a cell says about itself, without what tools add when they run it."""
-    return {key: cell.metadata[key] for key in CELL_METADATA if cell.metadata.get(key)}
+    """What a cell says about itself, without what tools add when they run it; in the order of the stored file."""
+    kept = {key: cell.metadata[key] for key in CELL_METADATA if cell.metadata.get(key)}
+    return {key: json.loads(json.dumps(value, sort_keys=True)) for key, value in kept.items()}
 
 
 def tagged(notebook: NotebookNode, tag: str) -> list[NotebookNode]:
@@ -117,6 +119,7 @@ def problems(chapter: Chapter, root: Path = ROOT) -> list[str]:
         *pair_problems(source, stored),
         *output_problems(stored, root),
         *size_problems(chapter.notebook, stored),
+        *caption_problems(stored),
         *parameter_problems(chapter.name, source),
         *agreement_problems(chapter.name, source, library_names(root)),
     ]
@@ -176,6 +179,17 @@ def size_problems(path: Path, stored: NotebookNode) -> Iterator[str]:
                 figure = len(content) if kind == "image/svg+xml" else len(base64.b64decode(content))
                 if figure > MAX_FIGURE_BYTES:
                     yield f"a figure of cell {number} has {figure:,} bytes, {MAX_FIGURE_BYTES:,} are allowed"
+
+
+def caption_problems(stored: NotebookNode) -> Iterator[str]:
+    """Figures that a reader who cannot see them, or does not know what to look at, gets nothing from."""
+    for number, cell in enumerate(stored.cells, start=1):
+        if not any(kind.startswith("image/") for output in cell.get("outputs", []) for kind in output.get("data", {})):
+            continue
+        said = cell.metadata.get("mystnb", {})
+        if not said.get("image", {}).get("alt") or not said.get("figure", {}).get("caption"):
+            example = '# %% mystnb={"image": {"alt": "..."}, "figure": {"caption": "..."}}'
+            yield f"the figure of cell {number} needs an alt text and a caption: {example}"
 
 
 def parameter_problems(name: str, source: NotebookNode) -> Iterator[str]:

@@ -43,10 +43,6 @@ given out under agreements for research. |
 unclear. |"""
 
 PAGE_TEXT = """\
----
-orphan: true
----
-
 # Licences and provenance
 
 <!-- Written by `make pages` from what is installed and from tools/licences.py. Do not edit. -->

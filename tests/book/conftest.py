@@ -1,6 +1,6 @@
 """A book of a few cells in a temporary folder, for tests of the tools that make the real one."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
@@ -17,12 +17,13 @@ class SmallBook:
     """A repository with a book in it; `write` adds a chapter or replaces its source."""
 
     root: Path
+    pages: list[dict] = field(default_factory=list)  # what book.yml lists besides the chapters
 
     def write(self, name: str, source: str) -> Chapter:
         path = self.root / "chapters" / f"{name}.py"
         path.write_text(HEADER + source)
         names = sorted(file.stem for file in path.parent.glob("*.py"))
-        parts = [{"caption": "All", "chapters": [{"file": f"chapters/{name}"} for name in names]}]
+        parts = [{"caption": "All", "chapters": [{"file": f"chapters/{name}"} for name in names]}, *self.pages]
         (self.root / "book.yml").write_text(yaml.safe_dump({"format": "jb-book", "root": "index", "parts": parts}))
         return next(chapter for chapter in chapters.chapters(self.root) if chapter.name == name)
 

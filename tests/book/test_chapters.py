@@ -145,13 +145,26 @@ def test_an_output_of_one_machine_is_caught(small_book, text):
     assert "which is different on another machine" in only_problem(chapter, small_book)
 
 
-def test_a_large_figure_is_caught(small_book):
-    def figure(size):
-        return new_output("display_data", data={"image/png": base64.b64encode(bytes(size)).decode()})
+def figure(size):
+    return new_output("display_data", data={"image/png": base64.b64encode(bytes(size)).decode()})
 
-    assert chapters.problems(changed(stored(small_book), add_output(figure(60_000))), small_book.root) == []
-    chapter = changed(stored(small_book), add_output(figure(60_001)))
+
+CAPTIONED = GOOD.replace(
+    "# %%\nhalf(3)", '# %% mystnb={"image": {"alt": "A line."}, "figure": {"caption": "It falls."}}\nhalf(3)'
+)
+
+
+def test_a_large_figure_is_caught(small_book):
+    chapter = changed(stored(small_book, CAPTIONED), add_output(figure(60_000)))
+    assert chapters.problems(chapter, small_book.root) == []
+    chapter = changed(stored(small_book, CAPTIONED), add_output(figure(60_001)))
     assert "a figure of cell 3 has 60,001 bytes" in only_problem(chapter, small_book)
+
+
+@pytest.mark.parametrize("missing", ['"image": {"alt": "A line."}, ', ', "figure": {"caption": "It falls."}'])
+def test_a_figure_without_alt_text_or_caption_is_caught(small_book, missing):
+    chapter = changed(stored(small_book, CAPTIONED.replace(missing, "")), add_output(figure(100)))
+    assert "the figure of cell 3 needs an alt text and a caption" in only_problem(chapter, small_book)
 
 
 def test_a_large_notebook_is_caught(small_book):
