@@ -15,6 +15,8 @@ from typing import NamedTuple
 
 import yaml
 
+from tools import api
+
 ROOT = Path(__file__).resolve().parents[1]
 LEDGER = "data/ledger.yml"
 PAGE = "docs/papers.md"
@@ -140,19 +142,12 @@ def cited(text: str) -> list[str]:
 
 
 def docstrings(root: Path) -> dict[str, tuple[str, str]]:
-    """By dotted name, the role by which the site refers to a public thing of kdlib, and its docstring."""
+    """By dotted name, the site's link to a public thing of kdlib, and its docstring; a method's link is its class's."""
     found = {}
-
-    def visit(node: ast.Module | ast.ClassDef | ast.FunctionDef, name: str, role: str) -> None:
-        found[name] = (role, ast.get_docstring(node) or "")
-        for child in [] if isinstance(node, ast.FunctionDef) else node.body:
-            if isinstance(child, ast.ClassDef | ast.FunctionDef) and not child.name.startswith("_"):
-                inner = "py:meth" if isinstance(node, ast.ClassDef) else "py:func"
-                visit(child, f"{name}.{child.name}", "py:class" if isinstance(child, ast.ClassDef) else inner)
-
-    for path in sorted((root / "kdlib").rglob("*.py")):
-        name = ".".join(path.relative_to(root).with_suffix("").parts).removesuffix(".__init__")
-        visit(ast.parse(path.read_text()), name, "py:mod")
+    for entry in (entry for entries in api.modules(root).values() for entry in entries):
+        name = f"{entry.module}.{entry.name}".rstrip(".")
+        found[name] = (entry.link, entry.doc)
+        found |= {f"{name}.{member.name}": (entry.link, member.doc) for member in entry.members}
     return found
 
 
@@ -325,7 +320,7 @@ def row(entry: Entry, places: dict[str, str], known: dict[str, tuple[str, str]])
     place = ""
     if entry.anchor:
         place = f"chapter {int(re.search(r'[0-9]+', entry.anchor)[0])}, {places[entry.anchor]}"
-    functions = [f"{{{known[name][0]}}}`{name.removeprefix('kdlib.')} <{name}>`" for name in entry.functions]
+    functions = [known[name][0] for name in entry.functions]
     checks = [f"`{test.split('::')[0]}`: {in_words(test)}" for test in entry.tests]
     status = f"{entry.status}; {entry.why}" if entry.why else entry.status
     return [entry.id, entry.meaning, place, ", ".join(functions), "; ".join(checks), status]

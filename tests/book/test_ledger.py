@@ -200,12 +200,11 @@ def test_what_can_be_pointed_to(small):
         ),
     }
     assert ledger.tests(small) == {"tests/test_a.py::test_a"}
-    roles = {name: role for name, (role, _) in ledger.docstrings(small).items()}
-    assert roles == {
-        "kdlib.a": "py:mod",
-        "kdlib.a.soft": "py:func",
-        "kdlib.a.Thing": "py:class",
-        "kdlib.a.Thing.run": "py:meth",
+    assert {name: link for name, (link, _) in ledger.docstrings(small).items()} == {
+        "kdlib.a": "{py:mod}`a <kdlib.a>`",
+        "kdlib.a.soft": "{py:func}`a.soft <kdlib.a.soft>`",
+        "kdlib.a.Thing": "{py:class}`a.Thing <kdlib.a.Thing>`",
+        "kdlib.a.Thing.run": "{py:class}`a.Thing <kdlib.a.Thing>`",
     }
     assert pointers(small) == []
 
