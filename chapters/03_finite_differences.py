@@ -30,6 +30,30 @@
 #
 # All numbers are computed live, on one thread, except those of LGTM's Table 3, which are read from `data/published`.
 
+# %% tags=["setup", "hide-input"]
+# Installs kdlib where it is missing, on Colab for example; otherwise does nothing.
+try:
+    import kdlib
+
+    kdlib.__version__  # a folder that happens to be called kdlib has none
+except (ImportError, AttributeError):
+    import os
+    import subprocess
+    import sys
+    from pathlib import Path
+
+    around = [str(folder) for folder in (Path.cwd(), *Path.cwd().parents) if (folder / "kdlib/__init__.py").exists()]
+    place = around[0] if around else os.environ.get("KDLIB_SOURCE", "")
+    if not place:
+        raise ImportError("kdlib is missing: set KDLIB_SOURCE to the book's folder or git address, run again") from None
+    if not Path(place).is_dir():
+        address, place = place, "kdlib-book"
+        Path(place).is_dir() or subprocess.run(["git", "clone", "-q", "--depth=1", address, place], check=True)
+    # Not a copy but the folder itself: the chapters read the data that lie beside the library.
+    subprocess.run([sys.executable, "-m", "pip", "install", "-q", "--editable", place], check=True)
+    sys.modules.pop("kdlib", None)
+    sys.path.insert(0, str(Path(place).resolve()))
+
 # %%
 import time
 import weakref
@@ -173,7 +197,7 @@ for name, dtype in DTYPES.items():
     for quotient, function in QUOTIENTS.items():
         found[name, quotient] = steps, quotient_errors(function, dtype, steps)
 
-# %% mystnb={"image": {"alt": "Error against step on log axes: six V-shaped curves, central below forward, float64 lowest, dots near each minimum."}}
+# %% mystnb={"image": {"alt": "Error against step on log axes: six V-shaped curves, central below forward, float64 lowest, dots near each minimum."}, "figure": {"name": "fig-fd-scalar", "caption": "Each format has a best step: to the left of it round-off rules, to the right truncation. Dots: the derived best step and bound."}}
 figure, axes = plt.subplots()
 for (name, quotient), (steps, errors) in found.items():
     style = {"forward": "--", "central": "-"}[quotient]
@@ -416,7 +440,7 @@ radii = torch.logspace(-6, 0, 13, dtype=torch.float64)
 curves = {name: torch.tensor([tangent_error(name, radius) for radius in radii]) for name in FORMATS}
 by_jvp = {name: tangent_error(name) for name in FORMATS}
 
-# %% mystnb={"image": {"alt": "Relative error of the tangent against the distance the weights move: V-shaped curves for four number formats."}}
+# %% mystnb={"image": {"alt": "Relative error of the tangent against the distance the weights move: V-shaped curves for four number formats."}, "figure": {"name": "fig-fd-tangent", "caption": "The same V for a BERT's tangent. The rule $r = 0.01$ is near the best radius under autocast only."}}
 figure, axes = plt.subplots()
 for name, errors in curves.items():
     axes.loglog(radii, errors, "o-", markersize=2.5, label=name)
@@ -491,7 +515,7 @@ def drift(weights, radius=0.01):
 flat = torch.cat([value.flatten() for value in weights_of(student).values()])[:20_000]
 drifts = {name: drift(flat.to(dtype)) for name, dtype in DTYPES.items()}
 
-# %% mystnb={"image": {"alt": "Drift of the weights against the number of steps on log axes: three parallel rising lines, bfloat16 highest, float64 lowest."}}
+# %% mystnb={"image": {"alt": "Drift of the weights against the number of steps on log axes: three parallel rising lines, bfloat16 highest, float64 lowest."}, "figure": {"name": "fig-fd-drift", "caption": "Moving weights in place and back is a random walk: the drift grows with the square root of the number of steps."}}
 figure, axes = plt.subplots()
 for name, seen in drifts.items():
     axes.loglog(RECORD_AT, seen[:, 0] / root_mean_square(flat), "o-", label=name)
@@ -701,7 +725,7 @@ for name, (time_in_f, mib) in predicted.items():
 columns = ["way", "time in F, predicted", "measured", "MiB, predicted", "MiB, measured"]
 pd.DataFrame(rows, columns=columns).set_index("way")
 
-# %% mystnb={"image": {"alt": "Time and memory of the five ways against the batch size: the loop slowest by far, vmap largest by far."}}
+# %% mystnb={"image": {"alt": "Time and memory of the five ways against the batch size: the loop slowest by far, vmap largest by far."}, "figure": {"name": "fig-fd-costs", "caption": "The loop pays in time, vmap in memory; the difference and jvp stay level with a few forward passes."}}
 figure, panels = plt.subplots(1, 2, figsize=(5.6, 2.8))
 unit = measured[4][0].loc["forward", "seconds"]
 for name in WAYS:
@@ -991,7 +1015,7 @@ for (seed, stage), (teacher_mlp, student_mlp, *batches) in situations.items():
         rows.append([name, stage, seed, cosine(direction, exact), change])
 tried = pd.DataFrame(rows, columns=["candidate", "moment", "seed", "cosine", "change"])
 
-# %% mystnb={"image": {"alt": "Change of the feedback loss for five teacher steps at three moments, a dot for each of twelve seeds."}}
+# %% mystnb={"image": {"alt": "Change of the feedback loss for five teacher steps at three moments, a dot for each of twelve seeds."}, "figure": {"name": "fig-fd-steps", "caption": "A dot below zero is a teacher step that helps the student. Equation (10) as printed raises the feedback loss in every seed."}}
 figure, axes = plt.subplots(figsize=(4.8, 3.2))
 names = list(tried["candidate"].unique())
 for number, stage in enumerate(STAGES):
