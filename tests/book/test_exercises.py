@@ -5,6 +5,7 @@ import re
 
 import jupytext
 import pytest
+from torch.utils._pytree import tree_map
 
 from tools.chapters import ROOT, chapters
 
@@ -54,12 +55,10 @@ EXERCISES = [(chapter, name) for chapter in chapters(ROOT) for name in asked(cha
 def test_the_printed_solution_passes_and_a_spoiled_one_is_refused(chapter, name):
     names, solution = definitions(chapter), solutions(chapter)[name]
     exec(solution, names)
-    names[f"check_{name}"](names[name])
-    spoiled = re.sub(r"return (.*)", r"return 1.01 * (\1)", solution)
-    assert spoiled != solution
-    exec(spoiled, names)
+    right, check = names[name], names[f"check_{name}"]
+    check(right)
     with pytest.raises(AssertionError):
-        names[f"check_{name}"](names[name])
+        check(lambda *inputs: tree_map(lambda value: 1.01 * value, right(*inputs)))
 
 
 def test_there_are_exercises():
