@@ -55,6 +55,7 @@ except (ImportError, AttributeError):
     sys.path.insert(0, str(Path(place).resolve()))
 
 # %%
+import math
 import time
 import weakref
 from contextlib import nullcontext
@@ -226,7 +227,7 @@ print("every error lies below the bound; every best step is within a factor of 3
 rows = []
 for name, dtype in DTYPES.items():
     smallest = [found[name, quotient][1].min() for quotient in QUOTIENTS]
-    rows.append([name, *(f"{-torch.tensor(value).log10():.1f}" for value in (constants(dtype)[0], *smallest))])
+    rows.append([name, *(f"{-math.log10(value):.1f}" for value in (constants(dtype)[0], *smallest))])
 columns = ["", "digits of the format", "digits by the forward quotient", "by the central one"]
 pd.DataFrame(rows, columns=columns).set_index("")
 

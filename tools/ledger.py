@@ -40,6 +40,10 @@ PAPERS = {
 }
 
 HEAD = """\
+---
+html_theme.sidebar_secondary.remove: true
+---
+
 # From paper to code
 
 <!-- Written by `make pages` from data/ledger.yml. Do not edit. -->
