@@ -181,6 +181,30 @@ REGRESSION_OBJECTIVES = ("logit_mse",)
 """The objectives that make sense for a head with a single output."""
 
 
+def distillation_loss(
+    student_logits: Float[Tensor, "batch classes"],
+    teacher_logits: Float[Tensor, "batch classes"],
+    labels: Tensor,
+    alpha: float = 0.5,
+    temperature: float = 1.0,
+    objective: Objective = kl_divergence,
+    reduction: Reduction = "mean",
+) -> Tensor:
+    """α · task loss + (1 − α) · objective, per sample or reduced.
+
+    α is the weight of the hard labels, as in LGTM and MetaDistil; IKD's λ is 1 − α.
+
+    Raises ValueError unless 0 ≤ α ≤ 1, and what the two losses raise.
+
+    Source: LGTM eq. (1), MetaDistil eq. (1), IKD eq. (4).  Derived in: chapters/01_distillation.
+    """
+    if not 0 <= alpha <= 1:
+        raise ValueError(f"alpha is {alpha}; expected a weight between 0 (teacher only) and 1 (labels only)")
+    hard = task_loss(student_logits, labels, reduction)
+    soft = objective(student_logits, teacher_logits, temperature=temperature, reduction=reduction)
+    return alpha * hard + (1 - alpha) * soft
+
+
 def _check_pair(student_logits: Tensor, teacher_logits: Tensor, temperature: float, softmax: bool) -> None:
     if student_logits.shape != teacher_logits.shape:
         raise ValueError(

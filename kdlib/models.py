@@ -10,16 +10,20 @@ A network is named by a string, the same everywhere in the book:
 
 import copy
 import importlib.util
+import inspect
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import (
     AutoConfig,
     AutoModelForSequenceClassification,
@@ -184,10 +188,12 @@ def check_pair(teacher: PreTrainedModel, student: PreTrainedModel) -> None:
 
 
 def logits(model: nn.Module, batch: dict[str, Tensor]) -> Float[Tensor, "batch classes"]:
-    """The logits of a sequence classifier for a batch made by `glue.collate`, always float32."""
-    return model(
-        input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], token_type_ids=batch["token_type_ids"]
-    ).logits.float()
+    """The logits of a sequence classifier for a batch made by `glue.collate`, in float32 at least."""
+    return _full_precision(
+        model(
+            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], token_type_ids=batch["token_type_ids"]
+        ).logits
+    )
 
 
 @torch.no_grad()
@@ -216,20 +222,113 @@ def predict(
     return outputs
 
 
+Parameters = dict[str, Tensor]
+"""Tensors by the name of the parameter that they stand for, or are a direction of, or a gradient in."""
+
+
+class Outputs(NamedTuple):
+    """What a network answers.  A named tuple, because torch.func takes it apart and together by itself (a pytree)."""
+
+    logits: Float[Tensor, "batch classes"]
+    hidden_states: tuple[Float[Tensor, "batch tokens hidden"], ...] = ()
+    attentions: tuple[Float[Tensor, "batch heads tokens tokens"], ...] = ()
+
+
+def trainable(module: nn.Module) -> Parameters:
+    """The parameters of `module` that require a gradient, by name, detached but not copied."""
+    return {name: parameter.detach() for name, parameter in module.named_parameters() if parameter.requires_grad}
+
+
+def apply(
+    module: nn.Module,
+    parameters: Parameters,
+    batch: Mapping[str, Tensor],
+    hidden_states: bool = False,
+    attentions: bool = False,
+) -> Outputs:
+    """The network as a function of its parameters; those that are not given are taken from the module.
+
+    The network is called with the entries of `batch` that its `forward` takes by name, except `labels`: any module
+    that returns logits, or an object with `.logits`, will do.  The module is not changed: what it writes into its
+    buffers goes into copies.  Logits are in float32 at least.
+
+    Raises ValueError for a parameter that the module does not have and for a batch without anything to read.
+    """
+    known = dict(module.named_parameters())
+    unknown = [name for name in parameters if name not in known]
+    if unknown:
+        raise ValueError(f"{type(module).__name__} has no parameter {some(unknown)}")
+    names = inspect.signature(module.forward).parameters
+    inputs = {name: value for name, value in batch.items() if name in names and name != "labels"}
+    if not inputs:
+        raise ValueError(
+            f"{type(module).__name__}.forward takes {', '.join(names)}, but the batch has {', '.join(batch)}: "
+            "name the batch's entries as forward names its arguments"
+        )
+    wanted = {"output_hidden_states": hidden_states, "output_attentions": attentions}
+    inputs |= {name: True for name, value in wanted.items() if value}
+    buffers = {name: buffer.detach().clone() for name, buffer in module.named_buffers()}
+    answer = functional_call(module, {**buffers, **parameters}, kwargs=inputs)
+    if isinstance(answer, Tensor):
+        return Outputs(_full_precision(answer))
+    return Outputs(
+        _full_precision(answer.logits),
+        tuple(answer.hidden_states) if hidden_states else (),
+        tuple(answer.attentions) if attentions else (),
+    )
+
+
 @contextmanager
-def exact_attention(*models: PreTrainedModel) -> Iterator[None]:
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Dropout off inside the `with` block; afterwards every part of `module` is in the mode it was in."""
+    training = [part for part in module.modules() if part.training]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part in training:
+            part.training = True
+
+
+@contextmanager
+def exact_attention(*modules: nn.Module) -> Iterator[None]:
     """Use the attention that has forward-mode and second derivatives inside the `with` block, then restore.
 
-    The fused kernels that make training fast have neither; this is the one place where the choice is made.
+    The fused kernels that make training fast have neither; this is the one place where the choice is made.  Holds for
+    transformers' models, and for modules that contain one or call torch's own attention.
     """
+    models = [part for module in modules for part in module.modules() if isinstance(part, PreTrainedModel)]
     before = [model.config._attn_implementation for model in models]
+    fast_path = torch.backends.mha.get_fastpath_enabled()
     try:
         for model in models:
             model.set_attn_implementation(EXACT_ATTENTION)
-        yield
+        torch.backends.mha.set_fastpath_enabled(False)
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
     finally:
+        torch.backends.mha.set_fastpath_enabled(fast_path)
         for model, implementation in zip(models, before, strict=True):
             model.set_attn_implementation(implementation)
+
+
+def additive_mask(attention_mask: Int[Tensor, "batch tokens"], dtype: torch.dtype) -> Float[Tensor, "batch 1 1 tokens"]:
+    """The mask that is added to the attention scores: 0 where a token counts, the lowest number where it is padding.
+
+    transformers builds it from the 0/1 mask by looking at the values, which `vmap` forbids; a mask of four dimensions
+    is used as it is.  It must be floating point: four dimensions of booleans would be added as zeros and ones.
+    """
+    padding = attention_mask[:, None, None, :] == 0
+    return torch.zeros_like(padding, dtype=dtype).masked_fill(padding, torch.finfo(dtype).min)
+
+
+def _full_precision(values: Tensor) -> Tensor:
+    return values.to(torch.promote_types(values.dtype, torch.float32))
+
+
+def some(names: list[str]) -> str:
+    """The first names of a list that may be long."""
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _location(name: str, task: glue.Task) -> str | Path:

@@ -10,33 +10,9 @@ from torch import Tensor
 
 from kdlib import losses
 from kdlib.learner import Batch, Learner
-from kdlib.losses import Objective, Reduction
+from kdlib.losses import Objective, distillation_loss
 from kdlib.methods import Step
 from kdlib.models import logits
-
-
-def distillation_loss(
-    student_logits: Float[Tensor, "batch classes"],
-    teacher_logits: Float[Tensor, "batch classes"],
-    labels: Tensor,
-    alpha: float = 0.5,
-    temperature: float = 1.0,
-    objective: Objective = losses.kl_divergence,
-    reduction: Reduction = "mean",
-) -> Tensor:
-    """α · task loss + (1 − α) · objective, per sample or reduced.
-
-    α is the weight of the hard labels, as in LGTM and MetaDistil; IKD's λ is 1 − α.
-
-    Raises ValueError unless 0 ≤ α ≤ 1, and what the two losses raise.
-
-    Source: LGTM eq. (1), MetaDistil eq. (1), IKD eq. (4).  Derived in: chapters/01_distillation.
-    """
-    if not 0 <= alpha <= 1:
-        raise ValueError(f"alpha is {alpha}; expected a weight between 0 (teacher only) and 1 (labels only)")
-    hard = losses.task_loss(student_logits, labels, reduction)
-    soft = objective(student_logits, teacher_logits, temperature=temperature, reduction=reduction)
-    return alpha * hard + (1 - alpha) * soft
 
 
 def fine_tuning(network: Learner) -> Step:
