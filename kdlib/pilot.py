@@ -78,4 +78,5 @@ def sgd_step(
     Derived in: chapters/02_influence.
     """
     descent = gradient(student, parameters, batch, loss, create_graph, **wanted)
-    return sgd({name: value.detach() for name, value in parameters.items()}, descent, learning_rate)
+    with torch.enable_grad():
+        return sgd({name: value.detach() for name, value in parameters.items()}, descent, learning_rate)
