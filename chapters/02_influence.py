@@ -30,6 +30,30 @@
 # Everything up to the section on planted errors is computed on the spot. From there on one run is *live*, and what concerns several
 # seeds is *read* from run records in `data/runs/02_influence`. Each cell says which.
 
+# %% tags=["setup", "hide-input"]
+# Installs kdlib where it is missing, on Colab for example; otherwise does nothing.
+try:
+    import kdlib
+
+    kdlib.__version__  # a folder that happens to be called kdlib has none
+except (ImportError, AttributeError):
+    import os
+    import subprocess
+    import sys
+    from pathlib import Path
+
+    around = [str(folder) for folder in (Path.cwd(), *Path.cwd().parents) if (folder / "kdlib/__init__.py").exists()]
+    place = around[0] if around else os.environ.get("KDLIB_SOURCE", "")
+    if not place:
+        raise ImportError("kdlib is missing: set KDLIB_SOURCE to the book's folder or git address, run again") from None
+    if not Path(place).is_dir():
+        address, place = place, "kdlib-book"
+        Path(place).is_dir() or subprocess.run(["git", "clone", "-q", "--depth=1", address, place], check=True)
+    # Not a copy but the folder itself: the chapters read the data that lie beside the library.
+    subprocess.run([sys.executable, "-m", "pip", "install", "-q", "--editable", place], check=True)
+    sys.modules.pop("kdlib", None)
+    sys.path.insert(0, str(Path(place).resolve()))
+
 # %% tags=["experiment"]
 from types import SimpleNamespace
 
@@ -525,7 +549,9 @@ def damped_influences(damping):
 for factor in (2, 50):
     damped = damped_influences(factor * lowest.abs())
     agreement = stats.spearmanr(damped, plain)[0]
-    print(f"damping {factor:2d} × |lowest|: mean size {damped.abs().mean():.1e}, rank correlation with gᵀ∇ℓ_i {agreement:.2f}")
+    print(
+        f"damping {factor:2d} × |lowest|: mean size {damped.abs().mean():.1e}, rank agreement with gᵀ∇ℓ_i {agreement:.2f}"
+    )
 
 # %% [markdown]
 # The *sizes* are a matter of the damping, so they forecast nothing. The *ranking* is that of the plain inner products, on this student. We had better
@@ -581,8 +607,9 @@ table = torch.stack([forecasts(rate) for rate in rates.tolist()])
 errors = (table[:, 1:] - table[:, :1]).abs()
 
 _, axes = plt.subplots()
-for error, label, style in zip(errors.T, ("$g$ at $θ'$ (LGTM)", "$g$ at $θ$", "mean of both"), ("o-", "s--", "^-"), strict=True):
-    axes.loglog(rates, error, style, label=label)
+looks = {"$g$ at $θ'$ (LGTM)": "o-", "$g$ at $θ$": "s--", "mean of both": "^-"}
+for error, (label, look) in zip(errors.T, looks.items(), strict=True):
+    axes.loglog(rates, error, look, label=label)
 axes.set(xlabel=r"learning rate $\eta$", ylabel="error of the forecast (nats)")
 axes.legend()
 plt.show()
@@ -777,7 +804,8 @@ outputs, along = influence.student_tangent(student, parameters, batch, g)
 torch.testing.assert_close((outputs.logits, along.logits), student_tangent(batch, g), **same)
 
 theirs = influence.distillation_influence(kl, outputs.logits, along.logits, batch["teacher_logits"])
-torch.testing.assert_close(theirs, distillation_influence(lambda z: kl(z, batch["teacher_logits"]), logits, tangent), **same)
+ours = distillation_influence(lambda z: kl(z, batch["teacher_logits"]), logits, tangent)
+torch.testing.assert_close(theirs, ours, **same)
 
 library_pilot = pilot.sgd_step(student, parameters, batch, imitation, ETA)
 torch.testing.assert_close(library_pilot, sgd_step(parameters, ETA), **same)
@@ -801,6 +829,7 @@ print("kdlib agrees with the tools of this chapter")
 #
 # The feedback set is carved out of the training set, so its labels are no better than the others. The oracle lets us ask what clean
 # feedback would do: that is the second influence. The functions `observe`, `summary` and `experiment` make one run.
+
 
 # %% tags=["experiment"]
 def observe(stage, student, teacher):
@@ -871,6 +900,8 @@ def experiment(task, mode, seed):
         slope = overconfidence(student, here.exam)
         rows.append({"step": step, "rate": rate, "overconfidence": slope, **summary(seen, here.oracle)})
     return pd.DataFrame(rows), here, seen
+
+
 # %% [markdown]
 # One run *live*: a student of 2 layers and width 32 on the labels of `mini-sst2`, without a teacher, seed 0. So $\ell_i$ is the cross entropy here.
 # All other seeds, and the task `mini-mrpc`, are *read*. The live run should repeat its record.
@@ -882,12 +913,17 @@ from pathlib import Path
 live, *_ = experiment("mini-sst2", "labels", seed=0)
 
 
+def records(task, mode):
+    """The recorded runs, in the order of their seeds."""
+    folder = Path(influence.__file__).resolve().parents[1] / "data" / "runs" / "02_influence"
+    paths = sorted(folder.glob(f"{task}-{mode}-seed*.json"))
+    assert paths, f"no record of {task}, {mode}: run `make experiments`"
+    return [json.loads(path.read_text()) for path in paths]
+
+
 def recorded(task, mode):
     """The tables of the recorded runs, one for each seed: rows are moments."""
-    folder = Path(influence.__file__).parents[1] / "data" / "runs" / "02_influence"
-    records = [json.loads(path.read_text()) for path in sorted(folder.glob(f"{task}-{mode}-seed*.json"))]
-    assert records, f"no record of {task}, {mode}: run `make experiments`"
-    return [pd.DataFrame(record["moments"]).astype(float) for record in records]
+    return [pd.DataFrame(record["moments"]).astype(float) for record in records(task, mode)]
 
 
 # %%
@@ -961,7 +997,14 @@ for task in ("mini-sst2", "mini-mrpc"):
 pd.DataFrame(rows, index=VERDICT).T
 
 # %% [markdown]
-# @@PROSE-WHY@@
+# Influence finds less than the plain loss, and on noisy feedback it can end on the wrong side of the coin: planted errors then look *helpful*. Is something
+# broken? Write {eq}`eq-infl-closed` for two classes, with the gap $d_i = z_{i1} - z_{i0}$ between the logits and the residual $r_i$:
+#
+# $$I_i = r_i\, \dot d_i, \qquad r_i = \sigma(d_i) - y_i . $$ (eq-infl-residual)
+#
+# The residual is what the loss knows too. All that influence adds is $\dot d_i$: which way the feedback gradient moves the gap of sample $i$. If all
+# gaps move alike, $\dot d_i = c$, influence is a residual with the sign of its class: it suspects the errors in one class and praises those in the other. How much
+# of $\dot d$ is common? The next figure shows $(\text{mean } \dot d)^2 / \text{mean } \dot d^2$ (*read*).
 
 # %% mystnb={"image": {"alt": "Share of the tangent that all samples have in common, against the step: one at the start, falling later."}, "figure": {"name": "fig-infl-common", "caption": "Share of the squared tangent that is common to all probes. At 1 the feedback gradient moves every sample's logits alike, and influence knows only residuals."}}
 _, axes = plt.subplots()
@@ -972,29 +1015,52 @@ axes.set(xlabel="step", ylabel="common share of the tangent", ylim=(0, 1.05))
 axes.legend()
 plt.show()
 
+# %% [markdown]
+# At the start the student knows nothing but the frequency of the classes, and feedback can only shift all samples alike. Later the student can tell them apart, and
+# another motion becomes possible: *all logits larger*, or smaller. Suppose that the feedback gradient does just that, $\dot d_i = \kappa\, d_i$. Then
+#
+# $$I_i = \kappa\, r_i d_i, \qquad \operatorname{sign} \kappa = \operatorname{sign} \Bigl(\frac 1 {|e|} \sum_{j \in e} r_j d_j\Bigr) = \operatorname{sign} \frac{\mathrm d L_e}{\mathrm d \log(\text{scale of the logits})}. $$ (eq-infl-scale)
+#
+# The sign of $\kappa$ follows because $\frac 1 {|e|} \sum_j r_j \dot d_j = \lVert g \rVert^2 > 0$. So $\kappa > 0$ means that the student is *overconfident* for the labels it is examined on. And
+# a flipped sample that the student sees through has a gap $d_i$ that contradicts its label: $r_i d_i$ is large and positive, its influence too. In words: a wrong label tells the student to be less
+# sure, and for an exam with wrong labels in it this is good advice. The prediction can be tested: over the moments of the second half, planted errors should
+# look helpful (AUC below ½) exactly when the student is overconfident on the feedback set (*read*).
+
 # %%
 rows = {}
 for task in ("mini-sst2", "mini-mrpc"):
     late = pd.concat([table.iloc[6:] for table in recorded(task, "labels")])
-    sure = late["overconfidence"] > 0
-    found = late["auc/influence"]
-    rows[task] = [f"{sure.sum()} of {len(late)}", found[sure].mean(), found[~sure].mean(), stats.spearmanr(late["overconfidence"], found)[0]]
-columns = ["overconfident", "AUC there", "AUC elsewhere", "rank correlation"]
+    sure, found = late["overconfidence"] > 0, late["auc/influence"]
+    ranks = stats.spearmanr(late["overconfidence"], found)[0]
+    rows[task] = [f"{sure.sum()} of {len(late)}", found[sure].mean(), found[~sure].mean(), ranks]
+columns = ["moments with overconfidence", "mean AUC there", "mean AUC elsewhere", "rank correlation"]
 pd.DataFrame(rows, index=columns).T
+
+# %% [markdown]
+# So the sign of the influence says less about the sample than about the student's confidence on the day. Does it at least follow the difficulty that MiniGLUE
+# knows for each example? Rank correlations with it at the end, among examples that were not flipped (*read*):
 
 # %%
 rows = {}
 for task in ("mini-sst2", "mini-mrpc"):
     rows[task] = [spread(final(task, "labels", f"rank/{name}")) for name in ("influence", "loss")]
-pd.DataFrame(rows, index=["influence", "loss"]).T
+pd.DataFrame(rows, index=["influence and difficulty", "loss and difficulty"]).T
 
 # %% [markdown]
 # ## Influence over training time
 #
-# @@PROSE-TIME@@
+# So far $\ell_i$ was the loss of the labels. LGTM shows *distillation* influence, and reads three things from its Figures 3 and 4: it is insignificant at
+# the beginning and at the end of training; negative for a sample that teacher and student both get wrong; positive for one that both get right. The figures show
+# two samples of MRPC, and 64.
+#
+# Our counterpart is `mini-mrpc` (all *read*). A teacher of twice the width learns from the labels, in step with the student (`together`). The student learns from both with
+# $\alpha = 0.6$, LGTM's value, and $I_i$ is that of the KL part alone {eq}`eq-infl-distill`. We differ from the paper in more than size: our networks start from random
+# weights, the teacher is not told of the influence, and $g$ is taken at the student itself, not one step ahead.
+#
+# Two single samples first, chosen by rule among the 64: the one whose label teacher and student believe least over the whole training, and the one they believe most.
 
 # %%
-record = json.loads((Path(influence.__file__).parents[1] / "data/runs/02_influence/mini-mrpc-together-seed0.json").read_text())
+record = records("mini-mrpc", "together")[0]
 curves = {name: np.array(record["samples"][name]) for name in ("influence", "student", "teacher")}
 steps = record["moments"]["step"]
 sure = (curves["student"] + curves["teacher"]).mean(axis=0)
@@ -1002,7 +1068,10 @@ rows = stage("mini-mrpc", 0).oracle.set_index("row").loc[record["samples"]["row"
 single = {"hard": int(sure.argmin()), "easy": int(sure.argmax())}
 for name, i in single.items():
     row = rows.iloc[i]
-    print(f"{name}: {row.sentence1!r} / {row.sentence2!r}, label {row.label}, {'flipped' if row.flipped else 'not flipped'}")
+    print(f"the {name} sample: {row.sentence1} | {row.sentence2}")
+    print(
+        f"  label {row.label} ({'flipped' if row.flipped else 'as drawn'}), p*(label) = {row.posterior[row.label]:.2f}"
+    )
 
 # %% mystnb={"image": {"alt": "Two samples over training: influence above, probabilities of the label by teacher and student below."}, "figure": {"name": "fig-infl-single", "caption": "Two samples over training, as in LGTM's Figure 3: above the influence, below what teacher and student give to the label."}}
 _, panels = plt.subplots(2, 2, figsize=(5.6, 3.6), sharex=True, sharey="row")
@@ -1049,3 +1118,85 @@ for task, mode in (("mini-mrpc", "together"), ("mini-sst2", "together"), ("mini-
     outcome = pd.DataFrame([claims(table) for table in recorded(task, mode)])
     rows |= {(f"{task}, {mode}", claim): verdict(outcome[claim]) for claim in outcome}
 pd.DataFrame(rows, index=VERDICT).T
+
+# %% [markdown]
+# Each number is above zero where the claim is right. The first three are differences of $\log_{10} \text{mean} |I_i|$ between the middle of training and its first two, or last two,
+# moments; the others are means over the moments of $I_i$ in a group, in units of that moment's mean size. *fixed* has the same teacher trained beforehand.
+#
+# @@PROSE-CLAIMS@@
+
+# %%
+level = torch.zeros_like(logits)  # a head of zeros, for teacher and student
+assert (distillation_influence(lambda z: losses.kl_divergence(z, level, reduction="none"), level, tangent) == 0).all()
+
+# %% [markdown]
+# ## Summary
+#
+# | shown | here | in the papers |
+# |---|---|---|
+# | the minimum moves by $-\frac 1 n H^{-1} \nabla \ell_i$ per unit of weight; leaving samples out is forecast by one solve | {eq}`eq-infl-implicit`, {eq}`eq-infl-leave` | Koh and Liang (2) |
+# | a BERT has neither a zero gradient nor a positive Hessian; damping leaves an inner product | | |
+# | the drop of the feedback loss, booked to the samples that were used | {eq}`eq-infl-tracin`, {eq}`eq-infl-pilot` | LGTM (12), (13) |
+# | what Taylor drops is $\frac 1 2 \eta^2 \nabla L^\top H_e \nabla L$; the mean of two forecasts is one order better | {eq}`eq-infl-taylor` | LGTM (14), (15) |
+# | the first-order drop splits into samples without error; leaving one out of a step | {eq}`eq-infl-distill`, {eq}`eq-infl-without` | LGTM (8), (16), (17) |
+# | influence is the derivative of $\ell_i$ along the student's tangent: one pass for all samples, any objective | {eq}`eq-infl-tangent`, {eq}`eq-infl-closed` | |
+# | its sign follows what the feedback wants of *all* samples, first their common shift, then their scale | {eq}`eq-infl-residual`, {eq}`eq-infl-scale` | against LGTM section 5.4 |
+#
+# Live in this notebook: everything up to the section on planted errors, and one run on `mini-sst2`. Read from records: the bands, the
+# tables over seeds, the two samples and the 64.
+#
+# Influence answers exactly the question it was derived from: what does *this* step do to *that* loss? It is not a label detector, nor a measure of
+# difficulty. The next chapter asks what the tangent costs and how exact the popular shortcut is; later ones let a teacher follow it.
+
+# %% [markdown]
+# ## Solutions
+#
+# <details><summary>Exercise 1</summary>
+#
+# $H = 1$ and $\nabla \ell_i = \theta - x_i$, so the forecast is $(\theta - x_i)/n$. The mean without $x_i$ is $(n \theta - x_i)/(n - 1)$, that is
+# $\theta + (\theta - x_i)/(n - 1)$.
+#
+# ```python
+# def truth_over_forecast(n):
+#     return n / (n - 1)
+# ```
+#
+# </details>
+#
+# <details><summary>Exercise 2</summary>
+#
+# At $\theta$ the full gradient is zero, and without sample $i$ the term $\frac 1 n \nabla \ell_i$ is missing. The Newton step is minus the
+# inverse Hessian times the gradient.
+#
+# ```python
+# def newton_removal(hessian, sample_hessian, sample_gradient, n):
+#     return torch.linalg.solve(hessian - sample_hessian / n, sample_gradient) / n
+# ```
+#
+# </details>
+#
+# <details><summary>Exercise 3</summary>
+#
+# Expanding at $\theta'$ gives $+\frac 1 2 \eta^2 \nabla L^\top H_e \nabla L$, expanding at $\theta$ gives the same with a minus, up to $O(\eta^3)$. In the mean they
+# cancel. It is the trapezoidal rule for the integral of $-\nabla L_e$ along the step.
+#
+# ```python
+# def drop_from_gradients(step, gradient_before, gradient_after):
+#     return -step @ (gradient_before + gradient_after) / 2
+# ```
+#
+# </details>
+#
+# <details><summary>Exercise 4</summary>
+#
+# $\dot q_c = q_c (\dot z_c - \mathbb E_q[\dot z])$. In $\sum_c q_c \log(q_c / p_c)$ the derivative of $\log q_c$ contributes $\sum_c \dot q_c = 0$, so
+# $I = \sum_c \dot q_c \log (q_c / p_c)$.
+#
+# ```python
+# def reverse_influence(student_logits, tangent, teacher_logits):
+#     q = student_logits.softmax(-1)
+#     ratio = student_logits.log_softmax(-1) - teacher_logits.log_softmax(-1)
+#     return (q * (tangent - (q * tangent).sum(-1, keepdim=True)) * ratio).sum(-1)
+# ```
+#
+# </details>

@@ -1,8 +1,8 @@
 """The run records of the chapter on influence: `python -m tools.influence_records`, part of `make experiments`.
 
 The runs are made by the chapter's own functions: the cells tagged `experiment` hold imports, constants and definitions
-only, and are executed here.  A record is one JSON file, data/runs/02_influence/<task>-<mode>-seed<n>.json, with a column
-for each quantity and an entry for each moment of the training; numbers keep four digits.
+only, and are executed here.  A record is one JSON file, data/runs/02_influence/<task>-<mode>-seed<n>.json: a column
+for each quantity, with an entry for each moment of the training; numbers keep four digits.
 """
 
 import functools
