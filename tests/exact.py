@@ -1,7 +1,5 @@
 """Small networks in float64 and cases for the tests of derivatives, where 1e-10 means something."""
 
-from functools import partial
-
 import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
@@ -97,5 +95,3 @@ CASES = {
     "patient": patient,
 }
 """Objectives by name, each called as `objective(student outputs, teacher outputs, labels)`."""
-
-kd_loss = partial(losses.distillation_loss, alpha=0.3, temperature=2.0, reduction="none")

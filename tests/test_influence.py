@@ -203,7 +203,7 @@ class TestStudentTangent:
             assert exact.error(tangent.logits, expected) < 1e-10
 
     @pytest.mark.parametrize(
-        ("method", "bound"), [("jvp", 1e-4), ("finite-difference", 1e-2), ("double-backward", 1e-4)]
+        ("method", "bound"), [("jvp", 1e-5), ("finite-difference", 5e-3), ("double-backward", 1e-5)]
     )
     def test_float32_is_close(self, tangents, method, bound):
         student = exact.bert().float()
@@ -212,7 +212,9 @@ class TestStudentTangent:
         assert tangent.logits.dtype == torch.float32
         assert exact.error(tangent.logits.double(), tangents["jvp"][1].logits) < bound
 
-    @pytest.mark.parametrize(("method", "bound"), [("jvp", 0.1), ("finite-difference", 0.5), ("double-backward", 0.1)])
+    @pytest.mark.parametrize(
+        ("method", "bound"), [("jvp", 0.05), ("finite-difference", 0.5), ("double-backward", 0.05)]
+    )
     def test_bfloat16_is_near(self, tangents, method, bound):
         student = exact.bert().float()
         v = {name: value.float() for name, value in GRADIENT.items()}
@@ -314,14 +316,13 @@ class TestDistillationInfluence:
     def test_under_kl_it_is_the_teachers_mean_of_the_students_log_probability_tangent(self, tangents, temperature):
         """I_i = −T² Σ_c p_c ∂ log q_c, written out: a wrong direction of KL or a missing T² shows."""
         outputs, tangent = tangents["jvp"]
-        z, dz = outputs.logits / temperature, tangent.logits / temperature
+        dz = tangent.logits / temperature
         p, q = ((values / temperature).softmax(-1) for values in (FROM_TEACHER.logits, outputs.logits))
         change = dz - (q * dz).sum(-1, keepdim=True)  # of log q
         expected = -(temperature**2) * (p * change).sum(-1)
         objective = partial(losses.kl_divergence, temperature=temperature, reduction="none")
         actual = influence.distillation_influence(objective, outputs.logits, tangent.logits, FROM_TEACHER.logits)
         assert exact.error(actual, expected) < 1e-12
-        assert z.shape == dz.shape
 
     def test_its_gradient_in_the_teachers_logits(self, tangents):
         """∂I_i/∂z^t = −T p ⊙ (∂ log q − E_p ∂ log q), by hand."""
@@ -600,7 +601,6 @@ class TestOtherLibraries:
                 reason="dattri is not among the requirements, for what it brings in; pip install dattri to run this",
             )
             task = pytest.importorskip("dattri.task")
-            projection = pytest.importorskip("dattri.params.projection")
             module = Inputs()
 
             def logits(parameters, sample):
@@ -620,10 +620,7 @@ class TestOtherLibraries:
                 target_func=test_loss,
             )
             train, test = self.loaders()
-            scores = tracin.TracInAttributor(
-                attribution,
-                weight_list=torch.ones(1),
-                normalized_grad=False,
-                proj_params=projection.TracInProjectionParams(proj_type="identity"),
-            ).attribute(train, test)
+            attributor = tracin.TracInAttributor(attribution, weight_list=torch.ones(1), normalized_grad=False)
+            attributor.projector_kwargs = None  # the gradients themselves: the default multiplies by a random matrix
+            scores = attributor.attribute(train, test)
         assert exact.error(scores.mean(1), self.expected()) < 1e-5

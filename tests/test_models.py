@@ -189,3 +189,68 @@ class TestExactAttention:
         with pytest.raises(KeyError), models.exact_attention(model):
             raise KeyError
         assert model.config._attn_implementation == models.FAST_ATTENTION
+
+    def test_it_reaches_models_inside_others_and_torchs_own_attention(self):
+        inner = toy.network()
+        inner.set_attn_implementation(models.FAST_ATTENTION)
+        outer = torch.nn.ModuleDict({"inner": inner})
+        fast_path = torch.backends.mha.get_fastpath_enabled()
+        with models.exact_attention(outer):
+            assert inner.config._attn_implementation == models.EXACT_ATTENTION
+            assert torch.backends.cuda.math_sdp_enabled() and not torch.backends.cuda.flash_sdp_enabled()
+            assert not torch.backends.mha.get_fastpath_enabled()
+        assert inner.config._attn_implementation == models.FAST_ATTENTION
+        assert torch.backends.cuda.flash_sdp_enabled() and torch.backends.mha.get_fastpath_enabled() == fast_path
+
+
+class TestApply:
+    def test_it_is_the_network_at_other_parameters(self):
+        here, there = toy.network(0), toy.network(1)
+        batch = glue.collate(toy.encoded(), [0, 1, 2])
+        with torch.no_grad():
+            moved = models.apply(here, models.trainable(there), batch, hidden_states=True, attentions=False)
+            assert torch.equal(moved.logits, models.logits(there, batch))
+            assert torch.equal(models.apply(here, {}, batch).logits, models.logits(here, batch))
+        assert len(moved.hidden_states) == 2 and moved.attentions == ()
+
+    def test_buffers_are_written_in_copies(self):
+        module = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4)).train()
+        before = {name: value.clone() for name, value in module.state_dict().items()}
+        models.apply(module, {}, {"input": torch.randn(5, 3), "labels": torch.zeros(5)})
+        assert all(torch.equal(module.state_dict()[name], value) for name, value in before.items())
+
+    def test_logits_are_in_float32_at_least(self):
+        batch = {"input": torch.ones(2, 3)}
+        for dtype, expected in [(torch.bfloat16, torch.float32), (torch.float64, torch.float64)]:
+            module = torch.nn.Linear(3, 2).to(dtype)
+            assert models.apply(module, {}, {"input": batch["input"].to(dtype)}).logits.dtype == expected
+
+    def test_an_unknown_parameter_and_a_batch_without_inputs_are_refused(self):
+        module = torch.nn.Linear(3, 2)
+        with pytest.raises(ValueError, match=r"Linear has no parameter a, b, c and 1 more"):
+            models.apply(module, dict.fromkeys("abcd", torch.zeros(1)), {"input": torch.ones(2, 3)})
+        with pytest.raises(ValueError, match=r"Linear\.forward takes input, but the batch has features, labels"):
+            models.apply(module, {}, {"features": torch.ones(2, 3), "labels": torch.zeros(2)})
+
+    def test_the_trainable_parameters_share_the_modules_memory(self):
+        module = torch.nn.Linear(3, 2)
+        module.bias.requires_grad_(False)
+        parameters = models.trainable(module)
+        assert list(parameters) == ["weight"] and not parameters["weight"].requires_grad
+        assert parameters["weight"].data_ptr() == module.weight.data_ptr()
+
+    def test_evaluating_restores_every_part(self):
+        module = toy.network().train()
+        module.bert.encoder.eval()
+        before = [part.training for part in module.modules()]
+        with pytest.raises(KeyError), models.evaluating(module):
+            assert not any(part.training for part in module.modules())
+            raise KeyError
+        assert [part.training for part in module.modules()] == before
+
+    def test_the_additive_mask_is_the_two_dimensional_one(self):
+        model, batch = toy.network(), glue.collate(toy.encoded(), range(4))
+        assert (batch["attention_mask"] == 0).any()
+        added = batch | {"attention_mask": models.additive_mask(batch["attention_mask"], torch.float32)}
+        with torch.no_grad(), models.exact_attention(model):
+            torch.testing.assert_close(models.apply(model, {}, added), models.apply(model, {}, batch))
