@@ -219,7 +219,7 @@ forecast = leave_one_out_forecast(theta)
 without = torch.stack([digit_exam(minimise(theta, everyone - F.one_hot(torch.tensor(i), N))) for i in range(N)])
 truth = without - digit_exam(theta)
 
-# %% mystnb={"image": {"alt": "Scatter of the forecast against the true change of the loss for 200 samples, close to the diagonal, the extremes a little beyond."}, "figure": {"name": "fig-infl-leave-one-out", "caption": "The forecast ranks the samples almost perfectly. Where a sample matters most, it matters even more than forecast."}}
+# %% mystnb={"image": {"alt": "Scatter of the forecast against the true change of the loss for 200 samples, close to the diagonal, the extremes a little beyond."}, "figure": {"name": "fig-infl-leave-one-out", "caption": "The forecast is close. Where a sample matters most, it matters even more than forecast."}}
 _, axes = plt.subplots()
 axes.axline((0, 0), slope=1, color="0.7", linewidth=1)
 axes.plot(1000 * forecast, 1000 * truth, "o", alpha=0.5)
@@ -989,7 +989,7 @@ pd.DataFrame(rows, index=["AUC at the end", "AUC, summed over training"]).T
 
 
 # %%
-def verdict(values):
+def judged(values):
     """Mean over seeds, its 95 % interval, and what follows for the claim that it is above zero."""
     low, high = stats.ttest_1samp(values, 0).confidence_interval(0.95)
     outcome = "holds" if low > 0 else "fails" if high < 0 else "open"
@@ -1001,8 +1001,8 @@ rows = {}
 for task in ("mini-sst2", "mini-mrpc"):
     for name in ("influence", "clean"):
         ours, rival = (final(task, "labels", f"auc/{n}, summed") for n in (name, "loss"))
-        rows[task, f"{DETECTORS[name]}: better than a coin"] = verdict(ours - 0.5)
-        rows[task, f"{DETECTORS[name]}: better than the loss"] = verdict(ours - rival)
+        rows[task, f"{DETECTORS[name]}: better than a coin"] = judged(ours - 0.5)
+        rows[task, f"{DETECTORS[name]}: better than the loss"] = judged(ours - rival)
 pd.DataFrame(rows, index=VERDICT).T
 
 # %% [markdown]
@@ -1135,7 +1135,7 @@ def claims(table):
 rows = {}
 for task, mode in (("mini-mrpc", "together"), ("mini-sst2", "together"), ("mini-sst2", "fixed")):
     outcome = pd.DataFrame([claims(table) for table in recorded(task, mode)])
-    rows |= {(f"{task}, {mode}", claim): verdict(outcome[claim]) for claim in outcome}
+    rows |= {(f"{task}, {mode}", claim): judged(outcome[claim]) for claim in outcome}
 pd.DataFrame(rows, index=VERDICT).T
 
 # %% [markdown]
