@@ -666,7 +666,7 @@ def drop_without(i, share=1.0):
     return exam_loss(moved) - exam_loss(pilot_student)
 
 
-# %% mystnb={"image": {"alt": "Scatter of forecast and actual change of the feedback loss when one of 32 samples is left out of a step; on the diagonal."}, "figure": {"name": "fig-infl-one-step", "caption": "For a single step the forecast is as good as exact: each point is one of the 32 samples, left out of the step."}}
+# %% mystnb={"image": {"alt": "Scatter of forecast and actual change of the feedback loss when one of 32 samples is left out of a step; on the diagonal."}, "figure": {"name": "fig-infl-one-step", "caption": "For a single step the forecast is close, least so for the largest influences: each point is one of the 32 samples, left out of the step."}}
 actual = torch.stack([drop_without(i) for i in range(B)])
 _, axes = plt.subplots()
 axes.axline((0, 0), slope=1, color="0.7", linewidth=1)
