@@ -22,6 +22,7 @@ os.environ.setdefault("KDLIB_PROGRESS", "0")
 
 from kdlib import models, runs
 from kdlib.runs import RunConfig
+from tools import influence_records
 
 ROOT = Path(__file__).resolve().parents[1]
 RECORDS, TEACHERS = ROOT / "data" / "runs", ROOT / "data" / "teachers"
@@ -109,6 +110,8 @@ def make_records(pool: Pool) -> None:
         if not (RECORDS / chapter / f"{config.run_id}.json").exists()
     ]
     for line in pool.imap_unordered(make_record, jobs):
+        print(line, flush=True)
+    for line in pool.imap_unordered(influence_records.make, influence_records.missing()):
         print(line, flush=True)
 
 
