@@ -577,7 +577,7 @@ def results(folder: Path | str, by: typing.Sequence[str] | None = None) -> pd.Da
     between records, seeds aside.  The result has these fields as columns, then metric, mean, std (with n − 1; NaN for
     one seed) and n.  An empty folder gives an empty table.
     """
-    records = [read_record(path) for path in sorted(Path(folder).rglob("*.json")) if _is_record(path)]
+    records = [read_record(path) for path in sorted(Path(folder).rglob("*.json")) if is_record(path)]
     if not records:
         return pd.DataFrame(columns=["task", "method", "metric", "mean", "std", "n"])
     configs = pd.DataFrame([record.config for record in records])
@@ -606,7 +606,8 @@ def book_records(chapter: str) -> list[RunRecord]:
     return [read_record(path) for path in paths]
 
 
-def _is_record(path: Path) -> bool:
+def is_record(path: Path) -> bool:
+    """Whether a file holds a `RunRecord`; a chapter may keep records of its own form beside them."""
     return path.name == RECORD or (path.suffix == ".json" and '"run_id"' in path.read_text()[:40])
 
 

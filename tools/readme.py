@@ -38,8 +38,8 @@ def result_table(root: Path = ROOT) -> str:
     """
     settings: dict[str, list[runs.RunRecord]] = {}
     for path in sorted((root / "data" / "runs").rglob("*.json")):
-        record = runs.read_record(path)
-        if "test/accuracy" in record.metrics:
+        record = runs.read_record(path) if runs.is_record(path) else None
+        if record is not None and "test/accuracy" in record.metrics:
             identity = {n: v for n, v in runs.configure(**record.config).identity.items() if n != "seed"}
             settings.setdefault(json.dumps(identity), []).append(record)
     most: dict[str, int] = {}
