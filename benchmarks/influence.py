@@ -1,12 +1,14 @@
 """What do the influences of one batch cost?  Every way to compute them against one training step of the student.
 
-    python benchmarks/influence.py [--quick] [--device cuda] [--hidden 128 384] [--batches 8 32 128] [--tokens 64]
+    python benchmarks/influence.py [--quick] [--device cuda] [--hidden 128 384] [--batches 8 32 128] [--tokens 16 64]
 
 The first table holds, for each way, seconds and the peak of memory above what was in use before, both also as a
 multiple of one training step (forward, backward, a plain gradient update) on the same batch.  Ratios within one run are
 what counts: all ways take turns on the same machine, and the fastest turn is taken, the one that other processes
 disturbed least.  A way that would need more than `--limit` gigabytes is left out, one that takes longer than `--limit`
 seconds has fewer turns.
+
+--write stores the first table in data/benchmarks/influence.csv, which chapter 3 shows.
 
 The second table holds the relative error of the tangent against float64, in float32 and in bfloat16 autocast.
 """
@@ -16,6 +18,8 @@ import time
 import weakref
 from collections.abc import Callable
 from functools import partial
+from itertools import product
+from pathlib import Path
 
 import pandas as pd
 import torch
@@ -29,6 +33,7 @@ from kdlib import influence, losses, models, pilot
 CLASSES, WORDS, LAYERS = 3, 1000, 3
 OBJECTIVE = partial(losses.kl_divergence, temperature=2.0, reduction="none")
 STEP = "training step"
+TABLE = Path(__file__).resolve().parents[1] / "data" / "benchmarks" / "influence.csv"
 
 
 class Peak(TorchDispatchMode):
@@ -153,7 +158,13 @@ def costs(hidden: int, samples: int, tokens: int, device: str, turns: int, limit
         if name != STEP:
             error = ((result - reference).norm() / reference.norm()).item()
             assert error < 0.02, f"{name} disagrees with jvp by {error:.1%}"
-        rows[name] = {"hidden": hidden, "batch": samples, "way": name, "bytes": peak_bytes(function, device)}
+        rows[name] = {
+            "tokens": tokens,
+            "hidden": hidden,
+            "batch": samples,
+            "way": name,
+            "bytes": peak_bytes(function, device),
+        }
     times = {name: [] for name in functions}
     for _ in range(turns):
         for name, function in functions.items():
@@ -166,14 +177,14 @@ def costs(hidden: int, samples: int, tokens: int, device: str, turns: int, limit
 
 def tidy(rows: list[dict]) -> pd.DataFrame:
     """Costs with their ratios to the training step and to the loop, one row for each width, batch and way."""
-    table = pd.DataFrame(rows)
+    table, case = pd.DataFrame(rows), ["tokens", "hidden", "batch"]
     for column in ("seconds", "bytes"):
-        steps = table[table.way == STEP].set_index(["hidden", "batch"])[column]
-        table[f"{column} / step"] = [row[column] / steps[row.hidden, row.batch] for _, row in table.iterrows()]
-    loops = table[table.way == "per sample, loop"].set_index(["hidden", "batch"]).seconds
-    table["faster than loop"] = [loops[row.hidden, row.batch] / row.seconds for _, row in table.iterrows()]
+        steps = table[table.way == STEP].set_index(case)[column]
+        table[f"{column} / step"] = table[column] / steps.loc[list(table[case].itertuples(index=False))].to_numpy()
+    loops = table[table.way == "per sample, loop"].set_index(case).seconds
+    table["faster than loop"] = loops.loc[list(table[case].itertuples(index=False))].to_numpy() / table.seconds
     table["MB"] = table.pop("bytes") / 1e6
-    columns = ["hidden", "batch", "way", "seconds", "seconds / step", "faster than loop", "MB", "bytes / step"]
+    columns = [*case, "way", "seconds", "seconds / step", "faster than loop", "MB", "bytes / step"]
     return table[columns].round({"seconds": 4, "seconds / step": 2, "faster than loop": 1, "MB": 1, "bytes / step": 2})
 
 
@@ -208,22 +219,27 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--hidden", type=int, nargs="*", default=(128, 384))
     parser.add_argument("--batches", type=int, nargs="*", default=(8, 16, 32, 64, 128))
-    parser.add_argument("--tokens", type=int, default=64, help="the longest sequence; short ones favour whole batches")
+    parser.add_argument("--tokens", type=int, nargs="*", default=(16, 64), help="the longest sequences")
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--limit", type=float, default=4.0, help="gigabytes for vmap; seconds for the turns of one way")
+    parser.add_argument("--write", action="store_true", help="store the first table for chapter 3")
     arguments = parser.parse_args()
     if arguments.quick:
-        arguments.hidden, arguments.batches, arguments.turns = (64,), (8, 32), 1
+        arguments.tokens, arguments.hidden, arguments.batches, arguments.turns = (16,), (64,), (8, 32), 1
     where = torch.cuda.get_device_name() if arguments.device == "cuda" else f"{torch.get_num_threads()} CPU threads"
-    print(f"{LAYERS} layers, {arguments.tokens} tokens, float32, {where}, torch {torch.__version__}")
+    title = f"{LAYERS} layers, float32, {where}, torch {torch.__version__}"
+    print(title)
     rows = []
-    for hidden in arguments.hidden:
-        for samples in arguments.batches:
-            rows += costs(hidden, samples, arguments.tokens, arguments.device, arguments.turns, arguments.limit)
-    print(tidy(rows).to_string(index=False))
+    for tokens, hidden, samples in product(arguments.tokens, arguments.hidden, arguments.batches):
+        rows += costs(hidden, samples, tokens, arguments.device, arguments.turns, arguments.limit)
+    table = tidy(rows)
+    print(table.to_string(index=False))
+    if arguments.write:
+        TABLE.parent.mkdir(exist_ok=True)
+        TABLE.write_text(f"# {title}\n{table.to_csv(index=False)}")
     for hidden in arguments.hidden:
         print(f"\nrelative error of the tangent, hidden {hidden}")
-        print(errors(hidden, arguments.tokens, arguments.device).to_string(index=False, na_rep=""))
+        print(errors(hidden, max(arguments.tokens), arguments.device).to_string(index=False, na_rep=""))
 
 
 if __name__ == "__main__":

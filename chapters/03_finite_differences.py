@@ -28,7 +28,8 @@
 # - read LGTM's eqs. (9), (10) and (18) line by line, with their signs,
 # - state and prove what the exact teacher gradient is, and compute it with one backward pass through the teacher alone.
 #
-# All numbers are computed live, on one thread, except those of LGTM's Table 3, which are read from `data/published`.
+# All numbers are computed live, on one thread, except those of LGTM's Table 3, read from `data/published`, and one table of costs, read
+# from `data/benchmarks`.
 
 # %% tags=["setup", "hide-input"]
 # Installs kdlib where it is missing, on Colab for example; otherwise does nothing.
@@ -59,6 +60,7 @@ import math
 import time
 import weakref
 from contextlib import nullcontext
+from pathlib import Path
 
 import matplotlib.pyplot as plt
 import pandas as pd
@@ -752,7 +754,23 @@ for count, (table, _) in measured.items():
 # What to see: central difference, jvp and double backward take about what was predicted. The first two keep no graph and need less memory
 # than one training step. The loop's time climbs with the batch much faster than the others', because a pass over one sample costs a good
 # part of a pass over many. `vmap` removes that overhead and pays in memory, one gradient for each sample; writing and reading those is what
-# takes it beyond its prediction. (`benchmarks/influence.py` measures wider networks and larger batches.)
+# takes it beyond its prediction.
+#
+# Other sentences, widths and batches were measured once, by `benchmarks/influence.py` (*read*):
+
+# %%
+path = Path(models.__file__).resolve().parents[1] / "data" / "benchmarks" / "influence.csv"
+print(path.read_text().splitlines()[0].removeprefix("# "))
+benchmark = pd.read_csv(path, comment="#")
+benchmark = benchmark[benchmark["way"].isin(["finite-difference", "jvp"])]
+most = benchmark.groupby("way")["bytes / step"].max()
+print("peak memory in training steps, at most:", ", ".join(f"{way} {value:.2f}" for way, value in most.items()))
+faster = benchmark.pivot_table("faster than loop", ["tokens", "hidden", "way"], "batch")
+faster.rename_axis(columns="times faster than the loop, at batch")
+
+# %% [markdown]
+# The factor grows with the batch. It shrinks with longer sentences and wider networks: once a single sample keeps the processor busy, a
+# batch saves nothing but overhead.
 #
 # > **Paper, code, exact.** LGTM says that the difference needs "two forward passes" and that the naive way is memory intensive because it
 # > keeps a copy of $g$. The first holds if the logits at $\theta_s$ are there already. The second does not tell the ways apart: every one
