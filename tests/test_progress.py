@@ -95,3 +95,13 @@ def test_nobody_is_counted_unless_they_want_to_be():
         environment |= {} if setting is None else {"HF_HUB_DISABLE_TELEMETRY": setting}
         answer = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
         assert answer.stdout.strip() == expected, answer.stderr
+
+
+def test_tqdm_does_not_ask_for_widgets():
+    code = (
+        "import sys, kdlib, warnings\n"
+        "warnings.warn('IProgress not found. Please update jupyter and ipywidgets.')\n"
+        "warnings.warn('another')\n"
+    )
+    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "another" in answer.stderr and "IProgress" not in answer.stderr
