@@ -770,7 +770,8 @@ faster.rename_axis(columns="times faster than the loop, at batch")
 
 # %% [markdown]
 # The factor grows with the batch. It shrinks with longer sentences and wider networks: once a single sample keeps the processor busy, a
-# batch saves nothing but overhead.
+# batch saves nothing but overhead. The difference takes only two passes here, since nobody asks for the logits in the middle. It holds a
+# second set of weights, which for few samples is more than all that a training step keeps.
 #
 # > **Paper, code, exact.** LGTM says that the difference needs "two forward passes" and that the naive way is memory intensive because it
 # > keeps a copy of $g$. The first holds if the logits at $\theta_s$ are there already. The second does not tell the ways apart: every one

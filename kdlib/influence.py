@@ -68,9 +68,7 @@ def student_tangent(
     _check_choice(method, TangentMethod.__args__, "method")
     if not (math.isfinite(radius) and radius > 0):
         raise ValueError(f"radius is {radius}; expected a positive, finite number")
-    size = check_direction(parameters, direction)
-    here = {name: value.detach() for name, value in parameters.items()}
-    along = {name: direction[name].detach().to(value.dtype) for name, value in here.items()}
+    here, along = _at_and_along(parameters, direction)
 
     def network(values: Parameters) -> Outputs:
         return models.apply(student, values, batch, **wanted)
@@ -79,22 +77,29 @@ def student_tangent(
         if method == "jvp":
             return jvp(network, (here,), (along,))
         if method == "finite-difference":
-            return _central_difference(network, here, along, size, radius)
+            return network(here), _central_difference(network, here, along, radius)
         return _double_backward(network, here, along)
 
 
+def _at_and_along(parameters: Parameters, direction: Parameters) -> tuple[Parameters, Parameters]:
+    check_direction(parameters, direction)
+    here = {name: value.detach() for name, value in parameters.items()}
+    return here, {name: direction[name].detach().to(value.dtype) for name, value in here.items()}
+
+
 def _central_difference(
-    network: Callable[[Parameters], Outputs], here: Parameters, along: Parameters, size: float, radius: float
-) -> tuple[Outputs, Outputs]:
-    outputs = network(here)
+    function: Callable[[Parameters], Any], here: Parameters, along: Parameters, radius: float
+) -> Any:
+    """(f(θ + εv) − f(θ − εv)) / 2ε with ε = radius/‖v‖: two passes; zero along a zero direction."""
+    size = torch.stack([value.abs().max() for value in along.values()]).max().item()
     if size == 0:
-        return outputs, tree_map(torch.zeros_like, outputs)
+        return tree_map(torch.zeros_like, function(here))
     # Divided by its largest entry first, so that squares neither overflow nor vanish.
     norm = size * math.sqrt(torch.stack([(value / size).square().sum() for value in along.values()]).sum().item())
     step = {name: radius * (value / norm) for name, value in along.items()}
-    ahead = network({name: value + step[name] for name, value in here.items()})
-    behind = network({name: value - step[name] for name, value in here.items()})
-    return outputs, tree_map(lambda a, b: (a - b) * (norm / (2 * radius)), ahead, behind)
+    ahead = function({name: value + step[name] for name, value in here.items()})
+    behind = function({name: value - step[name] for name, value in here.items()})
+    return tree_map(lambda a, b: (a - b) * (norm / (2 * radius)), ahead, behind)
 
 
 def _double_backward(
@@ -193,13 +198,17 @@ def meta_gradient_loss(influences: Float[Tensor, "batch"], learning_rate: float)
 def _derivative(function: Callable[[Any], Tensor], outputs: Any, tangents: Any) -> Float[Tensor, "batch"]:
     outputs, tangents = (tree_map(Tensor.detach, tree) for tree in (outputs, tangents))
     values, derivatives = jvp(function, (outputs,), (tangents,))
-    samples = len(tree_leaves(outputs)[0])
+    _per_sample(values, len(tree_leaves(outputs)[0]))
+    return derivatives
+
+
+def _per_sample(values: Tensor, samples: int) -> Tensor:
     if values.shape != (samples,):
         raise ValueError(
             f"the objective returned shape {tuple(values.shape)} for {samples} samples, expected ({samples},): "
             "one value per sample, reduction='none'"
         )
-    return derivatives
+    return values
 
 
 # --- The classical tools -------------------------------------------------------------------------------------------
@@ -216,10 +225,20 @@ def influence_along(
 ) -> Float[Tensor, "batch"]:
     """⟨∇ℓ_i, v⟩ for every sample of the batch and any direction v, by one tangent of the student.
 
+    "finite-difference" takes the quotient of the losses themselves: two passes, since nobody asks for the outputs.
+
     Raises as `student_tangent` and `distillation_influence` do.  Derived in: chapters/02_influence.
     """
-    outputs, tangents = student_tangent(student, parameters, batch, direction, method, **wanted)
-    return _derivative(lambda values: loss(values, batch), outputs, tangents)
+    if method != "finite-difference":
+        outputs, tangents = student_tangent(student, parameters, batch, direction, method, **wanted)
+        return _derivative(lambda values: loss(values, batch), outputs, tangents)
+    here, along = _at_and_along(parameters, direction)
+
+    def losses_at(values: Parameters) -> Tensor:
+        return _per_sample(loss(models.apply(student, values, batch, **wanted), batch), len(next(iter(batch.values()))))
+
+    with torch.no_grad(), models.evaluating(student), models.exact_attention(student):
+        return _central_difference(losses_at, here, along, RADIUS)
 
 
 def per_sample_gradients(

@@ -407,6 +407,39 @@ class TestDistillationInfluence:
         assert not influence.distillation_influence(KL, z, dz, FROM_TEACHER.logits).requires_grad
 
 
+class TestInfluenceAlong:
+    """The same by one call, for a loss that the batch carries everything for."""
+
+    @pytest.mark.parametrize(
+        ("method", "bound"), [("jvp", 1e-10), ("double-backward", 1e-10), ("finite-difference", 1e-6)]
+    )
+    def test_every_method_finds_the_inner_products(self, monkeypatch, method, bound):
+        monkeypatch.setattr(influence, "RADIUS", FINE)
+        gradients = influence.per_sample_gradients(STUDENT, PARAMETERS, BATCH)
+        expected = sum(gradients[key].flatten(1) @ GRADIENT[key].flatten() for key in GRADIENT)
+        actual = influence.influence_along(STUDENT, PARAMETERS, BATCH, pilot.task_loss, GRADIENT, method)
+        assert exact.error(actual, expected) < bound
+
+    def test_a_finite_difference_takes_two_passes(self, monkeypatch):
+        passes, apply = [], models.apply
+        monkeypatch.setattr(models, "apply", lambda *a, **k: (passes.append(1), apply(*a, **k))[1])
+        influence.influence_along(STUDENT, PARAMETERS, BATCH, pilot.task_loss, GRADIENT, "finite-difference")
+        assert len(passes) == 2
+
+    @pytest.mark.parametrize("method", METHODS)
+    def test_a_zero_direction_gives_zeros(self, method):
+        zero = {name: torch.zeros_like(value) for name, value in PARAMETERS.items()}
+        found = influence.influence_along(STUDENT, PARAMETERS, BATCH, pilot.task_loss, zero, method)
+        assert found.shape == (5,) and (found == 0).all()
+
+    @pytest.mark.parametrize("method", METHODS)
+    def test_a_loss_that_is_not_per_sample_is_refused(self, method):
+        with pytest.raises(ValueError, match=r"shape \(\) for 5 samples, expected \(5,\)"):
+            influence.influence_along(
+                STUDENT, PARAMETERS, BATCH, lambda z, b: pilot.task_loss(z, b).mean(), GRADIENT, method
+            )
+
+
 class TestFeedbackGradientAndMetaGradient:
     def test_the_feedback_gradient_is_taken_at_the_parameters_given(self):
         """Those of the pilot student: the module's own are elsewhere."""
