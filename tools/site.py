@@ -21,6 +21,8 @@ from tools import api
 from tools.chapters import ROOT, Chapter, chapters, strip
 
 CHECKED = Path("_build") / "check"
+LONG = 30
+"""Lines of printed output from which on a page folds it."""
 
 
 @dataclass(frozen=True)
@@ -78,11 +80,13 @@ def cost_table(chapters: Iterable[Chapter], costs: Mapping[str, Cost]) -> str:
 def chapter_page(notebook: NotebookNode, chapter: Chapter, derived: Iterable[api.Entry]) -> NotebookNode:
     """A chapter as the site shows it: with links to its two files under the title, and to the library at the end.
 
-    The remark that tells nbval to compare a cell's output is for nbval only.
+    The remark that tells nbval to compare a cell's output is for nbval only.  Long outputs are folded.
     """
     page = nbformat.from_dict(notebook)
     for cell in page.cells:
         cell.source = cell.source.removeprefix("# NBVAL_CHECK_OUTPUT\n")
+        if any(output.get("text", "").count("\n") > LONG for output in cell.get("outputs", [])):
+            cell.metadata["tags"] = [*cell.metadata.get("tags", []), "hide-output"]
     title, _, rest = page.cells[0].source.partition("\n")
     files = [
         f"{{download}}`{label} </downloads/{path.name}>`"

@@ -141,6 +141,14 @@ def test_a_chapter_links_to_what_the_library_took_from_it_and_back(html, root, c
         assert f"../chapters/{chapter.name}.html" in back, name
 
 
+@pytest.mark.parametrize(("lines", "folded"), [(builder.LONG, False), (builder.LONG + 1, True)])
+def test_a_long_output_is_folded(lines, folded):
+    cell = nbformat.v4.new_code_cell("1", outputs=[nbformat.v4.new_output("stream", text="a\n" * lines)])
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell("# Title"), cell])
+    page = builder.chapter_page(notebook, REAL[0], [])
+    assert page.cells[1].metadata.get("tags", []) == ["hide-output"] * folded
+
+
 def test_the_library_names_the_chapter_that_derives_a_function(root):
     derived = {f"{entry.module}.{entry.name}" for entry in api.derived(root)["01_distillation"]}
     assert {"kdlib.losses.kl_divergence", "kdlib.losses.distillation_loss", "kdlib.methods.kd."} <= derived
