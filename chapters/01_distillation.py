@@ -881,7 +881,7 @@ def learning_curves(task):
     plt.show()
 
 
-# %% mystnb={"image": {"alt": "Validation accuracy on mini-sst2 against the step: distilled student near the teacher, student alone below."}, "figure": {"name": "fig-dist-curves-sst2", "caption": "Accuracy on `mini-sst2`: bands over the recorded seeds, this session's runs dotted, the teacher dashed."}}
+# %% mystnb={"image": {"alt": "Validation accuracy on mini-sst2 against the step: both students rise together and stay below the teacher."}, "figure": {"name": "fig-dist-curves-sst2", "caption": "Accuracy on `mini-sst2`: bands over the recorded seeds, this session's runs dotted, the teacher dashed."}}
 learning_curves("mini-sst2")
 
 # %% mystnb={"image": {"alt": "Validation accuracy on mini-mnli against the step: both students below the teacher, the distilled one higher."}, "figure": {"name": "fig-dist-curves-mnli", "caption": "Accuracy on `mini-mnli`, drawn in the same way."}}
@@ -889,7 +889,7 @@ learning_curves("mini-mnli")
 
 # %% [markdown]
 # Solid lines are means over seeds with a band of one standard deviation (*read*), dotted lines are the runs of this session (*live*), the
-# dashed line is the teacher. On average the distilled student is ahead, but the bands overlap: a comparison of one seed with one seed
+# dashed line is the teacher. On average the distilled student is a little ahead, and the bands overlap: a comparison of one seed with one seed
 # could have come out either way. That is why there are records.
 #
 # ## What helps: temperature and $\alpha$
