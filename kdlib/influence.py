@@ -47,6 +47,7 @@ def student_tangent(
     direction: Parameters,
     method: TangentMethod = "jvp",
     radius: float = RADIUS,
+    outputs: Outputs | None = None,
     **wanted: bool,
 ) -> tuple[Outputs, Outputs]:
     """The student's outputs at `parameters` and their derivative along `direction`: logits `(batch, classes)` each.
@@ -55,7 +56,8 @@ def student_tangent(
     `parameters`.  The methods:
 
     * "jvp": one forward-mode pass; exact.
-    * "finite-difference": (f(θ + εv) − f(θ − εv)) / 2ε with ε = `radius`/‖v‖, and one more pass for the outputs.
+    * "finite-difference": (f(θ + εv) − f(θ − εv)) / 2ε with ε = `radius`/‖v‖, and one more pass for the outputs,
+      unless they are known already and given as `outputs`.
     * "double-backward": two reverse passes; exact, and keeps a graph of the first.
 
     Dropout is off.  The module, its mode and its attention are as before afterwards, and no number in it is touched.
@@ -77,7 +79,8 @@ def student_tangent(
         if method == "jvp":
             return jvp(network, (here,), (along,))
         if method == "finite-difference":
-            return network(here), _central_difference(network, here, along, radius)
+            known = network(here) if outputs is None else outputs
+            return known, _central_difference(network, here, along, radius)
         return _double_backward(network, here, along)
 
 

@@ -1,5 +1,6 @@
 """A network that learns: the module with its optimiser and schedule, as every method file needs it."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -47,24 +48,40 @@ class Learner:
 
         Raises NonFiniteLossError, before the weights change, if loss or gradient are NaN or infinite.
         """
-        size = len(batch["labels"])
-        total = 0.0
-        for piece in split(batch, self.micro_batches):
-            with self.accelerator.autocast():
-                loss = loss_function(piece).sum() / size
-            self.accelerator.backward(loss)
-            total = total + loss.detach()
-        norm = self.accelerator.clip_grad_norm_(self.module.parameters(), self.max_grad_norm)
-        loss_value, norm_value = torch.stack([total, norm.to(total.dtype)]).tolist()
+        return minimise_together([self], lambda piece: [loss_function(piece)], batch)[0]
+
+
+def minimise_together(
+    learners: list[Learner], loss_function: Callable[[Batch], list[Tensor]], batch: Batch
+) -> list[float]:
+    """One optimiser step of several learners at once, each on its own loss; return the means of the losses.
+
+    `loss_function(batch)` returns one tensor `(batch,)` for each learner, computed with the weights from before the
+    step.  A loss must not reach into another learner: what it takes from there has to be detached.  Pieces, clipping
+    and errors are those of `Learner.minimise`; nobody moves unless all losses and gradients are finite.
+    """
+    accelerator, size = learners[0].accelerator, len(batch["labels"])
+    totals = [0.0] * len(learners)
+    for piece in split(batch, learners[0].micro_batches):
+        with accelerator.autocast():
+            losses = [values.sum() / size for values in loss_function(piece)]
+        accelerator.backward(sum(losses[1:], losses[0]))
+        totals = [total + loss.detach() for total, loss in zip(totals, losses, strict=True)]
+    norms = [accelerator.clip_grad_norm_(who.module.parameters(), who.max_grad_norm) for who in learners]
+    numbers = torch.stack([*totals, *(norm.to(totals[0].dtype) for norm in norms)]).tolist()
+    values, sizes = numbers[: len(learners)], numbers[len(learners) :]
+    for who, value, norm in zip(learners, values, sizes, strict=True):
         # With fp16 an infinite gradient is ordinary: the loss scaler skips the step and lowers its scale.
-        finite_norm = norm_value - norm_value == 0 or self.accelerator.scaler is not None
-        if loss_value - loss_value != 0 or not finite_norm:
-            self.optimizer.zero_grad()
-            raise NonFiniteLossError(self.name, loss_value, norm_value, batch["rows"].tolist())
-        self.optimizer.step()
-        self.schedule.step()
-        self.optimizer.zero_grad()
-        return loss_value
+        finite_norm = math.isfinite(norm) or accelerator.scaler is not None
+        if math.isnan(value) or not finite_norm:
+            for other in learners:
+                other.optimizer.zero_grad()
+            raise NonFiniteLossError(who.name, value, norm, batch["rows"].tolist())
+    for who in learners:
+        who.optimizer.step()
+        who.schedule.step()
+        who.optimizer.zero_grad()
+    return values
 
 
 def split(batch: Batch, pieces: int) -> list[Batch]:

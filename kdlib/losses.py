@@ -10,9 +10,10 @@ Nothing is detached here: chapters 4 to 7 differentiate the same functions with 
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
@@ -135,6 +136,27 @@ def soft_cross_entropy(
     return reduce(-(temperature**2) * (p * log_q).sum(-1), reduction)
 
 
+def reverse_soft_cross_entropy(
+    student_logits: Float[Tensor, "batch classes"],
+    teacher_logits: Float[Tensor, "batch classes"],
+    temperature: float = 1.0,
+    reduction: Reduction = "mean",
+) -> Tensor:
+    """T² · cross entropy of the teacher under the student's predictions, −Σ_c p^s_c log p^t_c, in nats.
+
+    Linear in the student's probabilities, so alone it is lowest where the student is certain of the teacher's likeliest
+    class.  LGTM eq. (3) prints it as the *teacher's* objective, `reverse_soft_cross_entropy(teacher_logits,
+    student_logits)`; ProKT and the code released with LGTM take `kl_divergence` called that way.  Raises as
+    `kl_divergence` does.
+
+    Source: LGTM eq. (3).  Derived in: chapters/04_online_distillation.
+    """
+    _check_pair(student_logits, teacher_logits, temperature, softmax=True)
+    p = F.softmax(student_logits / temperature, dim=-1)
+    log_q = F.log_softmax(teacher_logits / temperature, dim=-1)
+    return reduce(-(temperature**2) * (p * log_q).sum(-1), reduction)
+
+
 def logit_mse(
     student_logits: Float[Tensor, "batch classes"],
     teacher_logits: Float[Tensor, "batch classes"],
@@ -177,6 +199,9 @@ OBJECTIVES: dict[str, Objective] = {
 """Distillation objectives by the name used in run configurations; each is called as
 `objective(student_logits, teacher_logits, temperature=T, reduction=…)`."""
 
+TEACHER_OBJECTIVES = {**OBJECTIVES, "reverse_soft_cross_entropy": reverse_soft_cross_entropy}
+"""What a teacher may imitate in its student; the last is no distance, for it is not smallest where the two agree."""
+
 REGRESSION_OBJECTIVES = ("logit_mse",)
 """The objectives that make sense for a head with a single output."""
 
@@ -203,6 +228,63 @@ def distillation_loss(
     hard = task_loss(student_logits, labels, reduction)
     soft = objective(student_logits, teacher_logits, temperature=temperature, reduction=reduction)
     return alpha * hard + (1 - alpha) * soft
+
+
+def patient_layers(
+    student_depth: int, teacher_depth: int, layers: Literal["skip", "last"] = "skip"
+) -> tuple[tuple[int, int], ...]:
+    """Which layer of the teacher each layer of the student imitates in PKD: pairs (student's, teacher's), from 1.
+
+    The student's last layer is left out: what it says goes into the logits.  "skip" spreads the teacher's layers
+    evenly, "last" takes those just below its own last one.
+
+    Raises ValueError for other layers, a student of one layer and a student deeper than its teacher.
+
+    Source: PKD (Sun et al., 2019), used in IKD Table 3.  Derived in: chapters/05_pilot_updates.
+    """
+    if layers not in ("skip", "last"):
+        raise ValueError(f"layers is {layers!r}; expected 'skip' or 'last'")
+    if not 2 <= student_depth <= teacher_depth:
+        raise ValueError(
+            f"PKD needs a student with at least two layers and no more than its teacher; it has {student_depth}, the "
+            f"teacher {teacher_depth}: choose another pair, or leave pkd_weight at 0"
+        )
+    inner = range(1, student_depth)
+    if layers == "skip":
+        return tuple((layer, layer * teacher_depth // student_depth) for layer in inner)
+    return tuple((layer, teacher_depth - student_depth + layer) for layer in inner)
+
+
+def patient(
+    student_states: Sequence[Float[Tensor, "batch tokens hidden"]],
+    teacher_states: Sequence[Float[Tensor, "batch tokens hidden"]],
+    layers: Literal["skip", "last"] = "skip",
+    normalisation: Literal["sum", "mean"] = "sum",
+    reduction: Reduction = "mean",
+) -> Tensor:
+    """PKD's objective on hidden states: squared distances of the first tokens' states, each scaled to length one.
+
+    The states are those that transformers returns, the embeddings first; `patient_layers` pairs them.  With "sum" the
+    squares are added up over layers and units, as in the paper; with "mean" they are averaged, as in the code released
+    with MetaDistil, which is (layers − 1) · hidden times smaller and goes with a weight of 100 there.
+
+    Raises ValueError for another normalisation and for different widths; also what `patient_layers` raises.
+
+    Source: PKD (Sun et al., 2019), used in IKD Table 3.  Derived in: chapters/05_pilot_updates.
+    """
+    if normalisation not in ("sum", "mean"):
+        raise ValueError(f"normalisation is {normalisation!r}; expected 'sum' or 'mean'")
+    widths = student_states[0].shape[-1], teacher_states[0].shape[-1]
+    if widths[0] != widths[1]:
+        raise ValueError(
+            f"PKD compares hidden states, but the student has {widths[0]} units and the teacher {widths[1]}: choose a "
+            "student of the teacher's width (student_layers), or leave pkd_weight at 0"
+        )
+    pairs = patient_layers(len(student_states) - 1, len(teacher_states) - 1, layers)
+    ours = torch.stack([F.normalize(student_states[mine][:, 0], dim=-1) for mine, _ in pairs], dim=1)
+    theirs = torch.stack([F.normalize(teacher_states[their][:, 0], dim=-1) for _, their in pairs], dim=1)
+    squares = (ours - theirs).square().flatten(1)
+    return reduce(squares.sum(-1) if normalisation == "sum" else squares.mean(-1), reduction)
 
 
 def _check_pair(student_logits: Tensor, teacher_logits: Tensor, temperature: float, softmax: bool) -> None:

@@ -44,6 +44,17 @@ TINY = re.compile(r"tiny-(\d+)x(\d+)")
 # Forward-mode derivatives and double backward exist for eager attention only; the fused kernels train faster.
 FAST_ATTENTION, EXACT_ATTENTION = "sdpa", "eager"
 
+Parameters = dict[str, Tensor]
+"""Tensors by the name of the parameter that they stand for, or are a direction of, or a gradient in."""
+
+
+class Outputs(NamedTuple):
+    """What a network answers.  A named tuple, because torch.func takes it apart and together by itself (a pytree)."""
+
+    logits: Float[Tensor, "batch classes"]
+    hidden_states: tuple[Float[Tensor, "batch tokens hidden"], ...] = ()
+    attentions: tuple[Float[Tensor, "batch heads tokens tokens"], ...] = ()
+
 
 def is_tiny(name: str) -> bool:
     """Whether `name` asks for a randomly initialised BERT such as "tiny-2x64"."""
@@ -187,13 +198,29 @@ def check_pair(teacher: PreTrainedModel, student: PreTrainedModel) -> None:
             raise ValueError(f"the student has {ours} {name}, the teacher {theirs}: distillation needs them equal")
 
 
-def logits(model: nn.Module, batch: dict[str, Tensor]) -> Float[Tensor, "batch classes"]:
-    """The logits of a sequence classifier for a batch made by `glue.collate`, in float32 at least."""
-    return _full_precision(
-        model(
-            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], token_type_ids=batch["token_type_ids"]
-        ).logits
+def outputs(model: nn.Module, batch: Mapping[str, Tensor], hidden_states: bool = False) -> Outputs:
+    """What a sequence classifier answers to a batch made by `glue.collate`, as its mode and weights are.
+
+    Logits are in float32 at least.
+    """
+    answer = model(
+        input_ids=batch["input_ids"],
+        attention_mask=batch["attention_mask"],
+        token_type_ids=batch["token_type_ids"],
+        **({"output_hidden_states": True} if hidden_states else {}),
     )
+    return Outputs(_full_precision(answer.logits), tuple(answer.hidden_states) if hidden_states else ())
+
+
+def logits(model: nn.Module, batch: Mapping[str, Tensor]) -> Float[Tensor, "batch classes"]:
+    """The logits alone of `outputs`, `(batch, classes)`."""
+    return outputs(model, batch).logits
+
+
+def targets(model: nn.Module, batch: Mapping[str, Tensor], hidden_states: bool = False) -> Outputs:
+    """The answers of a network that another one learns from: without dropout and without a graph."""
+    with torch.no_grad(), evaluating(model):
+        return outputs(model, batch, hidden_states)
 
 
 @torch.no_grad()
@@ -220,18 +247,6 @@ def predict(
             outputs[indices] = logits(model, batch).cpu().numpy()
     model.train(was_training)
     return outputs
-
-
-Parameters = dict[str, Tensor]
-"""Tensors by the name of the parameter that they stand for, or are a direction of, or a gradient in."""
-
-
-class Outputs(NamedTuple):
-    """What a network answers.  A named tuple, because torch.func takes it apart and together by itself (a pytree)."""
-
-    logits: Float[Tensor, "batch classes"]
-    hidden_states: tuple[Float[Tensor, "batch tokens hidden"], ...] = ()
-    attentions: tuple[Float[Tensor, "batch heads tokens tokens"], ...] = ()
 
 
 def trainable(module: nn.Module) -> Parameters:

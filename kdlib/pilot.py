@@ -3,12 +3,13 @@
 A pilot step takes parameters, a dict from name to tensor, and returns new ones; the module only says what to compute
 with them.  Dropout is off, so that the step descends the same function whose derivatives `kdlib.influence` takes.
 
-An update rule is a function of parameters and gradient, as `sgd` is, and the step is the rule at the gradient; another
-rule needs no change elsewhere.
+An update rule is a function of parameters and gradient: `sgd`, or `adamw` with the state of an optimiser.  The step
+is the rule at the gradient.
 """
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -80,3 +81,88 @@ def sgd_step(
     descent = gradient(student, parameters, batch, loss, create_graph, **wanted)
     with torch.enable_grad():
         return sgd({name: value.detach() for name, value in parameters.items()}, descent, learning_rate)
+
+
+@dataclass(frozen=True)
+class AdamWState:
+    """What AdamW knows before its next step: by parameter name its two moments and its weight decay; steps so far."""
+
+    exp_avg: Parameters
+    exp_avg_sq: Parameters
+    weight_decay: dict[str, float]
+    step: int = 0
+    learning_rate: float = 1e-3
+    beta1: float = 0.9
+    beta2: float = 0.999
+    epsilon: float = 1e-8
+
+
+def adamw_state(
+    optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter], learning_rate: float | None = None
+) -> AdamWState:
+    """Read the state of a torch AdamW for these parameters, zeros before its first step; nothing is copied or changed.
+
+    `learning_rate` replaces the optimiser's own.  Raises ValueError if the optimiser does not hold a parameter.
+    """
+    groups = {id(parameter): group for group in optimizer.param_groups for parameter in group["params"]}
+    missing = [name for name, parameter in parameters.items() if id(parameter) not in groups]
+    if missing:
+        raise ValueError(f"the optimizer does not hold {models.some(missing)}: give it the student's own parameters")
+    found = {name: optimizer.state.get(parameter, {}) for name, parameter in parameters.items()}
+
+    def moments(kind: str) -> Parameters:
+        return {name: found[name].get(kind, torch.zeros_like(value)).detach() for name, value in parameters.items()}
+
+    group = optimizer.param_groups[0]
+    return AdamWState(
+        moments("exp_avg"),
+        moments("exp_avg_sq"),
+        {name: groups[id(parameter)]["weight_decay"] for name, parameter in parameters.items()},
+        int(max((float(state.get("step", 0)) for state in found.values()), default=0)),
+        group["lr"] if learning_rate is None else learning_rate,
+        *group["betas"],
+        group["eps"],
+    )
+
+
+def adamw(parameters: Parameters, gradient: Parameters, state: AdamWState) -> Parameters:
+    """Where AdamW's next step would lead: θ − η (m̂ / (√v̂ + ε) + λθ), with the moments after this gradient.
+
+    Source: the pilot step of LGTM's released code; Loshchilov & Hutter (2019) for the rule.
+    Derived in: chapters/05_pilot_updates.
+    """
+    stepped = {}
+    for name, value in parameters.items():
+        mean, root = _moments(name, gradient[name], state)
+        kept = value * (1 - state.learning_rate * state.weight_decay[name])
+        stepped[name] = kept - state.learning_rate * mean / (root + state.epsilon)
+    return stepped
+
+
+def adamw_preconditioner(gradient: Parameters, state: AdamWState) -> Parameters:
+    """D, where the derivative of AdamW's step in its gradient is −η · diag(D).
+
+    Plain descent has D = 1.  The meta-gradient of an AdamW pilot step is that of plain descent with the feedback
+    gradient g replaced by D ⊙ g.  A weight that this gradient does not touch, and no earlier one did, gets 0: the
+    batch says nothing of it, and AdamW's derivative there is 1/ε.
+
+    Source: what LGTM's released code leaves out of its finite difference.  Derived in: chapters/05_pilot_updates.
+    """
+    slopes = {}
+    corrections = 1 - state.beta1 ** (state.step + 1), 1 - state.beta2 ** (state.step + 1)
+    for name, value in gradient.items():
+        mean, root = _moments(name, value, state)
+        first = (1 - state.beta1) / corrections[0] / (root + state.epsilon)
+        # The derivative of √v̂ is (1 − β₂) g / √v̂, bias correction included once.
+        growth = (1 - state.beta2) / corrections[1] * value / root
+        slope = first - mean * growth / (root + state.epsilon) ** 2
+        slopes[name] = torch.where(root > 0, slope, 0.0)
+    return slopes
+
+
+def _moments(name: str, gradient: Tensor, state: AdamWState) -> tuple[Tensor, Tensor]:
+    """m̂ and √v̂ after this gradient."""
+    step = state.step + 1
+    mean = state.beta1 * state.exp_avg[name] + (1 - state.beta1) * gradient
+    square = state.beta2 * state.exp_avg_sq[name] + (1 - state.beta2) * gradient.square()
+    return mean / (1 - state.beta1**step), (square / (1 - state.beta2**step)).sqrt()

@@ -33,11 +33,18 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import kdlib
 from kdlib import checkpoints, glue, losses, metrics, models, trainer
-from kdlib.learner import PRECISIONS, Learner, accelerator_for, learner
-from kdlib.methods import Step, kd
+from kdlib.imitation import Imitation
+from kdlib.influence import TangentMethod
+from kdlib.learner import PRECISIONS, Batch, Learner, accelerator_for, learner
+from kdlib.methods import Step, kd, metadistil, online
 
-RECORD, STUDENT = "record.json", "student"
-METHODS = ("fine_tune", "kd")
+RECORD, STUDENT, TEACHER_FOLDER = "record.json", "student", "teacher"
+ONLINE = ("prokt", "dml")
+LEARNING_TEACHER = (*ONLINE, "metadistil")
+"""The methods whose teacher changes while it teaches."""
+METHODS = ("fine_tune", "kd", *LEARNING_TEACHER)
+WATCHED = 128
+"""Rows of the validation split on which `observe` compares each step with its teaching experiment."""
 TEACHER, STUDENT_NETWORK = "tiny-2x64", "tiny-2x32"
 """Who learns from whom on MiniGLUE unless the configuration says otherwise."""
 PRETRAINED_RATES = {models.MINILM: (1e-4, 2e-4)}
@@ -64,7 +71,7 @@ class RunConfig:
     regression: bool = False
     """for a data set of your own: whether its labels are scores"""
     method: str = "kd"
-    """"fine_tune" (the student alone) or "kd" (distillation from a fixed teacher)"""
+    """"fine_tune" (the student alone), "kd" (a fixed teacher); "prokt", "dml", "metadistil" (the teacher learns)"""
     teacher: str | None = None
     """"tiny-<layers>x<hidden>", "book-teacher", "minilm", a hub id or a folder; None: tiny-2x64"""
     student: str | None = None
@@ -72,7 +79,8 @@ class RunConfig:
     student_layers: int | None = None
     """instead of a student: cut the teacher's checkpoint after so many layers"""
     teacher_epochs: int | None = None
-    """epochs of fine-tuning for the teacher; 0: it is fine-tuned already; None: 12 if tiny, else as the student's"""
+    """epochs of fine-tuning before the teacher teaches; 0: take it as it is, fine-tuned elsewhere or not at all;
+    None: 0 for prokt and dml, else 12 if tiny, else as the student's"""
     epochs: int | None = None
     """passes over the training set; None: 8 for tiny networks, 3 for pretrained ones"""
     batch_size: int = 32
@@ -93,10 +101,42 @@ class RunConfig:
     """softens teacher and student; None: 2"""
     objective: str | None = None
     """what the student imitates; None: "kl", for regression "logit_mse\""""
+    pkd_weight: float | None = None
+    """weight of PKD's term on hidden states, on top of the others; None: 0"""
+    pkd_layers: str | None = None
+    """the teacher's layers for it: "skip" (every so many) or "last"; None: "skip\""""
+    pkd_normalisation: str | None = None
+    """"sum" over layers and units, as PKD, or their "mean", as MetaDistil's code; None: "sum\""""
+    teaching_rate: float | None = None
+    """learning rate of a teacher while it teaches; None: teacher_learning_rate, for metadistil a tenth of it"""
+    teacher_alpha: float | None = None
+    """prokt, dml: weight of the labels for the teacher, 1 − this that of the student; None: alpha"""
+    teacher_objective: str | None = None
+    """prokt, dml: what the teacher imitates in the student; None: the student's objective, roles exchanged"""
+    first: str | None = None
+    """prokt, dml: who is updated first, "teacher", "student" or "simultaneous"; None: teacher, for dml simultaneous"""
+    zero_classifiers: bool | None = None
+    """prokt, dml: start both classifiers at zero; None: where the teacher is not fine-tuned"""
+    pilot_update: bool | None = None
+    """metadistil: the student learns from the teacher that its pilot copy has improved; None: True"""
+    inner_steps: int | None = None
+    """metadistil: steps of the pilot copy, differentiated through; None: 1"""
+    pilot_rule: str | None = None
+    """metadistil: the pilot copy's step, "sgd" or "adamw"; None: "sgd\""""
+    pilot_learning_rate: float | None = None
+    """metadistil: its learning rate; None: the student's, as it is at that step"""
+    tangent: str | None = None
+    """metadistil: derivative of the student by "jvp", "finite-difference" or "double-backward"; None: "jvp\""""
+    tangent_precision: str | None = None
+    """metadistil: pilot step and derivative in "fp32" or, with mixed precision, in "autocast"; None: "fp32\""""
+    feedback_batch_size: int | None = None
+    """samples of a feedback batch; None: batch_size"""
+    observe: bool | None = None
+    """metadistil: measure at every step what the pilot update is worth (four more passes); None: False"""
     max_length: int = 128
     """word pieces kept of an example"""
-    feedback_fraction: float = 0.0
-    """share of the training set carved out as feedback data (vanilla distillation uses none)"""
+    feedback_fraction: float | None = None
+    """share of the training set carved out as feedback data, which nobody trains on; None: 0, for metadistil 0.1"""
     seed: int = 0
     """of the student: initial weights, order of the data, dropout"""
     teacher_seed: int = 0
@@ -135,7 +175,8 @@ class RunConfig:
     def identity(self) -> dict[str, Any]:
         """The fields that decide the result: all but where it is computed, kept and how often it is saved."""
         fields = dataclasses.asdict(self)
-        return {name: value for name, value in fields.items() if name not in _NOT_IDENTITY}
+        unused = {name for name in OF_METHODS if fields[name] is None}
+        return {name: value for name, value in fields.items() if name not in _NOT_IDENTITY and name not in unused}
 
     @property
     def run_id(self) -> str:
@@ -150,11 +191,21 @@ class RunConfig:
 
 
 _NOT_IDENTITY = ("output_dir", "resume", "device", "checkpoint_every")
+_IMITATING = ("alpha", "temperature", "objective")
+_PATIENT = ("pkd_weight", "pkd_layers", "pkd_normalisation")
+_ONLINE = ("teacher_alpha", "teacher_objective", "first", "zero_classifiers")
+_META = (
+    *("pilot_update", "inner_steps", "pilot_rule", "pilot_learning_rate", "tangent", "tangent_precision"),
+    *("feedback_batch_size", "observe"),
+)
+OF_METHODS = (*_PATIENT, "teaching_rate", *_ONLINE, *_META)
+"""Fields that are None wherever a method does not use them, and no part of a run's identity there."""
 _POSITIVE = (
+    *("teaching_rate", "inner_steps", "pilot_learning_rate", "feedback_batch_size"),
     *("student_layers", "epochs", "batch_size", "micro_batches", "teacher_learning_rate", "learning_rate"),
     *("temperature", "max_length", "max_train", "max_evaluation", "max_steps", "evaluate_every", "checkpoint_every"),
 )
-_UNIT_INTERVAL = ("alpha", "warmup_ratio", "feedback_fraction")
+_UNIT_INTERVAL = ("alpha", "teacher_alpha", "warmup_ratio", "feedback_fraction")
 
 
 def configure(**parameters: Any) -> RunConfig:
@@ -201,16 +252,23 @@ def _complete(config: RunConfig) -> RunConfig:
         "learning_rate": _default(config.learning_rate, _rates(student or teacher)[1]),
     }
     if config.method == "fine_tune":
-        filled |= dict.fromkeys(("teacher_epochs", "teacher_learning_rate", "alpha", "temperature", "objective"))
+        filled |= dict.fromkeys(("teacher_epochs", "teacher_learning_rate", *_IMITATING, *OF_METHODS))
         filled |= {"teacher_seed": 0, "teacher": teacher if student is None else None}
+        filled |= {"feedback_fraction": _default(config.feedback_fraction, 0.0)}
+        return dataclasses.replace(config, **filled)
+    filled |= {
+        "teacher_epochs": _default(config.teacher_epochs, _teacher_epochs(config.method, teacher, epochs)),
+        "teacher_learning_rate": _default(config.teacher_learning_rate, _rates(teacher)[0]),
+        "alpha": _default(config.alpha, 0.5),
+        "temperature": _default(config.temperature, 1.0 if config.method == "dml" else 2.0),
+        "objective": config.objective or ("logit_mse" if config.glue_task.is_regression else "kl"),
+        "feedback_fraction": _default(config.feedback_fraction, 0.1 if config.method == "metadistil" else 0.0),
+    }
+    if config.pkd_weight:
+        filled |= {"pkd_layers": config.pkd_layers or "skip", "pkd_normalisation": config.pkd_normalisation or "sum"}
     else:
-        filled |= {
-            "teacher_epochs": _default(config.teacher_epochs, _teacher_epochs(teacher, epochs)),
-            "teacher_learning_rate": _default(config.teacher_learning_rate, _rates(teacher)[0]),
-            "alpha": _default(config.alpha, 0.5),
-            "temperature": _default(config.temperature, 2.0),
-            "objective": config.objective or ("logit_mse" if config.glue_task.is_regression else "kl"),
-        }
+        filled |= dict.fromkeys(_PATIENT)
+    filled |= _of_the_teacher(dataclasses.replace(config, **filled))
     return dataclasses.replace(config, **filled)
 
 
@@ -219,8 +277,37 @@ def _rates(network: str) -> tuple[float, float]:
     return (1e-3, 2e-3) if models.is_tiny(network) else PRETRAINED_RATES.get(network, (3e-5, 5e-5))
 
 
-def _teacher_epochs(teacher: str, student_epochs: int) -> int:
-    if teacher == models.BOOK_TEACHER:
+def _of_the_teacher(config: RunConfig) -> dict[str, Any]:
+    """The fields of methods whose teacher learns: a default for those in use, None for the others."""
+    filled: dict[str, Any] = dict.fromkeys(("teaching_rate", *_ONLINE, *_META))
+    if config.method in LEARNING_TEACHER:
+        rate = config.teacher_learning_rate * (0.1 if config.method == "metadistil" else 1)
+        filled["teaching_rate"] = _default(config.teaching_rate, rate)
+    if config.method in ONLINE:
+        filled |= {
+            "teacher_alpha": _default(config.teacher_alpha, config.alpha),
+            "teacher_objective": config.teacher_objective or config.objective,
+            "first": config.first or ("simultaneous" if config.method == "dml" else "teacher"),
+            "zero_classifiers": _default(
+                config.zero_classifiers, config.teacher_epochs == 0 and config.teacher != models.BOOK_TEACHER
+            ),
+        }
+    if config.method == "metadistil":
+        filled |= {
+            "pilot_update": _default(config.pilot_update, True),
+            "inner_steps": _default(config.inner_steps, 1),
+            "pilot_rule": config.pilot_rule or "sgd",
+            "pilot_learning_rate": config.pilot_learning_rate,
+            "tangent": config.tangent or "jvp",
+            "tangent_precision": config.tangent_precision or "fp32",
+            "feedback_batch_size": _default(config.feedback_batch_size, config.batch_size),
+            "observe": _default(config.observe, False),
+        }
+    return filled
+
+
+def _teacher_epochs(method: str, teacher: str, student_epochs: int) -> int:
+    if teacher == models.BOOK_TEACHER or method in ONLINE:
         return 0
     return 12 if models.is_tiny(teacher) else student_epochs
 
@@ -239,7 +326,7 @@ def _range_problems(config: RunConfig) -> list[str]:
         value = getattr(config, name)
         if value is not None and not 0 <= value <= 1:
             problems.append(f"{name} is {value}; expected a number between 0 and 1")
-    for name in ("teacher_epochs", "seed", "teacher_seed", "weight_decay"):
+    for name in ("teacher_epochs", "seed", "teacher_seed", "weight_decay", "pkd_weight"):
         value = getattr(config, name)
         if value is not None and not value >= 0:
             problems.append(f"{name} is {value}; expected 0 or more")
@@ -253,6 +340,13 @@ def _choice_problems(config: RunConfig, task: glue.Task | None) -> list[str]:
         "precision": tuple(PRECISIONS),
         "device": ("auto", "cpu", "cuda"),
         "objective": tuple(losses.OBJECTIVES),
+        "teacher_objective": tuple(losses.TEACHER_OBJECTIVES),
+        "first": online.ORDERS,
+        "pkd_layers": ("skip", "last"),
+        "pkd_normalisation": ("sum", "mean"),
+        "pilot_rule": metadistil.PILOT_RULES,
+        "tangent": typing.get_args(TangentMethod),
+        "tangent_precision": ("fp32", "autocast"),
     }
     for name, valid in choices.items():
         value = getattr(config, name)
@@ -260,22 +354,41 @@ def _choice_problems(config: RunConfig, task: glue.Task | None) -> list[str]:
             problems.append(f"{name} is {value!r}; expected one of {', '.join(valid)}{_nearest(value, valid)}")
     if config.student is not None and config.student_layers is not None:
         problems.append("student and student_layers are both given; give one")
-    if task is not None and task.is_regression and config.objective not in (None, *losses.REGRESSION_OBJECTIVES):
-        problems.append(
-            f"objective is {config.objective!r}, but {task.name} is a regression task, where a softmax has no meaning; "
-            f"expected {', '.join(losses.REGRESSION_OBJECTIVES)}"
-        )
+    for name in ("objective", "teacher_objective") if task is not None and task.is_regression else ():
+        if getattr(config, name) not in (None, *losses.REGRESSION_OBJECTIVES):
+            problems.append(
+                f"{name} is {getattr(config, name)!r}, but {task.name} is a regression task, where a softmax has no "
+                f"meaning; expected {', '.join(losses.REGRESSION_OBJECTIVES)}"
+            )
+    problems += _teaching_problems(config)
     names = [n for n in (config.teacher, config.student) if n is not None]
     for name in names:
         if name.startswith("tiny") and not models.is_tiny(name):
             problems.append(f"{name!r} is not of the form 'tiny-<layers>x<hidden>', for example 'tiny-2x64'")
-    if config.source != "miniglue" and models.is_small(config.teacher or TEACHER) and config.method == "kd":
+    if config.source != "miniglue" and models.is_small(config.teacher or TEACHER) and config.method != "fine_tune":
         problems.append(
             f"source {config.source!r} needs a pretrained teacher: tiny networks read MiniGLUE's small vocabulary. "
             "Give teacher 'minilm', a hub id or a folder"
         )
     if config.source != "miniglue" and config.student is None and config.student_layers is None:
         problems.append(f"source {config.source!r} needs a student: give student or student_layers")
+    return problems
+
+
+def _teaching_problems(config: RunConfig) -> list[str]:
+    """What does not go together where the teacher learns."""
+    problems = []
+    if config.method in LEARNING_TEACHER and config.precision == "fp16":
+        problems.append(
+            f"precision 'fp16' has one loss scale for two networks that learn; {config.method} needs 'bf16'"
+        )
+    if config.method == "metadistil":
+        if config.feedback_fraction == 0:
+            problems.append("feedback_fraction is 0, but metadistil needs a feedback split; leave it out, or give 0.1")
+        try:
+            metadistil.check_settings(config.inner_steps or 1, config.pilot_rule or "sgd", config.micro_batches)
+        except ValueError as error:
+            problems.append(str(error))
     return problems
 
 
@@ -349,30 +462,25 @@ def run(config: RunConfig) -> RunRecord:
     tokenizer = models.load_tokenizer(config.teacher or config.student)
     student_network = load_student(config, data.task, tokenizer)
     encoded = encode_all(data, tokenizer, config.max_length)
-    total = _schedule(config).total_steps(len(encoded["train"]))
-    student = learner(
-        "student",
-        student_network,
-        accelerator,
-        config.learning_rate,
-        total,
-        config.weight_decay,
-        config.warmup_ratio,
-        micro_batches=config.micro_batches,
-    )
-    teacher_record, step = _method(config, data.task, tokenizer, student, encoded["train"])
+    student = _learner("student", student_network, config, accelerator, len(encoded["train"]))
+    teacher_record, teacher, step = _method(config, data, tokenizer, student, encoded)
+    evaluated = {name: encoded[name] for name in data.evaluation}
     result = trainer.train(
         step,
-        [student],
+        [student] if teacher is None else [student, teacher],
         encoded["train"],
         _schedule(config),
-        trainer.evaluation(student, data.task, {name: encoded[name] for name in data.evaluation}),
+        trainer.evaluation(student, data.task, evaluated, others=[] if teacher is None else [teacher]),
         select=f"{next(iter(data.evaluation))}/{data.task.metrics[0]}",
         keep=student,
         folder=folder,
         identity=config.identity,
         resume=config.resume,
+        feedback=encoded["feedback"] if config.method == "metadistil" else None,
+        feedback_batch_size=config.feedback_batch_size,
     )
+    if teacher is not None:
+        save_pretrained(teacher.module, tokenizer, folder / TEACHER_FOLDER)
     return _finish(config, data, encoded, student, tokenizer, result, teacher_record)
 
 
@@ -432,8 +540,9 @@ def load_student(config: RunConfig, task: glue.Task, tokenizer: PreTrainedTokeni
 
 
 def encode_all(data: glue.TaskData, tokenizer: PreTrainedTokenizerBase, max_length: int) -> dict[str, glue.Encoded]:
-    """Tokenise every split once: "train", the evaluation splits and the test splits, by name."""
-    splits = {"train": data.train, **data.evaluation, **data.test}
+    """Tokenise every split once: "train", "feedback" if there is one, the evaluation and the test splits, by name."""
+    feedback = {} if data.feedback is None else {"feedback": data.feedback}
+    splits = {"train": data.train, **feedback, **data.evaluation, **data.test}
     return {name: glue.encode(split, data.task, tokenizer, max_length) for name, split in splits.items()}
 
 
@@ -448,20 +557,83 @@ def _schedule(config: RunConfig) -> trainer.Schedule:
     )
 
 
+def _learner(name: str, network: PreTrainedModel, config: RunConfig, accelerator: Accelerator, samples: int) -> Learner:
+    """Student or teacher with the optimiser of the configuration."""
+    return learner(
+        name,
+        network,
+        accelerator,
+        config.learning_rate if name == "student" else config.teaching_rate,
+        _schedule(config).total_steps(samples),
+        config.weight_decay,
+        config.warmup_ratio,
+        micro_batches=config.micro_batches,
+    )
+
+
 def _method(
-    config: RunConfig, task: glue.Task, tokenizer: PreTrainedTokenizerBase, student: Learner, encoded: glue.Encoded
-) -> tuple[RunRecord | None, Step]:
-    """The teacher's record, if there is one, and the step of the configured method."""
+    config: RunConfig,
+    data: glue.TaskData,
+    tokenizer: PreTrainedTokenizerBase,
+    student: Learner,
+    encoded: dict[str, glue.Encoded],
+) -> tuple[RunRecord | None, Learner | None, Step]:
+    """The record of the teacher's fine-tuning, the teacher if it learns, and the step of the configured method."""
     if config.method == "fine_tune":
-        return None, kd.fine_tuning(student)
+        return None, None, kd.fine_tuning(student)
     where, record = teacher_of(config)
-    teacher = models.load(where, task, tokenizer)
-    models.check_pair(teacher, student.module)
-    cache = None if record is None else record.folder
-    accelerator: Accelerator = student.accelerator
-    looked_up = trainer.teacher_logits(teacher, encoded, accelerator, cache=cache)
-    objective = losses.OBJECTIVES[config.objective]
-    return record, kd.distillation(student, looked_up, config.alpha, config.temperature, objective)
+    # What the fine-tuning drew has made another head; a teacher that starts untrained has a seed of its own.
+    network = models.load(where, data.task, tokenizer, config.teacher_seed)
+    models.check_pair(network, student.module)
+    accelerator, imitation = student.accelerator, imitation_of(config)
+    if config.method == "kd":
+        if imitation.wanted:  # hidden states of a whole training set are too many to keep
+            network.to(accelerator.device)
+            return record, None, kd.distillation(student, lambda b: models.targets(network, b, True), imitation)
+        cache = None if record is None else record.folder
+        looked_up = trainer.teacher_logits(network, encoded["train"], accelerator, cache=cache)
+        return record, None, kd.distillation(student, lambda b: models.Outputs(looked_up(b)), imitation)
+    teacher = _learner("teacher", network, config, accelerator, len(encoded["train"]))
+    if config.method in ONLINE:
+        if config.zero_classifiers:
+            for module in (student.module, network):
+                online.zero_classifier(module)
+        learned = Imitation(
+            config.teacher_alpha, config.temperature, losses.TEACHER_OBJECTIVES[config.teacher_objective]
+        )
+        return record, teacher, online.online_distillation(student, teacher, imitation, learned, config.first)
+    watch = watched_batch(next(iter(data.evaluation)), encoded, accelerator) if config.observe else None
+    step = metadistil.metadistil(
+        student,
+        teacher,
+        imitation,
+        config.pilot_update,
+        config.inner_steps,
+        config.pilot_rule,
+        config.pilot_learning_rate,
+        config.tangent,
+        config.tangent_precision,
+        watch,
+    )
+    return record, teacher, step
+
+
+def imitation_of(config: RunConfig) -> Imitation:
+    """What the student of this configuration imitates."""
+    return Imitation(
+        config.alpha,
+        config.temperature,
+        losses.OBJECTIVES[config.objective],
+        config.pkd_weight or 0.0,
+        config.pkd_layers or "skip",
+        config.pkd_normalisation or "sum",
+    )
+
+
+def watched_batch(split: str, encoded: dict[str, glue.Encoded], accelerator: Accelerator) -> Batch:
+    """The first rows of a split as one batch."""
+    rows = range(min(WATCHED, len(encoded[split])))
+    return trainer.training_batch(encoded[split], list(rows), accelerator.device)
 
 
 def _finish(
@@ -488,6 +660,9 @@ def _finish(
     for name in labelled:
         scores = metrics.compute(data.task.metrics, outputs[name], encoded[name].labels.numpy())
         values |= {f"{name}/{metric}": value for metric, value in scores.items()}
+    # The teacher that is left in the folder is the one after the last step.
+    last = result.history.iloc[-1]
+    values |= {name: float(last[name]) for name in result.history if name.startswith("teacher/")}
     if config.predict_test:
         for name in data.test:
             glue.write_predictions(config.folder, data.task, outputs[name], name)
@@ -586,7 +761,7 @@ def results(folder: Path | str, by: typing.Sequence[str] | None = None) -> pd.Da
         differing = [c for c in configs if c not in ignored and configs[c].nunique(dropna=False) > 1]
         by = [*dict.fromkeys(["task", "method", *differing])]
     rows = [
-        {**{name: record.config[name] for name in by}, "metric": metric, "value": value}
+        {**{name: record.config.get(name) for name in by}, "metric": metric, "value": value}
         for record in records
         for metric, value in {**record.metrics, **{f"oracle/{k}": v for k, v in record.oracle.items()}}.items()
     ]

@@ -5,12 +5,13 @@ the later methods update two networks in turns.
 """
 
 import hashlib
+import itertools
 import math
 import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -72,17 +73,26 @@ class TrainingInterruptedError(KeyboardInterrupt):
 Evaluate = Callable[[], dict[str, float]]
 
 
-def evaluation(learner: Learner, task: glue.Task, splits: dict[str, glue.Encoded], batch_size: int = 128) -> Evaluate:
-    """A function that returns the learner's metrics on every split, named "validation/accuracy" and so on."""
+def evaluation(
+    learner: Learner,
+    task: glue.Task,
+    splits: dict[str, glue.Encoded],
+    batch_size: int = 128,
+    others: Sequence[Learner] = (),
+) -> Evaluate:
+    """A function that returns the learner's metrics on every split, named "validation/accuracy" and so on.
+
+    Those of `others` follow under their names: "teacher/validation/accuracy".
+    """
 
     def evaluate() -> dict[str, float]:
         values = {}
-        for name, encoded in splits.items():
-            outputs = predict(
-                learner.module, encoded, batch_size, f"evaluating on {name}", learner.accelerator.autocast
-            )
-            for metric, value in metrics.compute(task.metrics, outputs, encoded.labels.numpy()).items():
-                values[f"{name}/{metric}"] = value
+        for who, prefix in ((learner, ""), *((other, f"{other.name}/") for other in others)):
+            for name, encoded in splits.items():
+                description = f"evaluating on {name}"
+                outputs = predict(who.module, encoded, batch_size, description, who.accelerator.autocast)
+                for metric, value in metrics.compute(task.metrics, outputs, encoded.labels.numpy()).items():
+                    values[f"{prefix}{name}/{metric}"] = value
         return values
 
     return evaluate
@@ -125,8 +135,14 @@ def train(
     folder: Path | None = None,
     identity: dict[str, Any] | None = None,
     resume: bool = True,
+    feedback: glue.Encoded | None = None,
+    feedback_batch_size: int | None = None,
 ) -> Result:
     """Run `step` over the data; end with the weights of `keep` from the evaluation with the highest `select`.
+
+    With `feedback` data the step is called with a batch of them as well, of `feedback_batch_size` samples or as many as
+    in a training batch, drawn in an order of their own.  What the step returns is averaged between two evaluations and
+    goes into the history as "train_<name>".  Learners other than `keep` end with their last weights.
 
     With a `folder` the run survives being killed at any moment: started again, it goes on from the last checkpoint and
     ends with the same weights and history, bit for bit.  `identity` is stored with the checkpoint; one that was written
@@ -135,18 +151,21 @@ def train(
     Ctrl-C finishes the step under way, saves and raises TrainingInterruptedError, which says how to resume.
 
     Raises NonFiniteLossError for a NaN or infinite loss (with the step, the rows and the last good checkpoint),
-    CheckpointError if the folder cannot be written or holds a checkpoint of another run, ValueError for no data.
+    CheckpointError if the folder cannot be written or holds a checkpoint of another run, ValueError for no data and for
+    feedback data that are also trained on.
     """
     accelerator = keep.accelerator
     total = schedule.total_steps(len(encoded))
     if total < 1:
         raise ValueError(f"nothing to train on: {len(encoded)} samples, {schedule.epochs} epochs")
+    if feedback is not None:
+        _check_disjoint(encoded, feedback)
     identity = {**asdict(schedule), "samples": len(encoded), **(identity or {})}
     state: dict[str, Any] = {
         "identity": identity,
         "step": 0,
-        "loss_sum": 0.0,
-        "loss_count": 0,
+        "sums": {},
+        "count": 0,
         "history": [],
         "best_step": -1,
         "best_metrics": {},
@@ -173,26 +192,29 @@ def train(
         learner.module.train()
     with _interruptible() as interrupted:
         batches = training_batches(encoded, schedule, state["step"], total)
+        quizzes = feedback_batches(feedback, feedback_batch_size or schedule.batch_size, schedule.seed, state["step"])
         for indices in bar(batches, f"training {keep.name}", initial=state["step"], total=total):
-            batch = training_batch(encoded, indices, accelerator.device)
+            data = [training_batch(encoded, indices, accelerator.device)]
+            if feedback is not None:
+                data.append(training_batch(feedback, next(quizzes), accelerator.device))
             try:
-                values = step(batch)
+                values = step(*data)
             except NonFiniteLossError as error:
                 raise _located(error, state["step"] + 1, folder) from error
             state["step"] += 1
-            state["loss_sum"] += values["loss"]
-            state["loss_count"] += 1
+            state["sums"] = {name: state["sums"].get(name, 0.0) + value for name, value in values.items()}
+            state["count"] += 1
             if _due(state["step"], schedule, len(encoded), total):
                 row = {
                     "step": state["step"],
                     "epoch": state["step"] / math.ceil(len(encoded) / schedule.batch_size),
                     "learning_rate": keep.optimizer.param_groups[0]["lr"],
-                    "train_loss": state["loss_sum"] / state["loss_count"],
+                    **{f"train_{name}": value / state["count"] for name, value in state["sums"].items()},
                     **evaluate(),
                 }
                 state["history"].append(row)
                 line(f"{keep.name}: epoch {row['epoch']:.2f}, loss {row['train_loss']:.4f}, {select} {row[select]:.4f}")
-                state["loss_sum"], state["loss_count"] = 0.0, 0
+                state["sums"], state["count"] = {}, 0
                 if not state["best_metrics"] or row[select] > state["best_metrics"][select]:
                     state["best_step"] = state["step"]
                     state["best_metrics"] = {name: value for name, value in row.items() if "/" in name}
@@ -225,6 +247,18 @@ def training_batches(encoded: glue.Encoded, schedule: Schedule, start: int, tota
         yield from order[first : total - epoch * per_epoch]
 
 
+def feedback_batches(encoded: glue.Encoded | None, batch_size: int, seed: int, start: int) -> Iterator[list[int]]:
+    """The feedback batches of steps `start` … without end, as positions; each pass over the data has its own order."""
+    if encoded is None:
+        return
+    per_pass = math.ceil(len(encoded) / batch_size)
+    for number in itertools.count(start // per_pass):
+        # Not the seeds of the training order: the two must not march in step.
+        generator = torch.Generator().manual_seed(1_000_003 * seed + 500_000 + number)
+        order = glue.length_grouped_batches(encoded.lengths, batch_size, generator)
+        yield from order[start - number * per_pass if number == start // per_pass else 0 :]
+
+
 def training_batch(encoded: glue.Encoded, indices: list[int], device: torch.device) -> Batch:
     """The padded batch at these positions, with the positions themselves, on `device`."""
     batch = glue.collate(encoded, indices)
@@ -248,6 +282,17 @@ def prepare_folder(folder: Path) -> None:
         raise checkpoints.CheckpointError(
             f"cannot write to {folder} ({error.strerror or error}): choose another output_dir"
         ) from error
+
+
+def _check_disjoint(encoded: glue.Encoded, feedback: glue.Encoded) -> None:
+    if len(feedback) == 0:
+        raise ValueError("the feedback set is empty: raise feedback_fraction, or max_train")
+    shared = sorted(set(encoded.rows.tolist()) & set(feedback.rows.tolist()))
+    if shared:
+        raise ValueError(
+            f"{len(shared)} rows are in the training set and in the feedback set, row {shared[0]} among them: feedback "
+            "must come from data the student does not train on (glue.feedback_split cuts them apart)"
+        )
 
 
 def _fingerprint(encoded: glue.Encoded) -> str:

@@ -51,7 +51,7 @@ class TestConfigure:
         assert (config.source, config.task, config.method) == ("miniglue", "mini-mnli", "kd")
         left = {name for name, value in dataclasses.asdict(config).items() if value is None}
         limits = {"max_train", "max_evaluation", "max_steps", "evaluate_every", "checkpoint_every"}
-        assert left == limits | {"text_columns", "student_layers"}
+        assert left == limits | {"text_columns", "student_layers", *runs.OF_METHODS}
 
     @pytest.mark.parametrize(
         ("networks", "teacher", "student"),

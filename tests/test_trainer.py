@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 
 from kdlib import checkpoints, trainer
 from kdlib.checkpoints import CheckpointError
+from kdlib.imitation import Imitation
 from kdlib.learner import NonFiniteLossError, accelerator_for
 from kdlib.methods import kd
-from kdlib.models import predict
+from kdlib.models import Outputs, predict
 from kdlib.trainer import Schedule, TrainingInterruptedError
 from tests import toy
 
@@ -322,7 +323,7 @@ class TestTeacherLogits:
                 source = trainer.teacher_logits(teacher, data, who.accelerator)
             else:
                 source = _on_the_spot(teacher)
-            step = kd.distillation(who, source, alpha=0.3, temperature=2.0)
+            step = kd.distillation(who, lambda b, source=source: Outputs(source(b)), Imitation(0.3, 2.0))
             trainer.train(step, [who], data, SCHEDULE, toy.evaluate(who, data), "validation/accuracy", who)
             ends.append(who)
         for ours, theirs in zip(ends[0].module.parameters(), ends[1].module.parameters(), strict=True):

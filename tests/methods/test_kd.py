@@ -6,8 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kdlib import losses
+from kdlib.imitation import Imitation
 from kdlib.methods import kd
-from kdlib.models import logits
+from kdlib.models import Outputs, logits
 from tests import toy
 from tests.test_learner import batch
 
@@ -19,7 +20,8 @@ LABELS = torch.tensor([2, 0])
 @given(st.floats(0, 1), st.floats(0.5, 8))
 def test_the_loss_is_linear_in_alpha_between_labels_and_teacher(alpha, temperature):
     at = {
-        a: kd.distillation_loss(STUDENT, TEACHER, LABELS, a, temperature, reduction="none") for a in (0.0, alpha, 1.0)
+        a: losses.distillation_loss(STUDENT, TEACHER, LABELS, a, temperature, reduction="none")
+        for a in (0.0, alpha, 1.0)
     }
     torch.testing.assert_close(at[1.0], losses.cross_entropy(STUDENT, LABELS, "none"))
     torch.testing.assert_close(at[0.0], losses.kl_divergence(STUDENT, TEACHER, temperature, reduction="none"))
@@ -29,28 +31,28 @@ def test_the_loss_is_linear_in_alpha_between_labels_and_teacher(alpha, temperatu
 def test_at_temperature_one_the_gradient_is_that_of_one_mixed_target():
     """α·one-hot + (1 − α)·p_t as the target of a cross entropy: an independent statement of eq. (1)'s gradient."""
     alpha, student = 0.3, STUDENT.clone().requires_grad_()
-    kd.distillation_loss(student, TEACHER, LABELS, alpha, 1.0, reduction="sum").backward()
+    losses.distillation_loss(student, TEACHER, LABELS, alpha, 1.0, reduction="sum").backward()
     target = alpha * torch.nn.functional.one_hot(LABELS, 3) + (1 - alpha) * TEACHER.softmax(-1)
     torch.testing.assert_close(student.grad, STUDENT.softmax(-1) - target)
 
 
 def test_regression_mixes_squared_errors():
     student, teacher, scores = torch.tensor([[1.0]]), torch.tensor([[3.0]]), torch.tensor([2.0])
-    loss = kd.distillation_loss(student, teacher, scores, 0.25, objective=losses.logit_mse)
+    loss = losses.distillation_loss(student, teacher, scores, 0.25, objective=losses.logit_mse)
     assert loss.item() == pytest.approx(0.25 * 1 + 0.75 * 4)
 
 
 @pytest.mark.parametrize("alpha", [-0.1, 1.1, float("nan")])
 def test_alpha_outside_the_unit_interval_is_refused(alpha):
     with pytest.raises(ValueError, match=f"alpha is {alpha}"):
-        kd.distillation_loss(STUDENT, TEACHER, LABELS, alpha)
+        losses.distillation_loss(STUDENT, TEACHER, LABELS, alpha)
 
 
 @pytest.mark.parametrize("objective", losses.OBJECTIVES.values(), ids=losses.OBJECTIVES)
 def test_the_step_lowers_the_loss_for_every_objective(objective):
     who, data = toy.student(dropout=0, warmup_ratio=0.0), batch()
     teacher = torch.randn(10, 2, generator=torch.Generator().manual_seed(0))
-    step = kd.distillation(who, lambda b: teacher[b["positions"]], 0.5, 2.0, objective)
+    step = kd.distillation(who, lambda b: Outputs(teacher[b["positions"]]), Imitation(0.5, 2.0, objective))
     values = [step(data)["loss"] for _ in range(8)]
     assert values[-1] < values[0]
 
@@ -61,14 +63,18 @@ def test_the_teacher_gets_no_gradient_and_micro_batches_look_up_their_own_rows()
     for pieces in (1, 3):
         who = toy.student(dropout=0, micro_batches=pieces)
         for _ in range(3):
-            value = kd.distillation(who, lambda b: teacher[b["positions"]], 0.2, 3.0)(batch())
+            value = kd.distillation(who, lambda b: Outputs(teacher[b["positions"]]), Imitation(0.2, 3.0))(batch())
         ends.append(value["loss"])
     assert ends[0] == pytest.approx(ends[1], rel=1e-5)
 
 
+def nothing(batch) -> Outputs:
+    return Outputs(torch.zeros(10, 2))
+
+
 def test_fine_tuning_is_distillation_with_labels_only():
     ends = []
-    for step_of in (kd.fine_tuning, lambda who: kd.distillation(who, lambda b: torch.zeros(10, 2), alpha=1.0)):
+    for step_of in (kd.fine_tuning, lambda who: kd.distillation(who, nothing, Imitation(alpha=1.0))):
         who = toy.student(dropout=0)
         step = step_of(who)
         ends.append([step(batch())["loss"] for _ in range(4)])

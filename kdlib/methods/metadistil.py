@@ -1,0 +1,201 @@
+"""MetaDistil: the teacher learns from what its lesson does to a pilot copy of the student.
+
+The derivative of the pilot student's loss in the teacher needs no second backward pass: one tangent of the student and
+one backward pass of the teacher give it exactly (chapters/03_finite_differences).
+
+Source: MetaDistil Algorithm 1, eqs. (2)-(3).  Derived in: chapters/05_pilot_updates.
+"""
+
+from contextlib import nullcontext
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from kdlib import influence, models, pilot
+from kdlib.imitation import Imitation
+from kdlib.influence import TangentMethod
+from kdlib.learner import Batch, Learner
+from kdlib.methods import Step, entropy
+from kdlib.methods.online import detached
+from kdlib.models import Outputs, Parameters
+
+PilotRule = Literal["sgd", "adamw"]
+PILOT_RULES: tuple[PilotRule, ...] = ("sgd", "adamw")
+
+
+def metadistil(
+    student: Learner,
+    teacher: Learner,
+    imitation: Imitation,
+    pilot_update: bool = True,
+    inner_steps: int = 1,
+    pilot_rule: PilotRule = "sgd",
+    pilot_learning_rate: float | None = None,
+    tangent: TangentMethod = "jvp",
+    tangent_precision: Literal["fp32", "autocast"] = "fp32",
+    watch: Batch | None = None,
+) -> Step:
+    """A step on a training batch and a feedback batch ("quiz"), in the order of Algorithm 1.
+
+    The teaching experiment: a copy of the student takes `inner_steps` steps on the batch, without dropout.  The quiz:
+    the copy's loss on the feedback batch, seen as a function of the teacher, is lowered by a step of the teacher.  The
+    copy is discarded, and the real student learns the same batch from the new teacher.  With `pilot_update=False` the
+    real student learns from the teacher as it was, which is what the copy did.
+
+    The copy takes plain gradient steps ("sgd"), as in eq. (2), or one that AdamW would take ("adamw"), at
+    `pilot_learning_rate`, or at the student's present rate.  `tangent` and `tangent_precision` say how its derivative
+    is computed; with "autocast" in the precision that the networks train in.
+
+    `watch`, a batch of held-out data, adds two measurements to the log: "watch_better", 1 if the real step left a
+    smaller loss on it than the teaching experiment had, and "teacher_closer", 1 if the teacher's step brought it closer
+    to the student on the training batch.  Both cost passes and change nothing.
+
+    Raises ValueError for several AdamW steps (their Jacobian is not diagonal) and for pieces of a batch.
+
+    Source: MetaDistil Algorithm 1.  Derived in: chapters/05_pilot_updates.
+    """
+    check_settings(inner_steps, pilot_rule, max(student.micro_batches, teacher.micro_batches))
+    module, wanted = student.module, imitation.wanted
+    lowered = student.accelerator.autocast if tangent_precision == "autocast" else nullcontext
+
+    def step(batch: Batch, feedback: Batch) -> dict[str, float]:
+        labels, rate = batch["labels"], pilot_learning_rate
+        if rate is None:
+            rate = student.optimizer.param_groups[0]["lr"]
+
+        # The teacher's answers: the copy learns from them, and the teacher is differentiated through them.  Without
+        # dropout, which would be noise in that derivative.
+        with models.evaluating(teacher.module), teacher.accelerator.autocast():
+            answers = models.outputs(teacher.module, batch, **wanted)
+        lesson = detached(answers)
+
+        # Lines 3, 4: the teaching experiment.  `places` are the copies before each of its steps.
+        copy, places, before = models.trainable(module), [], []
+        with lowered():
+            for _ in range(inner_steps):
+                places.append(copy)
+                gradient, outputs = taught(module, copy, batch, lesson, imitation)
+                before.append(outputs)
+                if pilot_rule == "sgd":
+                    copy = pilot.sgd(copy, gradient, rate)
+                else:
+                    state = pilot.adamw_state(student.optimizer, dict(module.named_parameters()), rate)
+                    copy = pilot.adamw(copy, gradient, state)
+
+            # Lines 5, 6: the quiz, and what each step of the copy passes back to the teacher.
+            feedback_losses: list[Tensor] = []
+            direction = influence.feedback_gradient(module, copy, feedback, recorded(feedback_losses))
+            if pilot_rule == "adamw":
+                slopes = pilot.adamw_preconditioner(gradient, state)
+                direction = {name: slopes[name] * value for name, value in direction.items()}
+            tangents: list[Outputs] = []
+            for number in reversed(range(inner_steps)):
+                here = places[number]
+                known = before[number] if tangent == "finite-difference" else None
+                tangents.insert(
+                    0, influence.student_tangent(module, here, batch, direction, tangent, outputs=known, **wanted)[1]
+                )
+                if number > 0:  # through the gradient that was taken at this place
+                    direction = passed_back(module, here, batch, lesson, imitation, direction, rate)
+        feedback_loss = torch.cat(feedback_losses).mean().item()
+        watched = loss_on(student, copy, watch) if watch is not None else None
+        del copy, places, direction  # the student comes back; the copy is not needed any more
+
+        def teacher_loss(_: Batch) -> Tensor:
+            """−η_s Σ over the copy's steps of the influences: its mean has the gradient of the quiz loss."""
+            objective = lambda ours, theirs: imitation(ours, theirs, labels)  # noqa: E731
+            pairs = zip(before, tangents, strict=True)
+            influences = [influence.distillation_influence(objective, *pair, answers) for pair in pairs]
+            return -rate * torch.stack(influences).sum(0)
+
+        teacher.minimise(teacher_loss, batch)
+
+        # Line 7: the real student, on the same batch, from the new teacher.
+        def student_loss(piece: Batch) -> Tensor:
+            example = models.targets(teacher.module, piece, **wanted) if pilot_update else lesson
+            own = models.outputs(module, piece, **wanted)
+            seen.append((own.logits.detach(), example))
+            return imitation(own, example, labels)
+
+        seen: list[tuple[Tensor, Outputs]] = []
+        values = {"loss": student.minimise(student_loss, batch), "feedback_loss": feedback_loss}
+        logits, example = seen[0]
+        values |= {"student_entropy": entropy(logits), "teacher_entropy": entropy(example.logits)}
+        if watch is not None:
+            moved = imitation.agreement(before[0], models.targets(teacher.module, batch)).mean()
+            values["watch_better"] = float(loss_on(student, {}, watch) < watched)
+            values["teacher_closer"] = float(moved < imitation.agreement(before[0], lesson).mean())
+        return values
+
+    return step
+
+
+def taught(
+    module: nn.Module, parameters: Parameters, batch: Batch, lesson: Outputs, imitation: Imitation
+) -> tuple[Parameters, Outputs]:
+    """The gradient of the student's loss at `parameters`, without dropout, and the outputs on the way."""
+    seen: list[Outputs] = []
+
+    def loss(outputs: Outputs, batch: Batch) -> Tensor:
+        seen.append(detached(outputs))
+        return imitation(outputs, lesson, batch["labels"])
+
+    return pilot.gradient(module, parameters, batch, loss, **imitation.wanted), seen[0]
+
+
+def passed_back(
+    module: nn.Module,
+    parameters: Parameters,
+    batch: Batch,
+    lesson: Outputs,
+    imitation: Imitation,
+    direction: Parameters,
+    learning_rate: float,
+) -> Parameters:
+    """(1 − η_s H) v: the feedback gradient before one more plain gradient step, H the Hessian of the student's loss.
+
+    Source: the chain rule behind MetaDistil eq. (3) with several gradient updates, which section 3.2.2 mentions.
+    Derived in: chapters/05_pilot_updates.
+    """
+
+    def loss(outputs: Outputs, batch: Batch) -> Tensor:
+        return imitation(outputs, lesson, batch["labels"])
+
+    curved = influence.hessian_vector_product(module, parameters, batch, loss, direction, **imitation.wanted)
+    return {name: value - learning_rate * curved[name] for name, value in direction.items()}
+
+
+def recorded(values: list[Tensor]) -> pilot.Loss:
+    """The task's loss, which also puts its values, by sample, into the list."""
+
+    def loss(outputs: Outputs, batch: Batch) -> Tensor:
+        losses = pilot.task_loss(outputs, batch)
+        values.append(losses.detach())
+        return losses
+
+    return loss
+
+
+def loss_on(student: Learner, parameters: Parameters, batch: Batch) -> float:
+    """The mean task loss on a batch, without dropout, at `parameters`, or at the student's own for an empty dict."""
+    with torch.no_grad(), models.evaluating(student.module):
+        return pilot.task_loss(models.apply(student.module, parameters, batch), batch).mean().item()
+
+
+def check_settings(inner_steps: int, pilot_rule: str, micro_batches: int) -> None:
+    """Raise ValueError for settings of `metadistil` that have no meaning or no derivative here."""
+    if pilot_rule not in PILOT_RULES:
+        raise ValueError(f"pilot_rule is {pilot_rule!r}; expected one of {', '.join(PILOT_RULES)}")
+    if inner_steps < 1:
+        raise ValueError(f"inner_steps is {inner_steps}; expected 1 or more")
+    if inner_steps > 1 and pilot_rule == "adamw":
+        raise ValueError(
+            f"inner_steps is {inner_steps} with pilot_rule 'adamw': only one step of AdamW has a diagonal Jacobian in "
+            "its gradient; take pilot_rule 'sgd', or one step"
+        )
+    if micro_batches > 1:
+        raise ValueError(
+            f"micro_batches is {micro_batches}: the pilot step needs the whole batch at once; take 1 and a smaller "
+            "batch_size"
+        )
