@@ -9,6 +9,7 @@ is the rule at the gradient.
 
 import math
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -45,7 +46,9 @@ def gradient(
     Source: LGTM eq. (2), the gradient in it.  Derived in: chapters/01_distillation.
     """
     leaves = {name: value.detach().requires_grad_() for name, value in parameters.items()}
-    with torch.enable_grad(), models.evaluating(student), models.exact_attention(student):
+    # Only a second derivative needs the slower attention.
+    attention = models.exact_attention(student) if create_graph else nullcontext()
+    with torch.enable_grad(), models.evaluating(student), attention:
         mean = loss(models.apply(student, leaves, batch, **wanted), batch).mean()
         values = torch.autograd.grad(mean, list(leaves.values()), create_graph=create_graph, materialize_grads=True)
     return dict(zip(leaves, values, strict=True))

@@ -1,0 +1,190 @@
+"""What does a step cost whose teacher learns, too?  MetaDistil by each derivative against online distillation.
+
+    python benchmarks/step.py [--device cuda --precision bf16] [--hidden 384] [--layers 6 3] [--tokens 64 128]
+
+Seconds of a whole step, real updates by AdamW included, and two kinds of memory: what autograd saves for its backward
+passes, at the worst moment ("saved"), and all tensors that a step makes, at the worst moment ("peak", on a GPU as the
+allocator sees it).  Both also as multiples of the floor, online distillation.  There are two floors: with the teacher
+first, as in LGTM eq. (4) and ProKT, which asks both networks once more for predictions, and both at once, as in mutual
+learning, which runs each network forward and backward once and no more.
+
+Ratios within one run are what counts: the ways take turns, and the fastest turn of each is taken.
+--write stores the table in data/benchmarks/step.csv, which chapter 5 shows.
+"""
+
+import argparse
+import weakref
+from collections.abc import Callable
+from functools import partial
+from itertools import product
+from pathlib import Path
+
+import pandas as pd
+import torch
+from torch import Tensor, nn
+from transformers import BertForSequenceClassification
+
+from benchmarks.influence import CLASSES, WORDS, peak_bytes, random_batch, seconds
+from kdlib import models, pilot
+from kdlib.imitation import Imitation
+from kdlib.learner import Batch, Learner, accelerator_for, learner
+from kdlib.methods import Step
+from kdlib.methods.metadistil import metadistil
+from kdlib.methods.online import online_distillation
+
+FLOOR, AT_ONCE = "online, teacher first", "online, both at once"
+DOUBLE = "MetaDistil, double backward"
+TABLE = Path(__file__).resolve().parents[1] / "data" / "benchmarks" / "step.csv"
+IMITATION = Imitation(alpha=0.5, temperature=2.0)
+
+
+class Saved(torch.autograd.graph.saved_tensors_hooks):
+    """The most bytes that autograd kept for backward passes at one time, weights not counted."""
+
+    def __init__(self, modules: list[nn.Module]):
+        super().__init__(self._pack, lambda packed: packed[0])
+        self.weights = {p.untyped_storage()._cdata for module in modules for p in module.parameters()}
+        self.users: dict[int, int] = {}
+        self.now = self.most = 0
+
+    def _pack(self, tensor: Tensor) -> list[Tensor]:
+        storage = tensor.untyped_storage()
+        packed = _Packed([tensor])
+        if storage._cdata not in self.weights:
+            if not self.users.get(storage._cdata):
+                self.now += storage.nbytes()
+                self.most = max(self.most, self.now)
+            self.users[storage._cdata] = self.users.get(storage._cdata, 0) + 1
+            weakref.finalize(packed, self._free, storage._cdata, storage.nbytes())
+        return packed
+
+    def _free(self, key: int, size: int) -> None:
+        self.users[key] -= 1
+        if self.users[key] == 0:
+            self.now -= size
+
+
+class _Packed(list):
+    """A list that can be referred to weakly."""
+
+
+def learners(layers: tuple[int, int], hidden: int, device: str, precision: str) -> tuple[Learner, Learner]:
+    """A student and a teacher with random weights and BERT's dropout, with their optimisers."""
+    accelerator, made = accelerator_for(device, precision), []
+    for name, depth in zip(("student", "teacher"), reversed(layers), strict=True):
+        torch.manual_seed(0)
+        config = models.tiny_config(f"tiny-{depth}x{hidden}", WORDS, CLASSES)
+        config.hidden_dropout_prob = config.attention_probs_dropout_prob = 0.1
+        config.max_position_embeddings = 512
+        module = BertForSequenceClassification._from_config(config, attn_implementation=models.FAST_ATTENTION).train()
+        made.append(learner(name, module, accelerator, 1e-5, 1000, warmup_ratio=0.0))
+    return made[0], made[1]
+
+
+def double_backward(student: Learner, teacher: Learner) -> Step:
+    """MetaDistil with the derivative taken the direct way: through a graph of the pilot step."""
+
+    def step(batch: Batch, feedback: Batch) -> dict[str, float]:
+        module, rate = student.module, student.optimizer.param_groups[0]["lr"]
+
+        def quiz(_: Batch) -> Tensor:
+            with models.evaluating(teacher.module):
+                answers = models.outputs(teacher.module, batch)
+            taught = lambda outputs, batch: IMITATION(outputs, answers, batch["labels"])  # noqa: E731
+            moved = pilot.sgd_step(module, models.trainable(module), batch, taught, rate, create_graph=True)
+            with models.evaluating(module), models.exact_attention(module):
+                return pilot.task_loss(models.apply(module, moved, feedback), feedback)
+
+        def lesson(piece: Batch) -> Tensor:
+            answers = models.targets(teacher.module, piece)
+            return IMITATION(models.outputs(module, piece), answers, piece["labels"])
+
+        return {"feedback_loss": teacher.minimise(quiz, batch), "loss": student.minimise(lesson, batch)}
+
+    return step
+
+
+def ways(student: Learner, teacher: Learner) -> dict[str, Step]:
+    """A step of each kind for the same two networks."""
+    meta = partial(metadistil, student, teacher, IMITATION, tangent_precision="autocast")
+    return {
+        FLOOR: online_distillation(student, teacher, IMITATION, IMITATION, "teacher"),
+        AT_ONCE: online_distillation(student, teacher, IMITATION, IMITATION, "simultaneous"),
+        DOUBLE: double_backward(student, teacher),
+        "MetaDistil, jvp": meta(),
+        "MetaDistil, central difference": meta(tangent="finite-difference"),
+    }
+
+
+def costs(layers: tuple[int, int], hidden: int, samples: int, tokens: int, device: str, precision: str, turns: int):
+    """The rows of the table for one size."""
+    student, teacher = learners(layers, hidden, device, precision)
+    device = str(student.accelerator.device)
+    batch, feedback = (
+        {**random_batch(samples, tokens, device, seed), "rows": torch.arange(samples)} for seed in (0, 1)
+    )
+    for data in (batch, feedback):
+        data["token_type_ids"] = torch.zeros_like(data["input_ids"])
+        del data["teacher_logits"]
+    calls: dict[str, Callable[[], object]] = {}
+    for name, step in ways(student, teacher).items():
+        calls[name] = partial(step, batch) if name in (FLOOR, AT_ONCE) else partial(step, batch, feedback)
+    rows = {}
+    for call in calls.values():
+        call()  # warms up, and makes the optimisers' moments
+    for name, call in calls.items():
+        saved = Saved([student.module, teacher.module])
+        with saved:
+            call()
+        size = {"layers": f"{layers[0]} → {layers[1]}", "hidden": hidden, "batch": samples, "tokens": tokens}
+        where = {"device": device, "precision": precision, "way": name}
+        rows[name] = {**size, **where, "saved": saved.most, "peak": peak_bytes(call, device)}
+    times = {name: [] for name in calls}
+    for _ in range(turns):
+        for name, call in calls.items():
+            times[name].append(seconds(call, device))
+    for name, row in rows.items():
+        row["seconds"] = min(times[name])
+    return list(rows.values())
+
+
+def tidy(rows: list[dict]) -> pd.DataFrame:
+    """Costs with their ratios to both floors and to double backward."""
+    table = pd.DataFrame(rows)
+    case = ["layers", "hidden", "batch", "tokens", "device", "precision"]
+    keys = list(table[case].itertuples(index=False, name=None))
+    against = {"first": FLOOR, "at once": AT_ONCE, "double": DOUBLE}
+    for column, (short, reference) in product(("seconds", "saved"), against.items()):
+        name = f"{column} / {short}"
+        of = table[table.way == reference].set_index(case)[column]
+        table[name] = table[column] / of.loc[keys].to_numpy()
+    table["saved MiB"], table["peak MiB"] = table.pop("saved") / 2**20, table.pop("peak") / 2**20
+    ratios = [column for column in table if " / " in column]
+    table = table[[*case, "way", "seconds", "saved MiB", "peak MiB", *ratios]]
+    return table.round({"seconds": 4, "saved MiB": 1, "peak MiB": 1} | dict.fromkeys(ratios, 2))
+
+
+def main() -> None:
+    """Measure and print; with --write, store the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--precision", default="fp32")
+    parser.add_argument("--layers", type=int, nargs=2, default=(6, 3), help="of the teacher and the student")
+    parser.add_argument("--hidden", type=int, nargs="+", default=[384])
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--tokens", type=int, nargs="+", default=[64, 128])
+    parser.add_argument("--turns", type=int, default=5)
+    parser.add_argument("--write", action="store_true")
+    arguments = parser.parse_args()
+    rows = []
+    for hidden, tokens in product(arguments.hidden, arguments.tokens):
+        place = arguments.device, arguments.precision, arguments.turns
+        rows += costs(tuple(arguments.layers), hidden, arguments.batch, tokens, *place)
+    table = tidy(rows)
+    print(table.drop(columns=["device", "precision"]).to_string(index=False))
+    if arguments.write:
+        table.drop(columns="device").to_csv(TABLE, index=False)
+
+
+if __name__ == "__main__":
+    main()
