@@ -81,12 +81,12 @@ regression = False  # for a data set of your own: labels are scores
 max_length = 128  # word pieces of an example
 max_train = None  # a random subset of so many training examples
 max_evaluation = None
-feedback_fraction = 0.0  # share of train kept as feedback data; vanilla distillation uses none
+feedback_fraction = None  # share of train kept as feedback data: 0.1 for metadistil, else none
 
 # Who learns from whom
-method = "kd"  # "kd" or "fine_tune"
+method = "kd"  # "kd", "prokt", "dml", "metadistil", or "fine_tune" for no teacher at all
 teacher = None  # "tiny-4x128", "minilm", a hub id, a folder
-teacher_epochs = None  # 0: the teacher is fine-tuned already
+teacher_epochs = None  # before it teaches; 0: the teacher is taken as it is
 teacher_learning_rate = None
 teacher_seed = 0
 student = None  # likewise, or
@@ -103,6 +103,9 @@ warmup_ratio = 0.1
 alpha = None  # weight of the labels; the teacher's is 1 - alpha
 temperature = None
 objective = None  # kl, reverse_kl, soft_cross_entropy, logit_mse, probability_mse
+pkd_weight = None  # hidden states as well, PKD; pkd_layers "skip" or "last", pkd_normalisation "sum" or "mean"
+pkd_layers = None
+pkd_normalisation = None
 seed = 0
 max_steps = None
 evaluate_every = None  # steps; None: once an epoch
@@ -112,6 +115,21 @@ device = "auto"
 predict_test = True  # also where the test labels are hidden, for a submission
 output_dir = "_runs"
 resume = True  # go on with an interrupted run, reuse a finished one
+
+# A teacher that learns: chapters 4 and 5
+teaching_rate = None  # its learning rate while it teaches
+teacher_alpha = None  # prokt, dml: weight of the labels for the teacher
+teacher_objective = None  # prokt, dml: what the teacher imitates in the student
+first = None  # prokt, dml: who moves first, "teacher", "student" or "simultaneous"
+zero_classifiers = None  # prokt, dml: both start with equal probabilities
+pilot_update = None  # metadistil: from here to the end
+inner_steps = None
+pilot_rule = None  # "sgd" or "adamw"
+pilot_learning_rate = None
+tangent = None  # "jvp", "finite-difference" or "double-backward"
+tangent_precision = None  # "fp32" or "autocast"
+feedback_batch_size = None
+observe = None  # measure what the pilot update is worth
 
 # %% [markdown]
 # papermill writes your values into a cell of their own behind this one. We collect all names that were set in either, so a
@@ -155,8 +173,9 @@ plt.show()
 #
 # ## The teacher
 #
-# Vanilla distillation has two stages. First the teacher is fine-tuned on the labels. The result is stored under `output_dir`, so every
-# run that needs the same teacher shares it.
+# Vanilla distillation and MetaDistil have two stages. First the teacher is fine-tuned on the labels. The result is stored under
+# `output_dir`, so every run that needs the same teacher shares it. ProKT and mutual learning have one stage: their teacher starts as it
+# comes, and learns the task while it teaches.
 
 
 # %%
@@ -171,12 +190,12 @@ if config.method == "fine_tune":
     print("no teacher: the method is fine_tune")
 else:
     where, teacher_record = runs.teacher_of(config)
-    print(f"{where} was fine-tuned elsewhere" if teacher_record is None else summary(teacher_record))
+    print(f"{where} is taken as it is" if teacher_record is None else summary(teacher_record))
 
 # %% [markdown]
 # ## The student
 #
-# The second stage: the same loop, another loss. The teacher's logits are computed once, because the teacher does not change.
+# The same loop, another loss. The logits of a teacher that does not change are computed once.
 
 # %%
 record = runs.run(config)
@@ -196,6 +215,8 @@ if baseline and config.method != "fine_tune":
 metric = f"{next(iter(data.evaluation))}/{data.task.metrics[0]}"
 curves = {"teacher": teacher_record, "student alone": alone, f"student, {config.method}": record}
 figure, axes = plt.subplots()
+if f"teacher/{metric}" in record.history_frame:
+    axes.plot(record.history_frame["epoch"], record.history_frame[f"teacher/{metric}"], "--", label="teacher, teaching")
 for name, run in curves.items():
     if run is not None:
         axes.plot(run.history_frame["epoch"], run.history_frame[metric], marker="o", label=name)
@@ -220,8 +241,12 @@ table.round(3)
 
 
 # %%
-def beside_the_papers(record, methods=("teacher", "student alone", "KD")):
+PRINTED_AS = {"prokt": "ProKT", "dml": "DML", "metadistil": "MetaDistil"}
+
+
+def beside_the_papers(record):
     """The papers' scores on the same validation metric, times 100, with ours in the last row."""
+    methods = ["teacher", "student alone", "KD", PRINTED_AS.get(record.config["method"], "")]
     published = runs.published(record.config["task"])
     published = published[(published["split"] == "validation") & published["method"].isin(methods)]
     if published.empty:

@@ -7,6 +7,7 @@ Source: MetaDistil Algorithm 1, eqs. (2)-(3).  Derived in: chapters/05_pilot_upd
 """
 
 from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -60,75 +61,118 @@ def metadistil(
     lowered = student.accelerator.autocast if tangent_precision == "autocast" else nullcontext
 
     def step(batch: Batch, feedback: Batch) -> dict[str, float]:
-        labels, rate = batch["labels"], pilot_learning_rate
-        if rate is None:
-            rate = student.optimizer.param_groups[0]["lr"]
-
-        # The teacher's answers: the copy learns from them, and the teacher is differentiated through them.  Without
-        # dropout, which would be noise in that derivative.
+        rate = student.optimizer.param_groups[0]["lr"] if pilot_learning_rate is None else pilot_learning_rate
+        # The copy learns from the teacher's answers, and the teacher is differentiated through them.  Without dropout,
+        # which would be noise in that derivative.
         with models.evaluating(teacher.module), teacher.accelerator.autocast():
             answers = models.outputs(teacher.module, batch, **wanted)
         lesson = detached(answers)
 
-        # Lines 3, 4: the teaching experiment.  `places` are the copies before each of its steps.
-        copy, places, before = models.trainable(module), [], []
         with lowered():
-            for _ in range(inner_steps):
-                places.append(copy)
-                gradient, outputs = taught(module, copy, batch, lesson, imitation)
-                before.append(outputs)
-                if pilot_rule == "sgd":
-                    copy = pilot.sgd(copy, gradient, rate)
-                else:
-                    state = pilot.adamw_state(student.optimizer, dict(module.named_parameters()), rate)
-                    copy = pilot.adamw(copy, gradient, state)
+            # Lines 3, 4: the teaching experiment.
+            trial = experiment(student, batch, lesson, imitation, inner_steps, pilot_rule, rate)
+            # Line 5: the quiz, and what it says about every step of the experiment.
+            quizzed: list[Tensor] = []
+            direction = influence.feedback_gradient(module, trial.copy, feedback, recorded(quizzed))
+            tangents = tangents_along(direction, module, batch, lesson, imitation, trial, tangent)
+        watched = loss_on(student, trial.copy, watch) if watch is not None else 0.0
 
-            # Lines 5, 6: the quiz, and what each step of the copy passes back to the teacher.
-            feedback_losses: list[Tensor] = []
-            direction = influence.feedback_gradient(module, copy, feedback, recorded(feedback_losses))
-            if pilot_rule == "adamw":
-                slopes = pilot.adamw_preconditioner(gradient, state)
-                direction = {name: slopes[name] * value for name, value in direction.items()}
-            tangents: list[Outputs] = []
-            for number in reversed(range(inner_steps)):
-                here = places[number]
-                known = before[number] if tangent == "finite-difference" else None
-                tangents.insert(
-                    0, influence.student_tangent(module, here, batch, direction, tangent, outputs=known, **wanted)[1]
-                )
-                if number > 0:  # through the gradient that was taken at this place
-                    direction = passed_back(module, here, batch, lesson, imitation, direction, rate)
-        feedback_loss = torch.cat(feedback_losses).mean().item()
-        watched = loss_on(student, copy, watch) if watch is not None else None
-        del copy, places, direction  # the student comes back; the copy is not needed any more
+        def quiz_loss(_: Batch) -> Tensor:
+            """−η_s Σ of the influences over the experiment's steps: its mean has the gradient of the quiz's loss."""
+            objective = lambda ours, theirs: imitation(ours, theirs, batch["labels"])  # noqa: E731
+            pairs = zip(trial.outputs, tangents, strict=True)
+            return -rate * sum(influence.distillation_influence(objective, *pair, answers) for pair in pairs)
 
-        def teacher_loss(_: Batch) -> Tensor:
-            """−η_s Σ over the copy's steps of the influences: its mean has the gradient of the quiz loss."""
-            objective = lambda ours, theirs: imitation(ours, theirs, labels)  # noqa: E731
-            pairs = zip(before, tangents, strict=True)
-            influences = [influence.distillation_influence(objective, *pair, answers) for pair in pairs]
-            return -rate * torch.stack(influences).sum(0)
-
-        teacher.minimise(teacher_loss, batch)
+        # Line 6: the teacher.
+        teacher.minimise(quiz_loss, batch)
 
         # Line 7: the real student, on the same batch, from the new teacher.
-        def student_loss(piece: Batch) -> Tensor:
-            example = models.targets(teacher.module, piece, **wanted) if pilot_update else lesson
-            own = models.outputs(module, piece, **wanted)
-            seen.append((own.logits.detach(), example))
-            return imitation(own, example, labels)
+        example = models.targets(teacher.module, batch, **wanted) if pilot_update else lesson
+        seen: list[Tensor] = []
 
-        seen: list[tuple[Tensor, Outputs]] = []
-        values = {"loss": student.minimise(student_loss, batch), "feedback_loss": feedback_loss}
-        logits, example = seen[0]
-        values |= {"student_entropy": entropy(logits), "teacher_entropy": entropy(example.logits)}
+        def loss(batch: Batch) -> Tensor:
+            own = models.outputs(module, batch, **wanted)
+            seen.append(own.logits.detach())
+            return imitation(own, example, batch["labels"])
+
+        values = {"loss": student.minimise(loss, batch), "feedback_loss": torch.cat(quizzed).mean().item()}
+        values |= {"student_entropy": entropy(seen[0]), "teacher_entropy": entropy(example.logits)}
         if watch is not None:
-            moved = imitation.agreement(before[0], models.targets(teacher.module, batch)).mean()
+            before, after = (
+                imitation.agreement(trial.outputs[0], theirs).mean()
+                for theirs in (lesson, models.targets(teacher.module, batch))
+            )
             values["watch_better"] = float(loss_on(student, {}, watch) < watched)
-            values["teacher_closer"] = float(moved < imitation.agreement(before[0], lesson).mean())
+            values["teacher_closer"] = float(after < before)
         return values
 
     return step
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A teaching experiment: the copy at its end, and what its steps went through.
+
+    `places` and `outputs`: the parameters before each step, and what the copy answered there.  `slopes`: the diagonal
+    Jacobian of the last step in its gradient, over −`rate`; None for plain gradient steps, where it is one.
+    """
+
+    copy: Parameters
+    places: list[Parameters]
+    outputs: list[Outputs]
+    rate: float
+    slopes: Parameters | None = None
+
+
+def experiment(
+    student: Learner,
+    batch: Batch,
+    lesson: Outputs,
+    imitation: Imitation,
+    steps: int,
+    rule: PilotRule,
+    rate: float,
+) -> Experiment:
+    """A copy of the student learns the batch, without dropout; the student and its optimiser stay as they are.
+
+    Source: MetaDistil eq. (2) and Algorithm 1, lines 3 and 4.  Derived in: chapters/05_pilot_updates.
+    """
+    copy, places, outputs, slopes = models.trainable(student.module), [], [], None
+    for _ in range(steps):
+        gradient, answers = taught(student.module, copy, batch, lesson, imitation)
+        places.append(copy)
+        outputs.append(answers)
+        if rule == "sgd":
+            copy = pilot.sgd(copy, gradient, rate)
+        else:
+            state = pilot.adamw_state(student.optimizer, dict(student.module.named_parameters()), rate)
+            copy, slopes = pilot.adamw(copy, gradient, state), pilot.adamw_preconditioner(gradient, state)
+    return Experiment(copy, places, outputs, rate, slopes)
+
+
+def tangents_along(
+    direction: Parameters,
+    module: nn.Module,
+    batch: Batch,
+    lesson: Outputs,
+    imitation: Imitation,
+    trial: Experiment,
+    method: TangentMethod,
+) -> list[Outputs]:
+    """For each step of the experiment the student's tangent along what the quiz asks of that step.
+
+    `direction` is the feedback gradient at the end; it is carried back through the steps, the last one first.
+    """
+    if trial.slopes is not None:
+        direction = {name: trial.slopes[name] * value for name, value in direction.items()}
+    tangents: list[Outputs] = []
+    for number in reversed(range(len(trial.places))):
+        here, known = trial.places[number], trial.outputs[number]
+        along = influence.student_tangent(module, here, batch, direction, method, outputs=known, **imitation.wanted)
+        tangents.insert(0, along[1])
+        if number > 0:
+            direction = passed_back(module, here, batch, lesson, imitation, direction, trial.rate)
+    return tangents
 
 
 def taught(
