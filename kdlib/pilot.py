@@ -46,8 +46,9 @@ def gradient(
     Source: LGTM eq. (2), the gradient in it.  Derived in: chapters/01_distillation.
     """
     leaves = {name: value.detach().requires_grad_() for name, value in parameters.items()}
-    # Only a second derivative needs the slower attention.
-    attention = models.exact_attention(student) if create_graph else nullcontext()
+    # Second derivatives need the slower attention, and so do those who ask for its weights.
+    slow = create_graph or wanted.get("attentions")
+    attention = models.exact_attention(student) if slow else nullcontext()
     with torch.enable_grad(), models.evaluating(student), attention:
         mean = loss(models.apply(student, leaves, batch, **wanted), batch).mean()
         values = torch.autograd.grad(mean, list(leaves.values()), create_graph=create_graph, materialize_grads=True)
