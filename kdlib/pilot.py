@@ -132,7 +132,9 @@ def adamw_state(
 def adamw(parameters: Parameters, gradient: Parameters, state: AdamWState) -> Parameters:
     """Where AdamW's next step would lead: θ − η (m̂ / (√v̂ + ε) + λθ), with the moments after this gradient.
 
-    Source: the pilot step of LGTM's released code; Loshchilov & Hutter (2019) for the rule.
+    The code released with LGTM makes its pilot step so.
+
+    Source: AdamW (Loshchilov & Hutter, 2019).
     Derived in: chapters/05_pilot_updates.
     """
     stepped = {}
@@ -148,9 +150,9 @@ def adamw_preconditioner(gradient: Parameters, state: AdamWState) -> Parameters:
 
     Plain descent has D = 1.  The meta-gradient of an AdamW pilot step is that of plain descent with the feedback
     gradient g replaced by D ⊙ g.  A weight that this gradient does not touch, and no earlier one did, gets 0: the
-    batch says nothing of it, and AdamW's derivative there is 1/ε.
+    batch says nothing of it, and AdamW's derivative there is 1/ε.  The code released with LGTM leaves D out.
 
-    Source: what LGTM's released code leaves out of its finite difference.  Derived in: chapters/05_pilot_updates.
+    Derived in: chapters/05_pilot_updates.
     """
     slopes = {}
     corrections = 1 - state.beta1 ** (state.step + 1), 1 - state.beta2 ** (state.step + 1)
