@@ -22,7 +22,7 @@ os.environ.setdefault("KDLIB_PROGRESS", "0")
 
 from kdlib import models, runs
 from kdlib.runs import RunConfig
-from tools import influence_records
+from tools import cross_records, influence_records
 
 ROOT = Path(__file__).resolve().parents[1]
 RECORDS, TEACHERS = ROOT / "data" / "runs", ROOT / "data" / "teachers"
@@ -49,10 +49,46 @@ def chapter_01() -> Iterator[RunConfig]:
         yield runs.configure(task="mini-mnli", method="kd", seed=seed, alpha=alpha, temperature=2.0, **common)
 
 
+def chapter_05() -> Iterator[RunConfig]:
+    """A teacher with feedback, five seeds: with the pilot update, without, and a fixed one; then three sweeps."""
+    for task, seed in itertools.product(TEACHER_TASKS, range(5)):
+        yield meta_run(task, "kd", seed)
+        yield meta_run(task, "metadistil", seed, observe=True)
+        yield meta_run(task, "metadistil", seed, pilot_update=False)
+    for seed in range(5):
+        yield meta_run("mini-mnli", "metadistil", seed, pilot_rule="adamw", observe=True)
+        yield meta_run("mini-mnli", "kd", seed, feedback_fraction=0.0)
+    sweeps = [{"alpha": 0.0}, {"alpha": 0.8}, {"temperature": 1.0}, {"temperature": 5.0}, {"student": "tiny-1x32"}]
+    for method, seed, change in itertools.product(("kd", "metadistil"), range(3), sweeps):
+        yield meta_run("mini-mnli", method, seed, **change)
+
+
+def meta_run(task: str, method: str, seed: int, **changes) -> RunConfig:
+    """A run of chapter 5: the same data, steps and teacher at the start for every method."""
+    settings = {**META_SETTINGS, "seed": seed}
+    if method == "metadistil":
+        settings |= {"teaching_rate": META_RATE}
+    return runs.configure(task=task, method=method, **{**settings, **changes})
+
+
 SHARED_SETTINGS = {"device": "cpu", "output_dir": str(WORK)}
 TEACHER_SETTINGS = {**SHARED_SETTINGS, "epochs": 12, "batch_size": 32, "learning_rate": 5e-4}
 STUDENT_SETTINGS = {**SHARED_SETTINGS, "student": "tiny-2x32", "epochs": 8, "batch_size": 64, "learning_rate": 2e-3}
-EXPERIMENTS = {"01_distillation": chapter_01}
+META_SETTINGS = {
+    **SHARED_SETTINGS,
+    "teacher": "tiny-2x64",
+    "student": "tiny-2x32",
+    "max_train": 2000,
+    "feedback_fraction": 0.1,
+    "epochs": 6,
+    "batch_size": 32,
+    "learning_rate": 2e-3,
+    "alpha": 0.5,
+    "temperature": 2.0,
+}
+META_RATE = 1e-4
+"""Of the teacher while it teaches, in chapter 5; see `meta_candidates`."""
+EXPERIMENTS = {"01_distillation": chapter_01, "05_pilot_updates": chapter_05}
 
 
 def candidates() -> Iterator[RunConfig]:
@@ -62,9 +98,19 @@ def candidates() -> Iterator[RunConfig]:
         yield runs.configure(task=task, method="fine_tune", seed=seed, **settings)
 
 
+def meta_candidates() -> Iterator[RunConfig]:
+    """Chapter 5's student at two rates and its teacher at four, with seeds that no record uses."""
+    folder = {"output_dir": str(WORK / "meta_candidates")}
+    for task, seed in itertools.product(TEACHER_TASKS, (100,)):
+        for rate in (1e-3, 2e-3):
+            yield meta_run(task, "kd", seed, learning_rate=rate, **folder)
+        for rate in (3e-5, 1e-4, 3e-4, 1e-3):
+            yield meta_run(task, "metadistil", seed, teaching_rate=rate, **folder)
+
+
 def choose(pool: Pool) -> None:
     """Print what the validation split says of each candidate; the test split is not looked at."""
-    for _ in pool.imap_unordered(runs.run, candidates()):
+    for _ in pool.imap_unordered(runs.run, (*candidates(), *meta_candidates())):
         pass
     table = runs.results(WORK / "candidates", by=("task", "learning_rate"))
     print(table[table["metric"] == "validation/accuracy"].to_string(index=False))
@@ -111,8 +157,9 @@ def make_records(pool: Pool) -> None:
     ]
     for line in pool.imap_unordered(make_record, jobs):
         print(line, flush=True)
-    for line in pool.imap_unordered(influence_records.make, influence_records.missing()):
-        print(line, flush=True)
+    for module in (influence_records, cross_records):
+        for line in pool.imap_unordered(module.make, module.missing()):
+            print(line, flush=True)
 
 
 def main() -> None:
