@@ -134,7 +134,7 @@ def adamw(parameters: Parameters, gradient: Parameters, state: AdamWState) -> Pa
 
     The code released with LGTM makes its pilot step so.
 
-    Source: AdamW (Loshchilov & Hutter, 2019).
+    Source: AdamW (Loshchilov & Hutter, 2019).  Derived in: chapters/05_pilot_updates.
     """
     stepped = {}
     for name, value in parameters.items():
@@ -150,6 +150,8 @@ def adamw_preconditioner(gradient: Parameters, state: AdamWState) -> Parameters:
     Plain descent has D = 1.  The meta-gradient of an AdamW pilot step is that of plain descent with the feedback
     gradient g replaced by D ⊙ g.  A weight that this gradient does not touch, and no earlier one did, gets 0: the
     batch says nothing of it, and AdamW's derivative there is 1/ε.  The code released with LGTM leaves D out.
+
+    Derived in: chapters/05_pilot_updates.
     """
     slopes = {}
     corrections = 1 - state.beta1 ** (state.step + 1), 1 - state.beta2 ** (state.step + 1)

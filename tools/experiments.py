@@ -50,11 +50,14 @@ def chapter_01() -> Iterator[RunConfig]:
 
 
 def chapter_05() -> Iterator[RunConfig]:
-    """A teacher with feedback, five seeds: with the pilot update, without, and a fixed one."""
+    """A teacher with feedback, five seeds: with the pilot update, without, and a fixed one; then two variants."""
     for task, seed in itertools.product(TEACHER_TASKS, range(5)):
         yield meta_run(task, "kd", seed)
         yield meta_run(task, "metadistil", seed, observe=True)
         yield meta_run(task, "metadistil", seed, pilot_update=False)
+    for seed in range(5):
+        yield meta_run("mini-mnli", "metadistil", seed, pilot_rule="adamw", observe=True)
+        yield meta_run("mini-mnli", "kd", seed, feedback_fraction=0.0)
 
 
 def meta_run(task: str, method: str, seed: int, **changes) -> RunConfig:

@@ -3,7 +3,7 @@
 The derivative of the pilot student's loss in the teacher needs no second backward pass: one tangent of the student and
 one backward pass of the teacher give it exactly (chapters/03_finite_differences).
 
-Source: MetaDistil Algorithm 1, eqs. (2)-(3).
+Source: MetaDistil Algorithm 1, eqs. (2)-(3).  Derived in: chapters/05_pilot_updates.
 """
 
 from contextlib import nullcontext
@@ -54,7 +54,7 @@ def metadistil(
 
     Raises ValueError for several AdamW steps (their Jacobian is not diagonal) and for pieces of a batch.
 
-    Source: MetaDistil Algorithm 1.
+    Source: MetaDistil Algorithm 1.  Derived in: chapters/05_pilot_updates.
     """
     check_settings(inner_steps, pilot_rule, max(student.micro_batches, teacher.micro_batches))
     module, wanted = student.module, imitation.wanted
@@ -136,7 +136,7 @@ def experiment(
 ) -> Experiment:
     """A copy of the student learns the batch, without dropout; the student and its optimiser stay as they are.
 
-    Source: MetaDistil eq. (2) and Algorithm 1, lines 3 and 4.
+    Source: MetaDistil eq. (2) and Algorithm 1, lines 3 and 4.  Derived in: chapters/05_pilot_updates.
     """
     copy, places, outputs, slopes = models.trainable(student.module), [], [], None
     for _ in range(steps):
@@ -201,6 +201,7 @@ def passed_back(
     """(1 − η_s H) v: the feedback gradient before one more plain gradient step, H the Hessian of the student's loss.
 
     Source: the chain rule behind MetaDistil eq. (3) with several gradient updates, which section 3.2.2 mentions.
+    Derived in: chapters/05_pilot_updates.
     """
 
     def loss(outputs: Outputs, batch: Batch) -> Tensor:
