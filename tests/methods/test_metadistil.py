@@ -132,3 +132,129 @@ def test_first_adamw_step_has_no_moments_yet():
 @pytest.mark.parametrize(("tangent", "tolerance"), [("double-backward", 1e-9), ("finite-difference", 1e-4)])
 def test_other_tangents_give_the_same_step(tangent, tolerance):
     assert_as_written(PATIENT, {"pilot_learning_rate": 0.5}, tolerance, tangent=tangent)
+
+
+def snapshot(student):
+    return copy.deepcopy(
+        [
+            student.module.state_dict(),
+            student.optimizer.state_dict(),
+            student.schedule.state_dict(),
+            [part.training for part in student.module.modules()],
+            [parameter.grad for parameter in student.module.parameters()],
+            torch.get_rng_state(),
+        ]
+    )
+
+
+def assert_same(ours, theirs):
+    """Equal bit for bit, through lists and dicts."""
+    if isinstance(ours, torch.Tensor):
+        assert torch.equal(ours, theirs)
+    elif isinstance(ours, dict | list):
+        assert len(ours) == len(theirs)
+        keys = ours if isinstance(ours, dict) else range(len(ours))
+        for key in keys:
+            assert_same(ours[key], theirs[key])
+    else:
+        assert ours == theirs
+
+
+@pytest.mark.parametrize("settings", [{"inner_steps": 3}, {"pilot_rule": "adamw"}], ids=str)
+def test_the_experiment_leaves_no_trace_in_student_optimiser_schedule_and_generator(settings, monkeypatch):
+    student, teacher = exact.learners(dropout=0.5)
+    step = metadistil(student, teacher, PATIENT, watch=WATCHED, **settings)
+    step(QUIZ, WATCHED)
+    before, minimise, calls = snapshot(student), teacher.minimise, []
+
+    def looked_at(*arguments):
+        calls.append(assert_same(snapshot(student), before))
+        value = minimise(*arguments)
+        calls.append(assert_same(snapshot(student), before))
+        return value
+
+    monkeypatch.setattr(teacher, "minimise", looked_at)
+    step(BATCH, QUIZ)
+    assert len(calls) == 2
+
+
+def test_the_teacher_learns_without_dropout_and_the_modes_come_back():
+    ends = []
+    for dropout in (0.0, 0.5):
+        student, teacher = exact.learners(dropout)
+        student.module.train(), teacher.module.train()
+        teacher.module.bert.pooler.eval()
+        modes = [[part.training for part in who.module.modules()] for who in (student, teacher)]
+        metadistil(student, teacher, KL)(BATCH, QUIZ)
+        assert modes == [[part.training for part in who.module.modules()] for who in (student, teacher)]
+        ends.append(models.trainable(teacher.module))
+    assert all(torch.equal(ends[0][name], value) for name, value in ends[1].items())
+
+
+def test_watching_changes_no_weight():
+    ends = []
+    for watch in (None, WATCHED):
+        student, teacher = exact.learners(dropout=0.5)
+        step = metadistil(student, teacher, PATIENT, watch=watch)
+        torch.manual_seed(0)
+        for data in ((BATCH, QUIZ), (QUIZ, BATCH)):
+            numbers = step(*data)
+        assert ("watch_better" in numbers) == ("teacher_closer" in numbers) == (watch is not None)
+        ends.append([models.trainable(student.module), models.trainable(teacher.module)])
+    assert_same(*ends)
+
+
+def test_a_student_that_does_not_move_teaches_its_teacher_nothing():
+    student, teacher = exact.learners(weight_decay=0.0)
+    for group in student.optimizer.param_groups:
+        group["lr"] = 0.0
+    before = copy.deepcopy([models.trainable(who.module) for who in (student, teacher)])
+    metadistil(student, teacher, KL)(BATCH, QUIZ)
+    assert_same([models.trainable(who.module) for who in (student, teacher)], before)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ((0, "sgd", 1), "inner_steps is 0"),
+        ((1, "adam", 1), "pilot_rule is 'adam'; expected one of sgd, adamw"),
+        ((2, "adamw", 1), "only one step of AdamW"),
+        ((1, "sgd", 2), "micro_batches is 2"),
+    ],
+)
+def test_settings_without_a_derivative_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        check_settings(*settings)
+
+
+@pytest.mark.parametrize("who", [0, 1])
+def test_pieces_of_a_batch_are_refused_for_either_network(who):
+    learners = exact.learners()
+    learners[who].micro_batches = 2
+    with pytest.raises(ValueError, match="micro_batches is 2"):
+        metadistil(*learners, KL)
+
+
+def teachers_gradient(precision, monkeypatch, **options):
+    """What the teacher's step would minimise, differentiated; in float32 networks."""
+    student, teacher = exact.learners(accelerator=accelerator_for("cpu", precision))
+    student.module.float(), teacher.module.float()
+    found = []
+
+    def caught(loss, batch):
+        with teacher.accelerator.autocast():
+            value = loss(batch).mean()
+        found.extend(torch.autograd.grad(value, list(teacher.module.parameters()), materialize_grads=True))
+        return value.item()
+
+    monkeypatch.setattr(teacher, "minimise", caught)
+    metadistil(student, teacher, KL, pilot_learning_rate=0.1, **options)(BATCH, QUIZ)
+    assert all(gradient.dtype == torch.float32 for gradient in found)
+    return found
+
+
+@pytest.mark.parametrize("tangent_precision", ["fp32", "autocast"])
+def test_in_bfloat16_the_teachers_gradient_keeps_its_direction(tangent_precision, monkeypatch):
+    expected = teachers_gradient("fp32", monkeypatch)
+    error = exact.error(teachers_gradient("bf16", monkeypatch, tangent_precision=tangent_precision), expected)
+    assert error < 0.1  # 0.009 and 0.016 when written
