@@ -186,7 +186,7 @@ for update, (name, colour) in LOOKS.items():
     right.plot(strengths, [radius(step_matrix(0.4, s / 0.4**2, update)) for s in strengths], color=colour)
 right.axhline(1, color="0.6", linewidth=0.8)
 left.set(xlabel="step", ylabel=r"$|\theta|$")
-right.set(xlabel=r"strength $\mu\lambda^2$", ylabel="factor a step", ylim=(0.4, 1.6))
+right.set(xlabel=r"strength $\mu\lambda^2$", ylabel="factor a step", ylim=(0, 1.6))
 left.legend()
 plt.show()
 
@@ -599,7 +599,7 @@ def scores(task, name, metric="test/accuracy"):
 
 
 # %% mystnb={"image": {"alt": "Two panels, one for each task: validation accuracy of the student and, dashed, of the teacher over the steps, for a fixed teacher and for MetaDistil with and without pilot update."}, "figure": {"name": "fig-pilot-dynamics", "caption": "Students (solid, bands of one standard deviation over five seeds) and the teachers that learn (dashed), on the validation split. The counterpart of MetaDistil's Figure 2."}}
-figure, panels = plt.subplots(1, 2, figsize=(6.6, 2.8))
+figure, panels = plt.subplots(1, 2, figsize=(6.0, 2.5))
 for axes, task in zip(panels, TASKS, strict=True):
     for name, colour in COLOURS.items():
         histories = [record.history_frame for record in arm(task, name)]
@@ -673,18 +673,16 @@ def shown(task, name):
 pd.DataFrame([[shown(task, name) for task in TASKS] for name in ARMS], index=list(ARMS), columns=list(TASKS))
 
 # %% [markdown]
-# The paper's rows, for comparison (validation, from its Table 1): the pilot update gains on every task. A gain of the paper's size, about a point,
-# is far below what five seeds of so small a student can resolve; that a claim is undecided here says nothing against it.
+# A negative result, then: in this setting no student of a learning teacher is ahead of that of a fixed one, on `mini-sst2` it is behind, and
+# the pilot update makes no difference that five seeds could see. Two things to keep in mind before it is held against the method. The
+# student learns for a few hundred steps and is still rising when they end. And the paper's gains, below, are about a point: too small for five
+# seeds of so small a student to resolve.
 
 # %%
 printed = runs.published()
-printed = printed[
-    (printed["paper"] == "metadistil") & (printed["table"] == "tab1") & (printed["split"] == "validation")
-]
-chosen = printed[
-    printed["method"].isin(["KD", "MetaDistil", "MetaDistil without pilot update"]) & (printed["metric"] == "accuracy")
-]
-chosen.pivot_table(index="method", columns="task", values="value", aggfunc="first")
+rows = (printed["table"] == "metadistil-tab1") & (printed["split"] == "validation") & (printed["metric"] == "accuracy")
+rows &= printed["method"].isin(["KD", "MetaDistil", "MetaDistil without pilot update"])
+printed[rows].pivot_table(index="method", columns="task", values="value", aggfunc="first")
 
 # %% [markdown]
 # ## Is the pilot update worth its step?
@@ -736,7 +734,19 @@ print(f"with a teacher that never moves the real step is better in {share:.0%} o
 # %% [markdown]
 # A share above one half is thus no evidence for the pilot update unless copy and student take the same step. `pilot_rule="adamw"` of
 # `kdlib.methods.metadistil` makes the copy take the step that AdamW would take from the *old* teacher. That is the fair comparison, the last
-# row of the table.
+# row of the table. Is its share above one half?
+
+# %%
+won = [100 * record.history_frame["train_watch_better"].mean() for record in arm("mini-mnli", "with AdamW's pilot")]
+low, high = stats.ttest_1samp(won, 50).confidence_interval(0.95)
+verdict = "holds" if low > 50 else "fails" if high < 50 else "undecided"
+print(
+    f"the improved lesson beats the old one in {sum(won) / len(won):.0f} % of the steps, 95 % interval {low:.0f} to {high:.0f}: {verdict}"
+)
+
+# %% [markdown]
+# The other two numbers of the paper have no counterpart here. This teacher was fine-tuned to the end and starts far ahead. Its steps take it closer
+# to its student in fewer than half of the cases, in both halves.
 #
 # **Exercise 3** (easy, 5 minutes). How much does a perfect teacher gain from one look at the quiz? On the quadratic with the pilot update, choose $\mu$ so
 # that the student is at its goal after a single step, whatever $\theta$ and $\varphi$ are. Is that rate stable?
