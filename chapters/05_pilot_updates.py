@@ -530,12 +530,12 @@ def descend(network, loss, optimizer):
 
 
 # %%
-def adamw(network):
+def optimizer_of(network):
     return torch.optim.AdamW(network.parameters(), lr=1e-2, weight_decay=0.0)
 
 
 student, teacher = tiny_bert(2, seed=0), tiny_bert(3, seed=1)
-optimizers = adamw(student), adamw(teacher)
+optimizers = optimizer_of(student), optimizer_of(teacher)
 for number in range(3):
     algorithm_1(student, teacher, random_batch(number), random_batch(100 + number), 0.5, optimizers)
 
