@@ -7,7 +7,7 @@ import torch
 
 from kdlib import losses, models
 from kdlib.imitation import Imitation
-from kdlib.learner import accelerator_for
+from kdlib.learner import accelerator_for, learner
 from kdlib.methods.metadistil import check_settings, metadistil
 from tests import exact
 
@@ -123,6 +123,20 @@ def test_step_uses_moments_and_slopes_of_adamw(imitation):
 @pytest.mark.parametrize("settings", [{"inner_steps": 3}, {"pilot_rule": "adamw"}], ids=str)
 def test_without_pilot_update_the_student_has_the_old_teacher_after_any_experiment(settings):
     assert_as_written(KL, {"pilot_update": False, **settings}, real_steps=2)
+
+
+@pytest.mark.parametrize("rule", ["sgd", "adamw"])
+def test_frozen_weights_of_the_student_stay_and_the_rest_learns(rule):
+    """The optimiser holds what is trained only; the experiment asks it for no more."""
+    student, teacher = exact.learners()
+    student.module.bert.embeddings.requires_grad_(False)
+    student = learner("student", student.module, student.accelerator, 1e-2, 100, warmup_ratio=0.0)
+    before = copy.deepcopy([dict(who.module.named_parameters()) for who in (student, teacher)])
+    metadistil(student, teacher, KL, pilot_rule=rule)(BATCH, QUIZ)
+    for who, known in zip((student, teacher), before, strict=True):
+        changed = {name for name, value in who.module.named_parameters() if not torch.equal(value, known[name])}
+        trained = models.trainable(who.module).keys()
+        assert changed <= trained and "classifier.weight" in changed
 
 
 def test_first_adamw_step_has_no_moments_yet():
