@@ -250,9 +250,11 @@ def test_pieces_of_a_batch_are_refused_for_either_network(who):
 
 
 def teachers_gradient(precision, monkeypatch, **options):
-    """What the teacher's step would minimise, differentiated; in float32 networks."""
-    student, teacher = exact.learners(accelerator=accelerator_for("cpu", precision))
+    """What the teacher's second step would minimise, differentiated; in float32 networks."""
+    student, teacher = exact.learners(accelerator=accelerator_for("cpu"))
     student.module.float(), teacher.module.float()
+    metadistil(student, teacher, KL)(exact.batch(6, 3), WATCHED)
+    student.accelerator = teacher.accelerator = accelerator_for("cpu", precision)
     found = []
 
     def caught(loss, batch):
@@ -262,13 +264,15 @@ def teachers_gradient(precision, monkeypatch, **options):
         return value.item()
 
     monkeypatch.setattr(teacher, "minimise", caught)
-    metadistil(student, teacher, KL, pilot_learning_rate=0.1, **options)(BATCH, QUIZ)
+    metadistil(student, teacher, KL, **options)(BATCH, QUIZ)
     assert all(gradient.dtype == torch.float32 for gradient in found)
     return found
 
 
 @pytest.mark.parametrize("tangent_precision", ["fp32", "autocast"])
-def test_in_bfloat16_the_teachers_gradient_keeps_its_direction(tangent_precision, monkeypatch):
-    expected = teachers_gradient("fp32", monkeypatch)
-    error = exact.error(teachers_gradient("bf16", monkeypatch, tangent_precision=tangent_precision), expected)
-    assert error < 0.1  # 0.009 and 0.016 when written
+@pytest.mark.parametrize("pilot_rule", ["sgd", "adamw"])
+def test_in_bfloat16_the_teachers_gradient_keeps_its_direction(pilot_rule, tangent_precision, monkeypatch):
+    """Not so for AdamW's very first step, whose derivative, ε / (|g| + ε)², lives where the gradient is noise."""
+    expected = teachers_gradient("fp32", monkeypatch, pilot_rule=pilot_rule)
+    found = teachers_gradient("bf16", monkeypatch, pilot_rule=pilot_rule, tangent_precision=tangent_precision)
+    assert 1e-4 < exact.error(found, expected) < 0.15
