@@ -5,7 +5,7 @@ import torch
 
 from kdlib import losses, models, pilot
 from kdlib.imitation import Imitation
-from kdlib.learner import accelerator_for
+from kdlib.learner import accelerator_for, learner
 from kdlib.methods import metadistil as module
 from kdlib.methods.metadistil import metadistil
 from tests import exact, pairs
@@ -208,9 +208,7 @@ def test_settings_without_meaning_are_refused(arguments, message):
 def test_frozen_weights_stay_out_of_the_experiment(rule):
     student, teacher = pairs.pair()
     embeddings = student.module.bert.embeddings.requires_grad_(False)
-    student.optimizer.optimizer = torch.optim.AdamW(
-        [p for p in student.module.parameters() if p.requires_grad], lr=0.01
-    )
+    student = learner("student", student.module, student.accelerator, pairs.RATE, 100, warmup_ratio=0.0)
     before = pairs.weights(teacher), {n: p.clone() for n, p in embeddings.named_parameters()}
     metadistil(student, teacher, MIXTURE, pilot_rule=rule)(BATCH, FEEDBACK)
     assert pairs.same(dict(embeddings.named_parameters()), before[1])
