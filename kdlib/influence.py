@@ -16,6 +16,7 @@ second time, and nothing in the book needs that.  What depends on the teacher ca
 import difflib
 import math
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -75,13 +76,19 @@ def student_tangent(
     def network(values: Parameters) -> Outputs:
         return models.apply(student, values, batch, **wanted)
 
-    with torch.no_grad(), models.evaluating(student), models.exact_attention(student):
+    with torch.no_grad(), models.evaluating(student), _attention(student, method, wanted):
         if method == "jvp":
             return jvp(network, (here,), (along,))
         if method == "finite-difference":
             known = network(here) if outputs is None else outputs
             return known, _central_difference(network, here, along, radius)
         return _double_backward(network, here, along)
+
+
+def _attention(student: nn.Module, method: str, wanted: Mapping[str, bool]) -> AbstractContextManager:
+    """Plain passes, as a finite difference takes, can use the fast attention, unless its weights are asked for."""
+    fast = method == "finite-difference" and not wanted.get("attentions")
+    return nullcontext() if fast else models.exact_attention(student)
 
 
 def _at_and_along(parameters: Parameters, direction: Parameters) -> tuple[Parameters, Parameters]:
@@ -240,7 +247,7 @@ def influence_along(
     def losses_at(values: Parameters) -> Tensor:
         return _per_sample(loss(models.apply(student, values, batch, **wanted), batch), len(next(iter(batch.values()))))
 
-    with torch.no_grad(), models.evaluating(student), models.exact_attention(student):
+    with torch.no_grad(), models.evaluating(student), _attention(student, method, wanted):
         return _central_difference(losses_at, here, along, RADIUS)
 
 

@@ -46,8 +46,9 @@ def gradient(
     Source: LGTM eq. (2), the gradient in it.  Derived in: chapters/01_distillation.
     """
     leaves = {name: value.detach().requires_grad_() for name, value in parameters.items()}
-    # Only a second derivative needs the slower attention.
-    attention = models.exact_attention(student) if create_graph else nullcontext()
+    # Second derivatives need the slower attention, and so do those who ask for its weights.
+    slow = create_graph or wanted.get("attentions")
+    attention = models.exact_attention(student) if slow else nullcontext()
     with torch.enable_grad(), models.evaluating(student), attention:
         mean = loss(models.apply(student, leaves, batch, **wanted), batch).mean()
         values = torch.autograd.grad(mean, list(leaves.values()), create_graph=create_graph, materialize_grads=True)
@@ -131,7 +132,9 @@ def adamw_state(
 def adamw(parameters: Parameters, gradient: Parameters, state: AdamWState) -> Parameters:
     """Where AdamW's next step would lead: θ − η (m̂ / (√v̂ + ε) + λθ), with the moments after this gradient.
 
-    Source: the pilot step of LGTM's released code; Loshchilov & Hutter (2019) for the rule.
+    The code released with LGTM makes its pilot step so.
+
+    Source: AdamW (Loshchilov & Hutter, 2019).
     Derived in: chapters/05_pilot_updates.
     """
     stepped = {}
@@ -147,9 +150,9 @@ def adamw_preconditioner(gradient: Parameters, state: AdamWState) -> Parameters:
 
     Plain descent has D = 1.  The meta-gradient of an AdamW pilot step is that of plain descent with the feedback
     gradient g replaced by D ⊙ g.  A weight that this gradient does not touch, and no earlier one did, gets 0: the
-    batch says nothing of it, and AdamW's derivative there is 1/ε.
+    batch says nothing of it, and AdamW's derivative there is 1/ε.  The code released with LGTM leaves D out.
 
-    Source: what LGTM's released code leaves out of its finite difference.  Derived in: chapters/05_pilot_updates.
+    Derived in: chapters/05_pilot_updates.
     """
     slopes = {}
     corrections = 1 - state.beta1 ** (state.step + 1), 1 - state.beta2 ** (state.step + 1)

@@ -22,7 +22,7 @@ os.environ.setdefault("KDLIB_PROGRESS", "0")
 
 from kdlib import models, runs
 from kdlib.runs import RunConfig
-from tools import influence_records
+from tools import cross_records, influence_records
 
 ROOT = Path(__file__).resolve().parents[1]
 RECORDS, TEACHERS = ROOT / "data" / "runs", ROOT / "data" / "teachers"
@@ -75,6 +75,28 @@ def online_run(task: str, method: str, seed: int, start: str = "one-stage", **ch
     return runs.configure(task=task, method=method, **{**settings, **changes})
 
 
+def chapter_05() -> Iterator[RunConfig]:
+    """A teacher with feedback, five seeds: with the pilot update, without, and a fixed one; then three sweeps."""
+    for task, seed in itertools.product(TEACHER_TASKS, range(5)):
+        yield meta_run(task, "kd", seed)
+        yield meta_run(task, "metadistil", seed, observe=True)
+        yield meta_run(task, "metadistil", seed, pilot_update=False)
+    for seed in range(5):
+        yield meta_run("mini-mnli", "metadistil", seed, pilot_rule="adamw", observe=True)
+        yield meta_run("mini-mnli", "kd", seed, feedback_fraction=0.0)
+    sweeps = [{"alpha": 0.0}, {"alpha": 0.8}, {"temperature": 1.0}, {"temperature": 5.0}, {"student": "tiny-1x32"}]
+    for method, seed, change in itertools.product(("kd", "metadistil"), range(3), sweeps):
+        yield meta_run("mini-mnli", method, seed, **change)
+
+
+def meta_run(task: str, method: str, seed: int, **changes) -> RunConfig:
+    """A run of chapter 5: the same data, steps and teacher at the start for every method."""
+    settings = {**META_SETTINGS, "seed": seed}
+    if method == "metadistil":
+        settings |= {"teaching_rate": META_RATE}
+    return runs.configure(task=task, method=method, **{**settings, **changes})
+
+
 SHARED_SETTINGS = {"device": "cpu", "output_dir": str(WORK)}
 TEACHER_SETTINGS = {**SHARED_SETTINGS, "epochs": 12, "batch_size": 32, "learning_rate": 5e-4}
 STUDENT_SETTINGS = {**SHARED_SETTINGS, "student": "tiny-2x32", "epochs": 8, "batch_size": 64, "learning_rate": 2e-3}
@@ -86,7 +108,25 @@ ONLINE_RATES = {
     "dml": (2e-3, 1e-3),
 }
 """Learning rates of the student and of a teacher while it teaches, in chapter 4; see `online_candidates`."""
-EXPERIMENTS = {"01_distillation": chapter_01, "04_online_distillation": chapter_04}
+META_SETTINGS = {
+    **SHARED_SETTINGS,
+    "teacher": "tiny-2x64",
+    "student": "tiny-2x32",
+    "max_train": 2000,
+    "feedback_fraction": 0.1,
+    "epochs": 6,
+    "batch_size": 32,
+    "learning_rate": 2e-3,
+    "alpha": 0.5,
+    "temperature": 2.0,
+}
+META_RATE = 1e-4
+"""Of the teacher while it teaches, in chapter 5; see `meta_candidates`."""
+EXPERIMENTS = {
+    "01_distillation": chapter_01,
+    "04_online_distillation": chapter_04,
+    "05_pilot_updates": chapter_05,
+}
 
 
 def candidates() -> Iterator[RunConfig]:
@@ -112,13 +152,24 @@ def online_candidates() -> Iterator[RunConfig]:
             yield online_run(task, "dml", 100, learning_rate=rate, teaching_rate=teaching_rate, **settings)
 
 
+def meta_candidates() -> Iterator[RunConfig]:
+    """Chapter 5's student at two rates and its teacher at four, with seeds that no record uses."""
+    folder = {"output_dir": str(WORK / "meta_candidates")}
+    for task, seed in itertools.product(TEACHER_TASKS, (100,)):
+        for rate in (1e-3, 2e-3):
+            yield meta_run(task, "kd", seed, learning_rate=rate, **folder)
+        for rate in (3e-5, 1e-4, 3e-4, 1e-3):
+            yield meta_run(task, "metadistil", seed, teaching_rate=rate, **folder)
+
+
 def choose(pool: Pool) -> None:
     """Print what the validation split says of each candidate; the test split is not looked at."""
-    for _ in pool.imap_unordered(runs.run, (*candidates(), *online_candidates())):
+    for _ in pool.imap_unordered(runs.run, (*candidates(), *online_candidates(), *meta_candidates())):
         pass
     for folder, by in (
         ("candidates", ("task", "learning_rate")),
         ("online_candidates", ("method", "learning_rate", "teaching_rate")),
+        ("meta_candidates", ("task", "method", "learning_rate", "teaching_rate")),
     ):
         table = runs.results(WORK / folder, by=by)
         print(table[table["metric"] == "validation/accuracy"].to_string(index=False))
@@ -165,8 +216,9 @@ def make_records(pool: Pool) -> None:
     ]
     for line in pool.imap_unordered(make_record, jobs):
         print(line, flush=True)
-    for line in pool.imap_unordered(influence_records.make, influence_records.missing()):
-        print(line, flush=True)
+    for module in (influence_records, cross_records):
+        for line in pool.imap_unordered(module.make, module.missing()):
+            print(line, flush=True)
 
 
 def main() -> None:

@@ -87,7 +87,8 @@ def metadistil(
         teacher.minimise(quiz_loss, batch)
 
         # Line 7: the real student, on the same batch, from the new teacher.
-        example = models.targets(teacher.module, batch, **wanted) if pilot_update else lesson
+        with teacher.accelerator.autocast():
+            example = models.targets(teacher.module, batch, **wanted) if pilot_update else lesson
         seen: list[Tensor] = []
 
         def loss(batch: Batch) -> Tensor:

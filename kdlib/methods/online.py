@@ -106,7 +106,7 @@ def zero_classifier(module: PreTrainedModel) -> None:
     Two networks that start so agree at first, whatever they are.  Raises ValueError for a network without a linear
     `classifier`.
 
-    Source: LGTM Appendix F.1, after ProKT.  Derived in: chapters/04_online_distillation.
+    Source: LGTM Figure 5, the one-stage setting, after ProKT.  Derived in: chapters/04_online_distillation.
     """
     head = getattr(module, "classifier", None)
     if not isinstance(head, nn.Linear):

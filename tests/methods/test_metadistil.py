@@ -1,0 +1,204 @@
+"""One step of MetaDistil against differentiating through Algorithm 1 as it is written; what a step must not touch."""
+
+import pytest
+import torch
+
+from kdlib import losses, models, pilot
+from kdlib.imitation import Imitation
+from kdlib.learner import accelerator_for
+from kdlib.methods import metadistil as module
+from kdlib.methods.metadistil import metadistil
+from tests import exact, pairs
+
+BATCH, FEEDBACK = exact.batch(6, 0), exact.batch(6, 1)
+MIXTURE = Imitation(0.3, 2.0)
+IMITATIONS = {
+    "kl with labels": MIXTURE,
+    "probability mse with pkd": Imitation(0.0, 3.0, losses.probability_mse, pkd_weight=1.0),
+    "logit mse": Imitation(0.5, 1.0, losses.logit_mse),
+}
+FAR = 0.5  # of the pilot's plain steps: large enough that the place where the quiz is taken matters
+
+
+def algorithm_1(
+    student: pairs.Plain, teacher: pairs.Plain, imitation, steps=1, rule="sgd", rate=FAR, pilot_update=True
+):
+    """The paper's lines 3 to 7, differentiated through by autograd."""
+    lesson, copy = teacher.answers(BATCH), dict(student.parameters)
+    before = pilot.adamw_state(student.optimizer, student.parameters, rate)
+    for _ in range(steps):
+        loss = imitation(student.answers(BATCH, copy), lesson, BATCH["labels"]).mean()
+        values = torch.autograd.grad(loss, list(copy.values()), create_graph=True, materialize_grads=True)
+        gradient = dict(zip(copy, values, strict=True))
+        if rule == "sgd":
+            copy = {name: value - rate * gradient[name] for name, value in copy.items()}
+        else:
+            copy = pilot.adamw(copy, gradient, before)
+    teacher.descend(torch.nn.functional.cross_entropy(student.answers(FEEDBACK, copy).logits, FEEDBACK["labels"]))
+    example = teacher.answers(BATCH) if pilot_update else lesson
+    student.descend(imitation(student.answers(BATCH), pairs.constants(example), BATCH["labels"]).mean())
+
+
+def both(imitation=MIXTURE, warm=0, **settings):
+    """A step of ours and of the algorithm, from the same start; the learners and their plain counterparts."""
+    student, teacher = pairs.pair()
+    for number in range(warm):  # so that AdamW's moments are not zero
+        for who in (student, teacher):
+            loss = lambda batch, who=who: pilot.task_loss(models.outputs(who.module, batch), batch)  # noqa: E731
+            who.minimise(loss, exact.batch(6, 10 + number))
+    for who in (student, teacher):  # the schedule moves the rate between steps; the plain ones have none
+        for group in who.optimizer.param_groups:
+            group["lr"] = pairs.RATE
+    plain = pairs.Plain(student), pairs.Plain(teacher)
+    rate = pairs.RATE if settings.get("pilot_rule") == "adamw" else FAR
+    values = metadistil(student, teacher, imitation, pilot_learning_rate=rate, **settings)(BATCH, FEEDBACK)
+    names = {"inner_steps": "steps", "pilot_rule": "rule", "pilot_update": "pilot_update"}
+    algorithm_1(*plain, imitation, rate=rate, **{names[k]: v for k, v in settings.items() if k in names})
+    return values, (student, teacher), plain
+
+
+def agree(result, tolerance=1e-9) -> bool:
+    _, ours, plain = result
+    return all(pairs.difference(*two) < tolerance for two in zip(ours, plain, strict=True))
+
+
+@pytest.mark.parametrize("imitation", IMITATIONS.values(), ids=IMITATIONS)
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"pilot_update": False}, {"inner_steps": 3}, {"tangent": "double-backward"}],
+    ids=["one step", "no pilot update", "three steps", "double backward"],
+)
+def test_a_step_is_that_of_algorithm_1(imitation, settings):
+    assert agree(both(imitation, **settings))
+
+
+@pytest.mark.parametrize("imitation", IMITATIONS.values(), ids=IMITATIONS)
+@pytest.mark.parametrize("warm", [0, 2])
+def test_an_adamw_experiment_is_differentiated_with_its_jacobian(imitation, warm):
+    assert agree(both(imitation, warm, pilot_rule="adamw"))
+
+
+def test_with_a_finite_difference_nearly_so():
+    result = both(tangent="finite-difference")
+    assert agree(result, 1e-3) and not agree(result, 1e-12)
+
+
+def test_the_real_student_learns_from_the_new_teacher_unless_told_otherwise():
+    """Were the order of the updates wrong, these two would be one."""
+    ends = [both(pilot_update=update)[1][0] for update in (True, False)]
+    assert exact.error(*(models.trainable(who.module) for who in ends)) > 1e-6
+
+
+@pytest.mark.parametrize("settings", [{}, {"inner_steps": 2}, {"pilot_rule": "adamw"}], ids=str)
+def test_the_experiment_is_discarded_and_leaves_optimiser_schedule_and_random_state_alone(settings):
+    student, teacher = pairs.pair(dropout=0.5)
+    step = metadistil(student, teacher, MIXTURE, **settings)
+    step(BATCH, FEEDBACK)  # the optimiser has moments now
+    torch.manual_seed(3)
+    before, random, seen = pairs.state(student), torch.get_rng_state(), []
+    original = teacher.minimise
+
+    def look(loss, batch):
+        seen.append((pairs.same(pairs.state(student), before), torch.equal(torch.get_rng_state(), random)))
+        return original(loss, batch)
+
+    teacher.minimise = look
+    step(BATCH, FEEDBACK)
+    assert seen == [(True, True)]
+    assert not pairs.same(pairs.state(student), before)
+
+
+def test_dropout_is_no_part_of_the_teachers_update_and_modes_are_restored():
+    ends = []
+    for dropout in (0.0, 0.5):
+        student, teacher = pairs.pair(dropout=dropout)
+        metadistil(student, teacher, MIXTURE)(BATCH, FEEDBACK)
+        assert all(part.training for who in (student, teacher) for part in who.module.modules())
+        ends.append(pairs.weights(teacher))
+    assert pairs.same(*ends)
+
+
+def test_the_quiz_is_taken_after_the_experiment():
+    """The logged loss is that of the copy, not of the student."""
+    student, teacher = pairs.pair()
+    plain, other = pairs.Plain(student), pairs.Plain(teacher)
+    taught = lambda outputs, batch: MIXTURE(outputs, other.answers(BATCH), batch["labels"])  # noqa: E731
+    copy = pilot.sgd_step(plain.module, models.trainable(plain.module), BATCH, taught, FAR)
+    expected = pilot.task_loss(models.apply(plain.module, copy, FEEDBACK), FEEDBACK).mean()
+    values = metadistil(student, teacher, MIXTURE, pilot_learning_rate=FAR)(BATCH, FEEDBACK)
+    assert values["feedback_loss"] == pytest.approx(expected.item(), rel=1e-10)
+
+
+def test_the_teachers_step_lowers_the_quiz_loss_of_the_next_experiment():
+    """The sign: the same lesson again, from the new teacher, ends better."""
+    student, teacher = pairs.pair(rate=1e-4)
+    start = pairs.weights(student)
+    step, values = metadistil(student, teacher, MIXTURE, pilot_learning_rate=FAR), []
+    for _ in range(4):
+        student.module.load_state_dict(start)
+        values.append(step(BATCH, FEEDBACK)["feedback_loss"])
+    assert values == sorted(values, reverse=True)
+
+
+def test_a_student_that_stands_still_teaches_the_teacher_nothing():
+    student, teacher = pairs.pair(weight_decay=0.0)
+    before = pairs.weights(teacher)
+    metadistil(student, teacher, MIXTURE, pilot_learning_rate=0.0)(BATCH, FEEDBACK)
+    assert pairs.same(pairs.weights(teacher), before)
+
+
+def test_the_pilot_takes_the_students_present_rate():
+    ends = []
+    for rate in (None, pairs.RATE):
+        student, teacher = pairs.pair()
+        metadistil(student, teacher, MIXTURE, pilot_learning_rate=rate)(BATCH, FEEDBACK)
+        ends.append(pairs.weights(teacher))
+    assert pairs.same(*ends)
+
+
+def test_watching_changes_nothing_and_measures():
+    ends = []
+    for watch in (None, exact.batch(8, 5)):
+        torch.manual_seed(0)
+        student, teacher = pairs.pair(dropout=0.3)
+        step = metadistil(student, teacher, MIXTURE, watch=watch)
+        values = [step(BATCH, FEEDBACK) for _ in range(2)]
+        ends.append((pairs.weights(student), pairs.weights(teacher)))
+    assert pairs.same(*ends)
+    assert {v["watch_better"] for v in values} | {v["teacher_closer"] for v in values} <= {0.0, 1.0}
+
+
+@pytest.mark.parametrize("where", ["fp32", "autocast"])
+def test_mixed_precision_changes_the_teachers_gradient_a_little(where):
+    gradients = []
+    for precision in ("fp32", "bf16"):
+        student, teacher = pairs.pair()
+        for who in (student, teacher):
+            who.module.float()
+            who.accelerator = accelerator_for("cpu", precision)
+
+        def keep(loss, batch, teacher=teacher):
+            loss(batch).mean().backward()
+            gradients.append(
+                {name: p.grad.clone() for name, p in teacher.module.named_parameters() if p.grad is not None}
+            )
+
+        teacher.minimise = keep
+        metadistil(student, teacher, MIXTURE, tangent_precision=where)(BATCH, FEEDBACK)
+    error = exact.error(gradients[1], gradients[0])
+    print(f"tangent in {where}: {error:.1e}")
+    assert 0 < error < 0.2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((0, "sgd", 1), "inner_steps is 0"),
+        ((2, "adamw", 1), "only one step of AdamW"),
+        ((1, "adam", 1), "pilot_rule is 'adam'; expected one of sgd, adamw"),
+        ((1, "sgd", 2), "micro_batches is 2"),
+    ],
+)
+def test_settings_without_meaning_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        module.check_settings(*arguments)
