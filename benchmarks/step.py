@@ -9,7 +9,7 @@ first, as in LGTM eq. (4) and ProKT, which asks both networks once more for pred
 learning, which runs each network forward and backward once and no more.
 
 Ratios within one run are what counts: the ways take turns, and the fastest turn of each is taken.
---write stores the table in data/benchmarks/step.csv, which chapter 5 shows.
+--write stores the table in data/benchmarks/step.csv.
 """
 
 import argparse

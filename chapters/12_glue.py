@@ -116,7 +116,7 @@ predict_test = True  # also where the test labels are hidden, for a submission
 output_dir = "_runs"
 resume = True  # go on with an interrupted run, reuse a finished one
 
-# A teacher that learns: chapters 4 and 5
+# A teacher that learns: chapter 4
 teaching_rate = None  # its learning rate while it teaches
 teacher_alpha = None  # prokt, dml: weight of the labels for the teacher
 teacher_objective = None  # prokt, dml: what the teacher imitates in the student

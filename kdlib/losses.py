@@ -240,7 +240,7 @@ def patient_layers(
 
     Raises ValueError for other layers, a student of one layer and a student deeper than its teacher.
 
-    Source: PKD (Sun et al., 2019), used in IKD Table 3.  Derived in: chapters/05_pilot_updates.
+    Source: PKD (Sun et al., 2019), used in IKD Table 3.
     """
     if layers not in ("skip", "last"):
         raise ValueError(f"layers is {layers!r}; expected 'skip' or 'last'")
@@ -270,7 +270,7 @@ def patient(
 
     Raises ValueError for another normalisation and for different widths; also what `patient_layers` raises.
 
-    Source: PKD (Sun et al., 2019), used in IKD Table 3.  Derived in: chapters/05_pilot_updates.
+    Source: PKD (Sun et al., 2019), used in IKD Table 3.
     """
     if normalisation not in ("sum", "mean"):
         raise ValueError(f"normalisation is {normalisation!r}; expected 'sum' or 'mean'")

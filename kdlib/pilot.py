@@ -134,8 +134,7 @@ def adamw(parameters: Parameters, gradient: Parameters, state: AdamWState) -> Pa
 
     The code released with LGTM makes its pilot step so.
 
-    Source: AdamW (Loshchilov & Hutter, 2019).
-    Derived in: chapters/05_pilot_updates.
+    Source: AdamW (Loshchilov & Hutter, 2019).  Derived in: chapters/05_pilot_updates.
     """
     stepped = {}
     for name, value in parameters.items():

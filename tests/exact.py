@@ -1,11 +1,14 @@
 """Small networks in float64 and cases for the tests of derivatives, where 1e-10 means something."""
 
+import copy
+
 import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 from transformers import BertForSequenceClassification
 
 from kdlib import glue, losses
+from kdlib.learner import Learner, accelerator_for, learner, weight_decay_groups
 from kdlib.models import Outputs
 from tests import toy
 
@@ -95,3 +98,31 @@ CASES = {
     "patient": patient,
 }
 """Objectives by name, each called as `objective(student outputs, teacher outputs, labels)`."""
+
+
+def learners(dropout: float = 0.0, accelerator=None, **options) -> tuple[Learner, Learner]:
+    """A student of two layers and a teacher of three, in training mode, in float64."""
+    accelerator = accelerator or accelerator_for("cpu")
+    options = {"learning_rate": 1e-2, "total_steps": 100, "warmup_ratio": 0.0, **options}
+    return (
+        learner("student", bert(0, 2, dropout), accelerator, **options),
+        learner("teacher", bert(1, 3, dropout), accelerator, **options),
+    )
+
+
+def twin(who: Learner) -> tuple[nn.Module, torch.optim.AdamW]:
+    """A copy of a learner as plain torch has it: slow attention, no dropout, AdamW in the same state, not fused."""
+    module = copy.deepcopy(who.module).eval()
+    module.set_attn_implementation("eager")
+    optimizer = torch.optim.AdamW(weight_decay_groups(module, 0.0), foreach=False)
+    optimizer.load_state_dict(copy.deepcopy(who.optimizer.state_dict()))
+    for group in optimizer.param_groups:
+        group["fused"] = False
+    return module, optimizer
+
+
+def descend(module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Clip the gradients that are there to a norm of one, and step."""
+    nn.utils.clip_grad_norm_(module.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad()

@@ -33,7 +33,7 @@ class Plain:
             [{"params": group, "weight_decay": decay} for group, decay in zip(groups, (DECAY, 0.0), strict=True)],
             lr=RATE,
         )
-        self.optimizer.load_state_dict(who.optimizer.state_dict())
+        self.optimizer.load_state_dict(copy.deepcopy(who.optimizer.state_dict()))  # else they would share moments
 
     def answers(self, batch, parameters=None) -> models.Outputs:
         return models.apply(self.module, parameters or self.parameters, batch, hidden_states=True)
@@ -41,8 +41,7 @@ class Plain:
     def descend(self, loss: torch.Tensor) -> None:
         gradients = torch.autograd.grad(loss, list(self.parameters.values()), materialize_grads=True)
         for parameter, gradient in zip(self.parameters.values(), gradients, strict=True):
-            # Through AdamW, a word in no batch has 0/0; the fused AdamW reads transposed memory as if it were not.
-            parameter.grad = torch.nan_to_num(gradient).contiguous()
+            parameter.grad = torch.nan_to_num(gradient)  # through AdamW, a word in no batch has 0/0
         nn.utils.clip_grad_norm_(self.parameters.values(), 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad()

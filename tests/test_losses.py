@@ -194,3 +194,91 @@ def test_curvature_of_kl_is_the_softmax_covariance():
     actual = torch.autograd.functional.hessian(lambda z: losses.kl_divergence(z[None], teacher[None]), student)
     q = student.softmax(-1)
     torch.testing.assert_close(actual, torch.diag(q) - torch.outer(q, q))
+
+
+@pytest.mark.parametrize("temperature", [0.7, 1.0, 3.0])
+def test_reverse_soft_cross_entropy_is_the_teachers_cross_entropy_under_the_student(temperature):
+    """−T² Σ p_s log p_t, as LGTM eq. (3) prints it; linear in p_s, so that it has no minimum inside the simplex."""
+    student, teacher = logits(0), logits(1)
+    p_s, p_t = (softmax(z / temperature) for z in (student, teacher))
+    expected = torch.zeros(5, dtype=torch.float64)
+    for c in range(3):
+        expected -= temperature**2 * p_s[:, c] * p_t[:, c].log()
+    actual = losses.reverse_soft_cross_entropy(student, teacher, temperature, "none")
+    torch.testing.assert_close(actual, expected)
+    other = logits(2)
+    mixed = temperature * (0.3 * p_s + 0.7 * softmax(other / temperature)).log()
+    parts = [losses.reverse_soft_cross_entropy(z, teacher, temperature, "none") for z in (student, other, mixed)]
+    torch.testing.assert_close(parts[2], 0.3 * parts[0] + 0.7 * parts[1])
+    certain = torch.nn.functional.one_hot(teacher.argmax(-1), 3) * 1e4
+    best = losses.reverse_soft_cross_entropy(certain, teacher, 1.0, "none")
+    assert (best < losses.reverse_soft_cross_entropy(teacher, teacher, 1.0, "none")).all()
+
+
+def softmax(values: torch.Tensor) -> torch.Tensor:
+    return values.exp() / values.exp().sum(-1, keepdim=True)
+
+
+def states(depth: int, seed: int, width: int = 4, samples: int = 3) -> tuple[torch.Tensor, ...]:
+    """Hidden states as transformers returns them: the embeddings and `depth` layers."""
+    generator = torch.Generator().manual_seed(seed)
+    return tuple(torch.randn(samples, 5, width, generator=generator, dtype=torch.float64) for _ in range(depth + 1))
+
+
+class TestPatient:
+    @pytest.mark.parametrize(
+        ("student", "teacher", "skip", "last"),
+        [
+            (6, 12, [2, 4, 6, 8, 10], [7, 8, 9, 10, 11]),
+            (4, 12, [3, 6, 9], [9, 10, 11]),
+            (3, 6, [2, 4], [4, 5]),
+            (2, 2, [1], [1]),
+            (4, 6, [1, 3, 4], [3, 4, 5]),
+        ],
+    )
+    def test_layers_are_those_of_the_paper(self, student, teacher, skip, last):
+        for layers, expected in (("skip", skip), ("last", last)):
+            pairs = losses.patient_layers(student, teacher, layers)
+            assert pairs == tuple(zip(range(1, student), expected, strict=True))
+
+    @pytest.mark.parametrize("layers", ["skip", "last"])
+    def test_is_the_sum_over_layers_units_and_nothing_else(self, layers):
+        ours, theirs = states(3, 0), states(6, 1)
+        expected = [0.0] * 3
+        for mine, their in zip((1, 2), {"skip": (2, 4), "last": (4, 5)}[layers], strict=True):
+            for sample in range(3):
+                a, b = ours[mine][sample, 0].tolist(), theirs[their][sample, 0].tolist()
+                lengths = [math.sqrt(sum(x * x for x in state)) for state in (a, b)]
+                expected[sample] += sum((x / lengths[0] - y / lengths[1]) ** 2 for x, y in zip(a, b, strict=True))
+        assert losses.patient(ours, theirs, layers, reduction="none").tolist() == pytest.approx(expected, rel=1e-12)
+        assert losses.patient(ours, theirs, layers).item() == pytest.approx(sum(expected) / 3)
+        # "mean" divides by (layers − 1) · hidden.
+        averaged = losses.patient(ours, theirs, layers, "mean", "none").tolist()
+        assert [2 * 4 * value for value in averaged] == pytest.approx(expected)
+
+    @given(st.floats(1e-3, 1e3), st.floats(1e-3, 1e3), st.integers(0, 99))
+    def test_the_length_of_a_state_does_not_matter(self, ours_scale, theirs_scale, seed):
+        ours, theirs = states(3, seed), states(6, seed + 100)
+        scaled = [state * ours_scale for state in ours], [state * theirs_scale for state in theirs]
+        torch.testing.assert_close(losses.patient(*scaled), losses.patient(ours, theirs))
+        assert 0 <= losses.patient(ours, theirs, reduction="none").max() <= 4 * 2  # two layers, unit vectors
+
+    def test_equal_states_have_no_distance_and_other_tokens_do_not_count(self):
+        ours, theirs = states(3, 0), list(states(6, 1))
+        for mine, their in ((1, 2), (2, 4)):
+            theirs[their] = theirs[their].clone()
+            theirs[their][:, 0] = 3 * ours[mine][:, 0]
+        assert losses.patient(ours, theirs, reduction="sum").item() == pytest.approx(0, abs=1e-30)
+
+    def test_errors_say_what_to_do(self):
+        with pytest.raises(ValueError, match="layers is 'all'; expected 'skip' or 'last'"):
+            losses.patient_layers(2, 4, "all")
+        for pair in ((1, 4), (5, 4)):
+            with pytest.raises(ValueError, match="choose another pair, or leave pkd_weight at 0"):
+                losses.patient_layers(*pair)
+        with pytest.raises(ValueError, match="normalisation is 'max'"):
+            losses.patient(states(2, 0), states(2, 1), normalisation="max")
+        with pytest.raises(ValueError, match="the student has 4 units and the teacher 6"):
+            losses.patient(states(2, 0), states(2, 1, width=6))
+        with pytest.raises(ValueError, match="0 samples"):
+            losses.patient(states(2, 0, samples=0), states(2, 1, samples=0))

@@ -111,3 +111,86 @@ def test_hidden_states_are_there_when_asked_for():
 def test_a_wrong_learning_rate_is_refused(learning_rate):
     with pytest.raises(ValueError, match=f"learning_rate is {learning_rate}"):
         pilot.sgd({"a": torch.ones(2)}, {"a": torch.ones(2)}, learning_rate)
+
+
+def trained(steps: int, fused: bool = False, student=None):
+    """A network, a batch and its AdamW, with two weight decays, after some real steps on other batches."""
+    student = exact.perceptron() if student is None else student
+    matrices, vectors = (
+        [p for p in student.parameters() if (p.dim() == 2) == is_matrix] for is_matrix in (True, False)
+    )
+    groups = [{"params": matrices, "weight_decay": 0.3}, {"params": vectors, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=0.02, betas=(0.8, 0.95), eps=1e-4, fused=fused)
+    data = exact.batch if hasattr(student, "bert") else exact.features
+    for step in range(steps):
+        for name, value in pilot.gradient(student, models.trainable(student), data(5, step + 1)).items():
+            student.get_parameter(name).grad = value
+        optimizer.step()
+    optimizer.zero_grad()
+    return student, data(5, 0), optimizer
+
+
+class TestAdamW:
+    @pytest.mark.parametrize("fused", [False, True])
+    @pytest.mark.parametrize("steps", [0, 1, 5])
+    @pytest.mark.parametrize("learning_rate", [None, 0.5])
+    def test_is_the_next_step_of_torchs_optimiser(self, steps, fused, learning_rate):
+        """Catches a dropped bias correction, and a weight decay that is dropped, coupled or not per group."""
+        student, batch, optimizer = trained(steps, fused)
+        known = copy.deepcopy(optimizer.state_dict())
+        parameters = models.trainable(student)
+        gradient = pilot.gradient(student, parameters, batch)
+        state = pilot.adamw_state(optimizer, dict(student.named_parameters()), learning_rate)
+        stepped = pilot.adamw(parameters, gradient, state)
+        now = optimizer.state_dict()
+        assert now["param_groups"] == known["param_groups"] and now["state"].keys() == known["state"].keys()
+        for number, moments in known["state"].items():
+            assert all(torch.equal(now["state"][number][kind], value) for kind, value in moments.items())
+
+        other, own = copy.deepcopy((student, optimizer))
+        for name, parameter in other.named_parameters():
+            parameter.grad = gradient[name]
+        for group in own.param_groups:
+            group["lr"] = 0.02 if learning_rate is None else learning_rate
+        own.step()
+        assert exact.error(stepped, models.trainable(other)) < 1e-14
+        assert exact.error(stepped, parameters) > 1e-3
+
+    @pytest.mark.parametrize("steps", [0, 1, 5])
+    def test_preconditioner_is_the_jacobian_of_the_step(self, steps):
+        """By automatic differentiation of the step itself: the bias correction and the sign of the second term."""
+        student, batch, optimizer = trained(steps)
+        parameters = models.trainable(student)
+        gradient = {name: value.requires_grad_() for name, value in pilot.gradient(student, parameters, batch).items()}
+        state = pilot.adamw_state(optimizer, dict(student.named_parameters()))
+        stepped = pilot.adamw(parameters, gradient, state)
+        slopes = pilot.adamw_preconditioner({name: value.detach() for name, value in gradient.items()}, state)
+        for name, value in stepped.items():
+            # The step works weight by weight, so the sum's gradient is the diagonal of the Jacobian.
+            (expected,) = torch.autograd.grad(value.sum(), gradient[name])
+            assert exact.error(-state.learning_rate * slopes[name], expected) < 1e-10, name
+
+    def test_preconditioner_is_zero_where_no_gradient_ever_was(self):
+        student, batch, optimizer = trained(1, student=exact.bert())
+        parameters, name = models.trainable(student), "bert.embeddings.word_embeddings.weight"
+        gradient = pilot.gradient(student, parameters, batch)
+        state = pilot.adamw_state(optimizer, dict(student.named_parameters()))
+        slopes = pilot.adamw_preconditioner(gradient, state)
+        seen = torch.zeros(len(gradient[name]), dtype=torch.bool)
+        for inputs in (batch, exact.batch(5, 1)):
+            seen[inputs["input_ids"][inputs["attention_mask"] == 1]] = True
+        assert 0 < seen.sum() < len(seen)
+        assert (slopes[name][~seen] == 0).all() and (slopes[name][seen] != 0).all()
+        assert all(value.isfinite().all() for value in slopes.values())
+
+    def test_an_optimiser_of_another_network_is_refused(self):
+        optimizer = trained(1)[2]
+        student = exact.perceptron()
+        with pytest.raises(ValueError, match=r"does not hold first.weight, first.bias, norm.weight and 3 more"):
+            pilot.adamw_state(optimizer, dict(student.named_parameters()))
+
+
+@pytest.mark.parametrize("learning_rate", [-0.1, float("inf"), float("nan")])
+def test_a_learning_rate_that_is_none_is_refused(learning_rate):
+    with pytest.raises(ValueError, match="expected a finite number ≥ 0"):
+        pilot.sgd({}, {}, learning_rate)

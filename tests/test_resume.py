@@ -28,6 +28,16 @@ CONFIG = {
     "device": "cpu",
 }
 
+# A teacher that learns: 3 steps of fine-tuning, then 9 of both networks in turns; the feedback data in batches of 8.
+TEACHING = {
+    **CONFIG,
+    "method": "metadistil",
+    "teacher_epochs": 1,
+    "feedback_fraction": 0.2,
+    "feedback_batch_size": 8,
+    "observe": True,
+}
+
 # A place is a function and the number of the call to it that does not return: (holder, name, call, before or after).
 # Teacher and student train in the same process, 9 steps each, so calls 10 to 18 of `minimise` are the student's.
 PLACES = {
@@ -44,15 +54,20 @@ PLACES = {
     "student-folder-half-written": (runs, "save_pretrained", 2, "before"),
     "student-saved-not-recorded": (runs, "write_record", 2, "before"),
 }
+# Calls 4, 6, … of `minimise` are the teacher's, 5, 7, … the student's; the teacher's folder is saved after its own run.
+TEACHING_PLACES = {
+    "teacher-stepped-student-not": (Learner, "minimise", 14, "after"),
+    "teacher-folder-written-student-not": (runs, "save_pretrained", 3, "before"),
+}
 
 
-def run(folder: str, place: str | None, places_hit) -> None:
+def run(folder: str, place: str | None, places_hit, parameters: dict) -> None:
     """In a child process: run, and die at the place."""
     import torch
 
     torch.set_num_threads(1)
     if place is not None:
-        holder, name, call, when = PLACES[place]
+        holder, name, call, when = {**PLACES, **TEACHING_PLACES}[place]
         original = getattr(holder, name)
         count = 0
 
@@ -69,7 +84,7 @@ def run(folder: str, place: str | None, places_hit) -> None:
             return result
 
         setattr(holder, name, deadly)
-    runs.run(runs.configure(**CONFIG, output_dir=folder))
+    runs.run(runs.configure(**parameters, output_dir=folder))
 
 
 @pytest.fixture(scope="module")
@@ -80,17 +95,18 @@ def processes():
     return context
 
 
-def start(processes, folder: Path, place: str | None = None) -> tuple[int, bool]:
+def start(processes, folder: Path, place: str | None = None, parameters: dict = CONFIG) -> tuple[int, bool]:
     hit = processes.Value("i", 0)
-    process = processes.Process(target=run, args=(str(folder), place, hit))
+    process = processes.Process(target=run, args=(str(folder), place, hit, parameters))
     process.start()
     process.join(120)
     return process.exitcode, bool(hit.value)
 
 
-def ending(folder: Path) -> dict:
+def ending(folder: Path, parameters: dict = CONFIG) -> dict:
     """Everything a run leaves that must not depend on interruptions."""
-    config = runs.configure(**CONFIG, output_dir=str(folder))
+    config = runs.configure(**parameters, output_dir=str(folder))
+    teacher = config.folder / runs.TEACHER_FOLDER / "model.safetensors"
     record = runs.read_record(config.folder)
     return {
         "history": record.history,
@@ -98,6 +114,7 @@ def ending(folder: Path) -> dict:
         "best_step": record.best_step,
         "oracle": record.oracle,
         "student": (config.folder / "student" / "model.safetensors").read_bytes(),
+        "teacher": teacher.read_bytes() if config.method == "metadistil" else None,
         "predictions": (config.folder / "mini-sst2.tsv").read_bytes(),
         "files": sorted(p.name for p in config.folder.iterdir()),
     }
@@ -118,6 +135,22 @@ def test_killed_and_started_again_it_ends_the_same(processes, undisturbed, tmp_p
     assert ending(tmp_path) == undisturbed
 
 
+@pytest.fixture(scope="module")
+def undisturbed_teaching(processes, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("undisturbed")
+    assert start(processes, folder, None, TEACHING) == (0, False)
+    return ending(folder, TEACHING)
+
+
+@pytest.mark.parametrize("place", TEACHING_PLACES)
+def test_killed_while_the_teacher_learns_both_networks_end_the_same(processes, undisturbed_teaching, tmp_path, place):
+    """Catches a teacher, its optimiser or the place in the feedback data that is not restored with the student."""
+    code, hit = start(processes, tmp_path, place, TEACHING)
+    assert hit and code == -signal.SIGKILL
+    assert start(processes, tmp_path, None, TEACHING)[0] == 0
+    assert ending(tmp_path, TEACHING) == undisturbed_teaching
+
+
 def test_killed_again_and_again(processes, undisturbed, tmp_path):
     for place in ("teacher-mid-run", "teacher-saved-not-recorded", "teacher-first-step", "student-folder-half-written"):
         start(processes, tmp_path, place)
@@ -128,7 +161,7 @@ def test_killed_again_and_again(processes, undisturbed, tmp_path):
 def test_killed_from_outside_at_odd_moments(processes, undisturbed, tmp_path):
     """The parent kills; the moments are whatever the machine makes of them."""
     for delay in (0.3, 0.6, 0.9, 1.2, 1.5):
-        process = processes.Process(target=run, args=(str(tmp_path), None, processes.Value("i", 0)))
+        process = processes.Process(target=run, args=(str(tmp_path), None, processes.Value("i", 0), CONFIG))
         process.start()
         process.join(delay)
         process.kill()

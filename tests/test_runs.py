@@ -237,6 +237,155 @@ class TestRun:
             runs.run(runs.configure(**{**QUICK, "student": str(tmp_path / "other")}, output_dir=str(tmp_path)))
 
 
+IMITATION = {"alpha": 0.5, "temperature": 2.0, "objective": "kl"}
+PILOT = {
+    "pilot_update": True,
+    "inner_steps": 1,
+    "pilot_rule": "sgd",
+    "pilot_learning_rate": None,
+    "tangent": "jvp",
+    "tangent_precision": "fp32",
+    "feedback_batch_size": 32,
+    "observe": False,
+}
+ONLINE = {"teacher_alpha": 0.5, "teacher_objective": "kl", "first": "teacher", "zero_classifiers": True}
+OTHERS = {
+    "pkd_weight": 0.5,
+    "pkd_layers": "last",
+    "pkd_normalisation": "mean",
+    "teaching_rate": 1e-4,
+    "teacher_alpha": 0.1,
+    "teacher_objective": "reverse_kl",
+    "first": "student",
+    "zero_classifiers": True,
+    "pilot_update": False,
+    "inner_steps": 2,
+    "pilot_learning_rate": 0.1,
+    "tangent": "finite-difference",
+    "tangent_precision": "autocast",
+    "feedback_batch_size": 8,
+    "observe": True,
+}
+
+
+class TestTeachersThatLearn:
+    @pytest.mark.parametrize(
+        ("method", "expected"),
+        [
+            ("kd", {"teacher_epochs": 12, "feedback_fraction": 0.0}),
+            ("prokt", {"teacher_epochs": 0, "teaching_rate": 1e-3, "feedback_fraction": 0.0, **ONLINE}),
+            (
+                "dml",
+                {"teacher_epochs": 0, "teaching_rate": 1e-3, **ONLINE, "first": "simultaneous", "temperature": 1.0},
+            ),
+            ("metadistil", {"teacher_epochs": 12, "teaching_rate": 1e-4, "feedback_fraction": 0.1, **PILOT}),
+        ],
+    )
+    def test_defaults_by_method(self, method, expected):
+        config = dataclasses.asdict(runs.configure(method=method))
+        expected = {**IMITATION, **expected}
+        assert {name: config[name] for name in expected} == pytest.approx(expected)
+        assert {name for name in runs.OF_METHODS if config[name] is not None} <= expected.keys()
+
+    def test_defaults_follow_other_fields(self):
+        config = runs.configure(method="prokt", alpha=0.2, objective="reverse_kl", teacher_epochs=2, batch_size=16)
+        assert (config.teacher_alpha, config.teacher_objective, config.zero_classifiers) == (0.2, "reverse_kl", False)
+        assert not runs.configure(method="prokt", teacher="book-teacher").zero_classifiers
+        config = runs.configure(method="metadistil", teacher_learning_rate=1e-2, batch_size=16, pkd_weight=0.5)
+        assert (config.teaching_rate, config.feedback_batch_size) == (pytest.approx(1e-3), 16)
+        assert (config.pkd_layers, config.pkd_normalisation) == ("skip", "sum")
+        config = runs.configure(task="mini-stsb", method="prokt")
+        assert (config.objective, config.teacher_objective) == ("logit_mse", "logit_mse")
+
+    @pytest.mark.parametrize("method", runs.METHODS)
+    def test_fields_of_other_methods_are_reset_and_identify_nothing(self, method):
+        """Catches a field that leaks into another method's run id."""
+        own = set(runs.configure(method=method).identity)
+        patient = {"pkd_weight", "pkd_layers", "pkd_normalisation"}
+        config = runs.configure(method=method, **OTHERS)
+        used = {name for name in OTHERS if getattr(config, name) is not None}
+        assert used <= own | patient | {"pilot_learning_rate"}
+        assert all(getattr(config, name) == OTHERS[name] for name in used)
+        ignored = {name: value for name, value in OTHERS.items() if name not in used}
+        assert runs.configure(method=method, **ignored).run_id == runs.configure(method=method).run_id
+        count = {"fine_tune": 0, "kd": 3, "prokt": 8, "dml": 8, "metadistil": 11}[method]
+        assert len(used) == count
+
+    def test_runs_without_a_learning_teacher_keep_their_names(self):
+        """Their folders, and those of the teachers that are shared, were named before these fields were there."""
+        names = [runs.configure(method=method).run_id for method in ("kd", "fine_tune")]
+        assert names == ["mini-mnli-kd-seed0-1e586b23", "mini-mnli-fine_tune-seed0-e2d16116"]
+        assert runs.teacher_config(runs.configure(method="metadistil", feedback_fraction=0.0001)).method == "fine_tune"
+        assert not set(runs.OF_METHODS) & set(runs.configure(method="kd").identity)
+
+    @pytest.mark.parametrize(
+        ("parameters", "message"),
+        [
+            ({"method": "metadistil", "feedback_fraction": 0.0}, "metadistil needs a feedback split"),
+            ({"method": "metadistil", "precision": "fp16"}, "metadistil needs 'bf16'"),
+            ({"method": "prokt", "precision": "fp16"}, "prokt needs 'bf16'"),
+            ({"method": "metadistil", "micro_batches": 2}, "micro_batches is 2: the pilot step needs the whole batch"),
+            ({"method": "metadistil", "inner_steps": 2, "pilot_rule": "adamw"}, "only one step of AdamW"),
+            ({"method": "metadistill"}, "did you mean 'metadistil'"),
+            ({"objective": "reverse_soft_cross_entropy"}, "objective is 'reverse_soft_cross_entropy'; expected one of"),
+            ({"teacher_objective": "reverse_soft_crossentropy"}, "did you mean 'reverse_soft_cross_entropy'"),
+            ({"first": "both"}, "first is 'both'; expected one of teacher, student, simultaneous"),
+            ({"pkd_layers": "all"}, "pkd_layers is 'all'; expected one of skip, last"),
+            ({"pkd_normalisation": "max"}, "pkd_normalisation is 'max'; expected one of sum, mean"),
+            ({"pilot_rule": "adam"}, "did you mean 'adamw'"),
+            ({"tangent": "forward"}, "tangent is 'forward'; expected one of jvp, finite-difference"),
+            ({"tangent_precision": "bf16"}, "tangent_precision is 'bf16'; expected one of fp32, autocast"),
+            ({"inner_steps": 0}, "inner_steps is 0; expected a positive number"),
+            ({"pilot_learning_rate": 0}, "pilot_learning_rate is 0.0; expected a positive number"),
+            ({"teaching_rate": float("nan")}, "teaching_rate is nan"),
+            ({"pkd_weight": -1}, "pkd_weight is -1.0; expected 0 or more"),
+            ({"teacher_alpha": 2}, "teacher_alpha is 2.0; expected a number between 0 and 1"),
+            ({"pilot_updates": True}, "did you mean 'pilot_update'"),
+            ({"task": "mini-stsb", "method": "prokt", "teacher_objective": "kl"}, "teacher_objective is 'kl', but"),
+        ],
+    )
+    def test_single_problems(self, parameters, message):
+        with pytest.raises(ConfigurationError, match=message) as caught:
+            runs.configure(**parameters)
+        assert str(caught.value).count("\n  - ") == 1
+
+    @pytest.mark.parametrize(
+        ("method", "options"),
+        [
+            ("metadistil", {"observe": True, "feedback_batch_size": 4, "student": "tiny-2x32", "pkd_weight": 0.5}),
+            ("metadistil", {"pilot_rule": "adamw", "pilot_update": False, "tangent": "finite-difference"}),
+            ("prokt", {"teacher_objective": "reverse_soft_cross_entropy"}),
+            ("dml", {"teacher_epochs": 1, "precision": "bf16"}),
+        ],
+    )
+    def test_a_small_run_leaves_the_teacher_and_its_scores(self, folder, method, options):
+        config = runs.configure(
+            **{**QUICK, "max_steps": 2, "teacher_epochs": 1, **options}, method=method, output_dir=str(folder)
+        )
+        done = runs.run(config)
+        scores = {"validation/accuracy", "teacher/validation/accuracy"}
+        assert set(done.metrics) == scores | {"test/accuracy"} and done.samples["train"] <= 96
+        logged = {"loss", "student_entropy", "teacher_entropy"}
+        logged |= {"feedback_loss"} if method == "metadistil" else {"teacher_loss"}
+        logged |= {"watch_better", "teacher_closer"} if config.observe else set()
+        assert set(done.history[-1]) == {"step", "epoch", "learning_rate", *scores, *(f"train_{n}" for n in logged)}
+        assert all(np.isfinite(value) for value in done.history[-1].values())
+        if method == "metadistil":
+            assert done.samples["feedback"] > 0 and done.samples["train"] + done.samples["feedback"] == 96
+
+        data = runs.load_data(config)
+        tokenizer = AutoTokenizer.from_pretrained(done.folder / runs.TEACHER_FOLDER)
+        teacher = AutoModelForSequenceClassification.from_pretrained(done.folder / runs.TEACHER_FOLDER)
+        split = glue.encode(data.evaluation["validation"], data.task, tokenizer, config.max_length)
+        accuracy = (models.predict(teacher, split).argmax(1) == split.labels.numpy()).mean()
+        if config.precision == "fp32":
+            assert accuracy == pytest.approx(done.metrics["teacher/validation/accuracy"])
+        if done.teacher is not None:
+            before = AutoModelForSequenceClassification.from_pretrained(folder / done.teacher / runs.STUDENT)
+            pairs = zip(teacher.parameters(), before.parameters(), strict=True)
+            assert any(not torch.equal(ours, theirs) for ours, theirs in pairs)
+
+
 class TestResults:
     def test_mean_standard_deviation_and_n_over_seeds(self, record, tmp_path):
         for seed, accuracy in ((0, 0.5), (1, 0.6), (2, 0.9)):

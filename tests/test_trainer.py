@@ -1,5 +1,6 @@
 """The loop: order of the data, evaluation, best weights, resuming, interruptions, errors."""
 
+import dataclasses
 import itertools
 import os
 import signal
@@ -11,7 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kdlib import checkpoints, trainer
+from kdlib import checkpoints, glue, trainer
 from kdlib.checkpoints import CheckpointError
 from kdlib.imitation import Imitation
 from kdlib.learner import NonFiniteLossError, accelerator_for
@@ -338,3 +339,107 @@ def _on_the_spot(teacher):
         return teacher(**{k: batch[k] for k in ("input_ids", "attention_mask", "token_type_ids")}).logits
 
     return outputs
+
+
+class TestFeedback:
+    @given(st.integers(1, 40), st.integers(1, 9), st.integers(0, 30), st.integers(0, 5))
+    def test_starting_later_gives_the_tail_of_the_whole(self, samples, batch_size, start, seed):
+        data = toy.encoded(samples)
+        whole = trainer.feedback_batches(data, batch_size, seed, 0)
+        tail = trainer.feedback_batches(data, batch_size, seed, start)
+        assert list(itertools.islice(whole, start, start + 12)) == list(itertools.islice(tail, 12))
+
+    @given(st.integers(1, 40), st.integers(1, 9))
+    def test_each_pass_covers_every_sample_once_in_an_order_of_its_own(self, samples, batch_size):
+        batches, per_pass = trainer.feedback_batches(toy.encoded(samples), batch_size, 0, 0), -(-samples // batch_size)
+        passes = [list(itertools.islice(batches, per_pass)) for _ in range(3)]
+        for one in passes:
+            assert sorted(itertools.chain(*one)) == list(range(samples))
+            assert max(map(len, one)) <= batch_size
+        if samples >= 20:
+            assert passes[0] != passes[1] != passes[2]
+
+    def test_is_not_in_the_order_of_training(self):
+        data = toy.encoded(48)
+        quizzes = list(itertools.islice(trainer.feedback_batches(data, 8, SCHEDULE.seed, 0), 18))
+        assert quizzes != list(trainer.training_batches(data, SCHEDULE, 0, 18))
+
+    def test_there_is_none_without_feedback_data(self):
+        assert list(trainer.feedback_batches(None, 8, 0, 0)) == []
+
+    @staticmethod
+    def feedback(samples: int = 10) -> glue.Encoded:
+        data = toy.encoded(samples, seed=5)
+        return dataclasses.replace(data, rows=torch.arange(samples) + 5000)
+
+    @staticmethod
+    def train(step, feedback, schedule=SCHEDULE, **options):
+        who, data = toy.student(), toy.encoded()
+        return trainer.train(
+            step,
+            [who],
+            data,
+            schedule,
+            toy.evaluate(who, data),
+            "validation/accuracy",
+            who,
+            feedback=feedback,
+            **options,
+        )
+
+    @pytest.mark.parametrize(("batch_size", "sizes"), [(None, [8, 2]), (4, [4, 4, 2]), (10, [10])])
+    def test_a_step_gets_a_batch_of_each_and_all_it_returns_is_averaged_by_window(self, batch_size, sizes):
+        seen = []
+
+        def step(batch, quiz):
+            assert set(batch["rows"].tolist()) <= set(range(1000, 1048))
+            assert set(quiz["rows"].tolist()) <= set(range(5000, 5010))
+            seen.append(len(quiz["rows"]))
+            return {"loss": float(len(seen)), "feedback_loss": float(len(seen)) ** 2}
+
+        history = self.train(step, self.feedback(), feedback_batch_size=batch_size).history
+        assert sorted(seen[: len(sizes)], reverse=True) == sizes and len(seen) == 18
+        for name, power in (("train_loss", 1), ("train_feedback_loss", 2)):
+            expected = [
+                sum(number**power for number in range(a + 1, b + 1)) / (b - a)
+                for a, b in itertools.pairwise([0, 4, 8, 12, 16, 18])
+            ]
+            assert history[name].tolist() == pytest.approx(expected)
+
+    def test_rows_that_are_also_trained_on_are_refused(self):
+        overlapping = self.feedback()
+        overlapping.rows[3:5] = torch.tensor([1040, 1007])
+        with pytest.raises(ValueError, match="2 rows are in the training set and in the feedback set, row 1007"):
+            self.train(lambda *_: pytest.fail("trained"), overlapping)
+
+    def test_an_empty_feedback_set_is_refused(self):
+        empty = dataclasses.replace(self.feedback(), offsets=torch.zeros(1, dtype=torch.int64), rows=torch.zeros(0))
+        empty = dataclasses.replace(empty, labels=torch.zeros(0, dtype=torch.int64))
+        with pytest.raises(ValueError, match="the feedback set is empty: raise feedback_fraction, or max_train"):
+            self.train(lambda *_: pytest.fail("trained"), empty)
+
+    def test_an_interrupted_run_goes_on_with_the_next_feedback_batch(self, tmp_path):
+        seen = []
+
+        def step(batch, quiz):
+            seen.append(quiz["rows"].tolist())
+            if len(seen) == 7:
+                os.kill(os.getpid(), signal.SIGINT)
+            return {"loss": 0.0}
+
+        with pytest.raises(TrainingInterruptedError):
+            self.train(step, self.feedback(), folder=tmp_path)
+        assert len(seen) == 7
+        self.train(step, self.feedback(), folder=tmp_path)
+        data = self.feedback()
+        order = itertools.islice(trainer.feedback_batches(data, 8, SCHEDULE.seed, 0), 18)
+        assert seen == [data.rows[positions].tolist() for positions in order]
+
+
+def test_evaluation_of_others_comes_under_their_names():
+    student, teacher = toy.student(0), toy.student(1)
+    teacher.name = "teacher"
+    splits = {"validation": toy.encoded(40, 7)}
+    both = trainer.evaluation(student, toy.TASK, splits, others=[teacher])()
+    alone = [trainer.evaluation(who, toy.TASK, splits)() for who in (student, teacher)]
+    assert both == {**alone[0], **{f"teacher/{name}": value for name, value in alone[1].items()}}

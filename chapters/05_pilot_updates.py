@@ -1,0 +1,830 @@
+# ---
+# jupyter:
+#   jupytext:
+#     formats: ipynb,py:percent
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # Can a teacher learn from its student, and why try the lesson on a copy?
+#
+# The teacher of chapter 4 learned the task while it taught. MetaDistil's teacher learns to *teach*: it asks what its lesson did to the
+# student's performance elsewhere, and descends that. Chapter 3 has the derivative. Here it becomes a training method, and one detail gets a
+# proof and a measurement: the lesson is first given to a copy of the student, the *pilot*, and once more, improved, to the student itself.
+#
+# | | |
+# |---|---|
+# | Prerequisites | influence from {doc}`02_influence`, the tangent from {doc}`03_finite_differences`; eigenvalues of a 2 × 2 matrix |
+# | Time | about 60 minutes to read, 40 for the exercises; the cells run in under a minute |
+# | Papers | MetaDistil eqs. (2)-(3), Algorithm 1, Figure 2 |
+#
+# Afterwards you will be able to
+#
+# - write a bilevel problem down and differentiate it with a dozen lines,
+# - say from two eigenvalues what the pilot update buys, and what it costs in stability,
+# - carry a gradient back through several steps of a student, or through one of AdamW, without a second backward pass,
+# - read MetaDistil's own evidence for the pilot update, and say what it shows.
+#
+# The derivations are computed live. The training curves and verdicts are *read* from run records in `data/runs/05_pilot_updates`.
+
+# %% tags=["setup", "hide-input"]
+# Installs kdlib where it is missing, on Colab for example; otherwise does nothing.
+try:
+    import kdlib
+
+    kdlib.__version__  # a folder that happens to be called kdlib has none
+except (ImportError, AttributeError):
+    import os
+    import subprocess
+    import sys
+    from pathlib import Path
+
+    around = [str(folder) for folder in (Path.cwd(), *Path.cwd().parents) if (folder / "kdlib/__init__.py").exists()]
+    place = around[0] if around else os.environ.get("KDLIB_SOURCE", "")
+    if not place:
+        raise ImportError("kdlib is missing: set KDLIB_SOURCE to the book's folder or git address, run again") from None
+    if not Path(place).is_dir():
+        address, place = place, "kdlib-book"
+        Path(place).is_dir() or subprocess.run(["git", "clone", "-q", "--depth=1", address, place], check=True)
+    # Not a copy but the folder itself: the chapters read the data that lie beside the library.
+    subprocess.run([sys.executable, "-m", "pip", "install", "-q", "--editable", place], check=True)
+    sys.modules.pop("kdlib", None)
+    sys.path.insert(0, str(Path(place).resolve()))
+
+# %%
+
+import matplotlib.pyplot as plt
+import pandas as pd
+import torch
+from scipy import stats
+from torch.func import functional_call, grad, jvp
+from torch.nn import functional as F
+from transformers import BertConfig, BertForSequenceClassification
+
+from kdlib import plots, runs
+
+plots.use_style()
+torch.set_num_threads(1)
+
+# %% [markdown]
+# ## A problem inside a problem
+#
+# The student's parameters $\theta_s$ and the teacher's $\theta_t$ play different parts. The student descends the distillation loss
+# $L(\theta_s, \theta_t)$ of a training batch. The teacher is judged by another loss, that of the *feedback batch* $e$ (MetaDistil says quiz),
+# and has a say in it only through what it makes of the student. MetaDistil takes one step of the student as the link. The **pilot student**
+# is a function of the teacher:
+#
+# $$\theta_s'(\theta_t) = \theta_s - \eta_s \nabla_{\theta_s} L(\theta_s, \theta_t), $$ (eq-pilot-copy)
+#
+# and the teacher descends its loss,
+#
+# $$\theta_t \leftarrow \theta_t - \mu\, \nabla_{\theta_t} L_{\mathrm{CE}}\bigl(e; \theta_s'(\theta_t)\bigr). $$ (eq-pilot-meta)
+#
+# These are MetaDistil's eqs. (2) and (3). Such a problem is called *bilevel*: the outer variable is judged after the inner one has moved. MAML
+# is the most famous case, where the outer variable is the initial state. Autograd solves it as it stands, by a graph through the inner step.
+
+
+# %%
+def pilot_student(inner, student, teacher, rate):
+    """One step of the student on inner(student, teacher), kept as a function of the teacher."""
+    (gradient,) = torch.autograd.grad(inner(student, teacher), student, create_graph=True)
+    return student - rate * gradient
+
+
+def meta_gradient(inner, outer, student, teacher, rate):
+    """The derivative of outer(pilot student) in the teacher."""
+    student, teacher = student.detach().requires_grad_(), teacher.detach().requires_grad_()
+    return torch.autograd.grad(outer(pilot_student(inner, student, teacher, rate)), teacher)[0]
+
+
+# %% [markdown]
+# ## A quadratic by hand
+#
+# Let student and teacher be numbers, $\theta$ and $\varphi$. The student imitates the teacher, $L = \frac 1 2 (\theta - \varphi)^2$; the feedback wants
+# it at zero, $L_e = \frac 1 2 \theta^2$. With rate $\lambda$ of the student, the pilot is
+#
+# $$\theta' = (1 - \lambda)\,\theta + \lambda\,\varphi, \qquad \frac{\partial L_e(\theta')}{\partial \varphi} = \lambda\, \theta'. $$ (eq-pilot-quadratic)
+#
+# The teacher moves to $\varphi - \mu \lambda\, \theta'$. What does the student do next? *Without* the pilot update it becomes $\theta'$: it has learned the old
+# lesson, and the improved one arrives a step later. *With* it, it takes the improved lesson at once,
+# $(1 - \lambda)\theta + \lambda(\varphi - \mu\lambda\theta') = (1 - \mu\lambda^2)\,\theta'$.
+
+
+# %%
+def inner(student, teacher):
+    return 0.5 * (student - teacher) ** 2
+
+
+def outer(student):
+    return 0.5 * student**2
+
+
+def quadratic_step(theta, phi, rate, meta_rate, pilot_update):
+    """One step of both, by autograd: the student from the new teacher or from the old one."""
+    new = phi - meta_rate * meta_gradient(inner, outer, theta, phi, rate)
+    example = new if pilot_update else phi
+    return theta - rate * (theta - example), new
+
+
+theta, phi = torch.tensor(1.5, dtype=torch.float64), torch.tensor(-0.7, dtype=torch.float64)
+copy = 0.6 * theta + 0.4 * phi
+torch.testing.assert_close(meta_gradient(inner, outer, theta, phi, 0.4), 0.4 * copy)
+torch.testing.assert_close(quadratic_step(theta, phi, 0.4, 2.0, True)[0], (1 - 2.0 * 0.4**2) * copy)
+torch.testing.assert_close(quadratic_step(theta, phi, 0.4, 2.0, False)[0], copy)
+
+# %% [markdown]
+# Both are linear maps of $(\theta, \varphi)$. With $a = 1 - \lambda$ and $c = 1 - \mu\lambda^2$,
+#
+# $$M_{\text{without}} = \begin{pmatrix} a & \lambda \\ -\mu\lambda a & c \end{pmatrix}, \qquad M_{\text{with}} = \begin{pmatrix} ca & c\lambda \\ -\mu\lambda a & c \end{pmatrix}. $$ (eq-pilot-matrices)
+#
+# The determinants are $a$ and $ca$. Where the eigenvalues are complex, both have the modulus $\sqrt{\det}$: the pilot update is then faster by the
+# factor $\sqrt c$ a step. Where does it stop being stable? A real 2 × 2 matrix is stable if $|\det| < 1$ and $|\mathrm{tr}| < 1 + \det$, which gives
+#
+# $$\mu\lambda^2 < 4 - 2\lambda \ \ \text{without}, \qquad \mu\lambda^2 < 1 + \frac{1}{3 - 2\lambda} \ \ \text{with the pilot update}. $$ (eq-pilot-stable)
+#
+# So the copy is no free lunch. It makes a patient teacher faster, and it leaves less room for an impatient one.
+
+
+# %%
+def step_matrix(rate, meta_rate, pilot_update):
+    """Equation (eq-pilot-matrices)."""
+    a, c = 1 - rate, 1 - meta_rate * rate**2
+    first = [c * a, c * rate] if pilot_update else [a, rate]
+    return torch.tensor([first, [-meta_rate * rate * a, c]], dtype=torch.float64)
+
+
+def radius(matrix):
+    """The modulus of the largest eigenvalue: the factor a step, in the long run."""
+    return torch.linalg.eigvals(matrix).abs().max()
+
+
+def stable_up_to(rate, pilot_update):
+    """The largest stable μλ², equation (eq-pilot-stable)."""
+    return 1 + 1 / (3 - 2 * rate) if pilot_update else 4 - 2 * rate
+
+
+for update in (True, False):
+    ours = step_matrix(0.4, 2.0, update) @ torch.stack([theta, phi])
+    torch.testing.assert_close(ours, torch.stack(quadratic_step(theta, phi, 0.4, 2.0, update)))
+    for rate in (0.1, 0.4, 0.8):
+        edge = stable_up_to(rate, update) / rate**2
+        assert radius(step_matrix(rate, 0.999 * edge, update)) < 1 < radius(step_matrix(rate, 1.001 * edge, update))
+
+# %% mystnb={"image": {"alt": "Left: distance of the student from its goal over steps, faster with the pilot update. Right: factor per step against the teacher's rate; the pilot update is lower first and crosses one earlier."}, "figure": {"name": "fig-pilot-quadratic", "caption": "The quadratic with λ = 0.4. Left: the student's distance from its goal, μλ² = 0.5. Right: the factor a step in the long run; above one the pair diverges."}}
+LOOKS = {True: ("with pilot update", "C0"), False: ("without", "C1")}
+figure, (left, right) = plt.subplots(1, 2, figsize=(6.4, 2.6))
+strengths = torch.linspace(0.01, 3.6, 200).tolist()
+for update, (name, colour) in LOOKS.items():
+    state, distances = torch.tensor([1.0, 1.0], dtype=torch.float64), []
+    for _ in range(26):
+        distances.append(state[0].abs().item())
+        state = step_matrix(0.4, 0.5 / 0.4**2, update) @ state
+    left.semilogy(distances, color=colour, label=name)
+    right.plot(strengths, [radius(step_matrix(0.4, s / 0.4**2, update)) for s in strengths], color=colour)
+right.axhline(1, color="0.6", linewidth=0.8)
+left.set(xlabel="step", ylabel=r"$|\theta|$")
+right.set(xlabel=r"strength $\mu\lambda^2$", ylabel="factor a step", ylim=(0, 1.6))
+left.legend()
+plt.show()
+
+# %%
+best = {u: min(radius(step_matrix(0.4, s / 0.4**2, u)).item() for s in strengths) for u in LOOKS}
+print(f"best factor a step: {best[True]:.2f} with the pilot update, {best[False]:.2f} without")
+print(f"stable up to μλ² = {stable_up_to(0.4, True):.2f} with it, {stable_up_to(0.4, False):.2f} without")
+
+# %% [markdown]
+# **Exercise 1** (medium, 10 minutes). Let the student take its real step at another rate $\kappa$ than its pilot, as MetaDistil's released code does
+# (plain gradient descent for the copy, AdamW for the student). The pilot's rate stays $\lambda$. Find the matrix with the pilot update.
+
+
+# %% tags=["exercise"]
+def two_rate_matrix(pilot_rate, rate, meta_rate):
+    """The map of (student, teacher) with a pilot at `pilot_rate` and a real step at `rate`, shape (2, 2), float64."""
+    return NotImplemented  # your four entries here
+
+
+# %% tags=["check"]
+def untouched(answer):
+    """Whether a stub still returns what it came with."""
+    return answer is None or answer is NotImplemented
+
+
+def check_two_rate_matrix(two_rate_matrix):
+    if untouched(two_rate_matrix(0.4, 0.1, 2.0)):
+        print("not yet")
+        return
+    theta, phi = torch.tensor([1.5, -0.7], dtype=torch.float64)
+    new = phi - 2.0 * meta_gradient(inner, outer, theta, phi, 0.4)
+    expected = torch.stack([theta - 0.1 * (theta - new), new])
+    torch.testing.assert_close(two_rate_matrix(0.4, 0.1, 2.0) @ torch.stack([theta, phi]), expected)
+    print("right")
+
+
+check_two_rate_matrix(two_rate_matrix)
+
+# %% [markdown]
+# ## The derivative without a graph through the student
+#
+# A graph through a BERT's step costs a second backward pass through a first one. Chapter 3 has the way around, for one step. Its result: with
+# $g$ the feedback gradient at the pilot, the meta-gradient is that of $-\eta_s \operatorname{mean}_i I_i$, where the influences $I_i$ come from one
+# tangent of the student along $g$, and only the teacher is differentiated.
+#
+# What if the copy takes several steps, $\theta_0 \to \theta_1 \to \dots \to \theta_K$? The chain rule goes back through them. Let $v_K = g$ be what the quiz asks at
+# the end. One step earlier it asks
+#
+# $$v_k = \bigl(1 - \eta_s H_k\bigr)\, v_{k+1}, \qquad H_k = \nabla^2_{\theta_s} L(\theta_k, \theta_t), $$ (eq-pilot-adjoint)
+#
+# and step $k$ contributes the gradient in $\theta_t$ of $-\eta_s \operatorname{mean}_i I_i(\theta_k; v_{k+1})$. A Hessian-vector product needs no graph that is kept. So the
+# memory does not grow with $K$, but for the places $\theta_k$ themselves.
+#
+# We check it with a small network whose weights are one vector. The teacher's logits are its parameters: what a teacher with weights does with
+# their gradient is ordinary backpropagation.
+
+
+# %%
+def draw(*shape, seed):
+    """Standard normal numbers in float64."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+INPUTS, UNITS, CLASSES = 5, 8, 3
+x, quiz_x = draw(12, INPUTS, seed=0), draw(12, INPUTS, seed=1)
+quiz_labels = torch.arange(12) % CLASSES
+lesson, start = 2 * draw(12, CLASSES, seed=2), 0.5 * draw(INPUTS * UNITS + UNITS * CLASSES, seed=3)
+
+
+def perceptron(weights, inputs):
+    """A network with one hidden layer as a function of its weights, a vector."""
+    first, second = weights.split([INPUTS * UNITS, UNITS * CLASSES])
+    return torch.tanh(inputs @ first.view(INPUTS, UNITS)) @ second.view(UNITS, CLASSES)
+
+
+def kl(student_logits, teacher_logits):
+    """KL(teacher ‖ student) for each sample."""
+    log_p, log_q = teacher_logits.log_softmax(dim=-1), student_logits.log_softmax(dim=-1)
+    return (log_p.exp() * (log_p - log_q)).sum(dim=-1)
+
+
+def lesson_loss(weights, logits):
+    return kl(perceptron(weights, x), logits).mean()
+
+
+def quiz_loss(weights):
+    return F.cross_entropy(perceptron(weights, quiz_x), quiz_labels)
+
+
+# %%
+def places_of(weights, logits, rate, steps):
+    """The copy before its first step, and after each."""
+    places = [weights]
+    for _ in range(steps):
+        places.append(places[-1] - rate * grad(lesson_loss)(places[-1], logits))
+    return places
+
+
+def through_the_graph(weights, logits, rate, steps):
+    """The meta-gradient by differentiating all steps."""
+    return grad(lambda z: quiz_loss(places_of(weights, z, rate, steps)[-1]))(logits)
+
+
+def carried_back(weights, logits, rate, steps):
+    """The same by tangents and Hessian-vector products; the graph holds the teacher's part only."""
+    *places, end = places_of(weights, logits, rate, steps)
+    leaf, total, direction = logits.clone().requires_grad_(), 0.0, grad(quiz_loss)(end)
+    for place in reversed(places):
+        outputs, tangent = jvp(lambda w: perceptron(w, x), (place,), (direction,))
+        total = total - rate * jvp(lambda z: kl(z, leaf), (outputs,), (tangent,))[1].mean()
+        direction = direction - rate * jvp(lambda w: grad(lesson_loss)(w, logits), (place,), (direction,))[1]
+    return torch.autograd.grad(total, leaf)[0]
+
+
+def gap(ours, theirs):
+    """‖ours − theirs‖ / ‖theirs‖."""
+    return ((ours - theirs).norm() / theirs.norm()).item()
+
+
+for steps in (1, 2, 5):
+    assert gap(carried_back(start, lesson, 0.8, steps), through_the_graph(start, lesson, 0.8, steps)) < 1e-12
+
+# %% [markdown]
+# What does it cost? `Held` counts the bytes that autograd keeps for backward passes, at the worst moment.
+
+
+# %%
+class Held(torch.autograd.graph.saved_tensors_hooks):
+    """The most bytes kept for backward passes at one time."""
+
+    def __init__(self):
+        super().__init__(self.pack, lambda packed: packed.tensor)
+        self.now = self.most = 0
+
+    def pack(self, tensor):
+        self.now += tensor.nbytes
+        self.most = max(self.most, self.now)
+        return Packed(self, tensor)
+
+
+class Packed:
+    """A kept tensor that says when it is let go."""
+
+    def __init__(self, counter, tensor):
+        self.counter, self.tensor = counter, tensor
+
+    def __del__(self):
+        self.counter.now -= self.tensor.nbytes
+
+
+def held_by(way, steps):
+    """KiB that one way keeps, written with autograd's own functions so that the hooks see them."""
+    counter, leaf, places = Held(), lesson.clone().requires_grad_(), places_of(start, lesson, 0.8, steps)
+    with counter:
+        weights = start.clone().requires_grad_()
+        if way == "graph":
+            copy = weights
+            for _ in range(steps):
+                loss = kl(perceptron(copy, x), leaf).mean()
+                copy = copy - 0.8 * torch.autograd.grad(loss, copy, create_graph=True)[0]
+            torch.autograd.grad(quiz_loss(copy), leaf)
+        else:
+            for place in reversed(places[:-1]):
+                place = place.clone().requires_grad_()
+                (first,) = torch.autograd.grad(kl(perceptron(place, x), lesson).mean(), place, create_graph=True)
+                torch.autograd.grad((first * weights.detach()).sum(), place)
+    return counter.most / 1024
+
+
+# %% mystnb={"image": {"alt": "Memory kept for backward passes against the number of pilot steps: rising in proportion for the graph, constant for the sweep."}, "figure": {"name": "fig-pilot-memory", "caption": "What autograd keeps while the meta-gradient is computed: the graph through all steps grows with them, the sweep holds one step at a time."}}
+counts = [1, 2, 4, 8, 16]
+figure, axes = plt.subplots()
+for way, name in (("graph", "graph through all steps"), ("sweep", "one step at a time")):
+    axes.plot(counts, [held_by(way, steps) for steps in counts], marker="o", label=name)
+axes.set(xlabel="steps of the copy", ylabel="kept for backward passes (KiB)", ylim=0)
+axes.legend()
+plt.show()
+
+# %% [markdown]
+# ### When the copy takes AdamW's step
+#
+# The real student learns by AdamW. A copy that should tell what the real step will do ought to take the same one. With moments $m, v$, after $t$
+# steps, and the gradient $\gamma$ of the lesson,
+#
+# $$\hat m = \frac{\beta_1 m + (1 - \beta_1)\gamma}{1 - \beta_1^{t+1}}, \quad \hat v = \frac{\beta_2 v + (1 - \beta_2)\gamma^2}{1 - \beta_2^{t+1}}, \quad \theta_s' = \theta_s - \eta_s\, \frac{\hat m}{\sqrt{\hat v} + \varepsilon}, $$ (eq-pilot-adamw)
+#
+# each weight for itself. So the derivative of the step in $\gamma$ is diagonal, $-\eta_s D$ with
+#
+# $$D = \frac{1 - \beta_1}{(1 - \beta_1^{t+1})(\sqrt{\hat v} + \varepsilon)} - \frac{\hat m}{(\sqrt{\hat v} + \varepsilon)^2}\, \frac{(1 - \beta_2)\,\gamma}{(1 - \beta_2^{t+1})\sqrt{\hat v}}, $$ (eq-pilot-slopes)
+#
+# and everything stays as it was with $D\,g$ in the place of $g$.
+
+
+# %%
+def corrected(gradient, m, v, t, betas=(0.9, 0.999)):
+    """m̂ and v̂ after this gradient, the t + 1st."""
+    mean, square = betas[0] * m + (1 - betas[0]) * gradient, betas[1] * v + (1 - betas[1]) * gradient**2
+    return mean / (1 - betas[0] ** (t + 1)), square / (1 - betas[1] ** (t + 1))
+
+
+def adam_step(weights, gradient, m, v, t, rate):
+    """Equation (eq-pilot-adamw), without weight decay."""
+    mean, square = corrected(gradient, m, v, t)
+    return weights - rate * mean / (square.sqrt() + 1e-8)
+
+
+def slopes(gradient, m, v, t, betas=(0.9, 0.999)):
+    """The diagonal D of equation (eq-pilot-slopes)."""
+    mean, square = corrected(gradient, m, v, t, betas)
+    size = square.sqrt() + 1e-8
+    growth = (1 - betas[1]) * gradient / (1 - betas[1] ** (t + 1)) / square.sqrt()
+    return (1 - betas[0]) / (1 - betas[0] ** (t + 1)) / size - mean * growth / size**2
+
+
+m, v = 0.02 * draw(len(start), seed=5), 1e-3 * draw(len(start), seed=6) ** 2
+gamma = grad(lesson_loss)(start, lesson)
+jacobian = torch.func.jacrev(lambda g: adam_step(start, g, m, v, 7, 0.1))(gamma)
+torch.testing.assert_close(jacobian, torch.diag(-0.1 * slopes(gamma, m, v, 7)))
+
+
+# %%
+def after_adam(logits):
+    return quiz_loss(adam_step(start, grad(lesson_loss)(start, logits), m, v, 7, 0.1))
+
+
+def along(direction):
+    """The gradient in the teacher's logits of −η times the mean influence along a direction."""
+    outputs, tangent = jvp(lambda w: perceptron(w, x), (start,), (direction,))
+    return grad(lambda z: -0.1 * jvp(lambda s: kl(s, z), (outputs,), (tangent,))[1].mean())(lesson)
+
+
+g = grad(quiz_loss)(adam_step(start, gamma, m, v, 7, 0.1))
+exact = grad(after_adam)(lesson)
+with_slopes, without_slopes = along(slopes(gamma, m, v, 7) * g), along(g)
+assert gap(with_slopes, exact) < 1e-10
+cosine = F.cosine_similarity(without_slopes.flatten(), exact.flatten(), dim=0)
+print(f"with D the meta-gradient is exact; with D left out its cosine with the exact one is {cosine:.2f}")
+
+# %% [markdown]
+# | what | the paper says | its released code does |
+# |---|---|---|
+# | LGTM's pilot step | plain gradient descent, eq. (6) | AdamW's step, with $D$ left out of the derivative: the cell above shows the price |
+# | MetaDistil's pilot step | the step of the real student, eq. (2) | plain gradient descent at a constant rate of 5e-5, while the real student takes AdamW's step with a schedule |
+# | MetaDistil's objective | any; KL in its experiments | mean squared error of probabilities, times $T^2$ |
+# | MetaDistil's quiz | a tenth of the training set | a file of one's own; by default all of it at every step, and the comments speak of the dev set |
+#
+# **Exercise 2** (medium, 10 minutes). Before its first step AdamW has $m = v = 0$ and $t = 0$. What is the step then, and what is $D$, for a weight
+# whose gradient is $\gamma \ne 0$? The check compares with {eq}`eq-pilot-slopes`. What does your formula say about a teacher that hopes for feedback
+# from a student's very first step?
+
+
+# %% tags=["exercise"]
+def first_slopes(gradient):
+    """D at the first step of AdamW with ε = 1e-8, in closed form, shape of `gradient`."""
+    return NotImplemented  # one formula in |gradient| and ε
+
+
+# %% tags=["check"]
+def check_first_slopes(first_slopes):
+    gradient = torch.tensor([-1e-7, 3e-8, 2e-6], dtype=torch.float64)
+    if untouched(first_slopes(gradient)):
+        print("not yet")
+        return
+    nothing = torch.zeros_like(gradient)
+    torch.testing.assert_close(first_slopes(gradient), slopes(gradient, nothing, nothing, 0), rtol=1e-4, atol=0)
+    print("right")
+
+
+check_first_slopes(first_slopes)
+
+# %% [markdown]
+# ## Algorithm 1
+#
+# Now with two BERTs. One step has the seven lines of MetaDistil's Algorithm 1. Lines 2 and 5 draw the batches.
+
+
+# %%
+def tiny_bert(layers, seed):
+    """A small BERT with random weights, in float64, whose attention allows forward-mode derivatives."""
+    torch.manual_seed(seed)
+    config = BertConfig(
+        vocab_size=40,
+        hidden_size=32,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        intermediate_size=64,
+        max_position_embeddings=16,
+        num_labels=CLASSES,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+        initializer_range=0.15,
+    )
+    return BertForSequenceClassification._from_config(config, attn_implementation="eager").double()
+
+
+def random_batch(seed):
+    """Eight sequences with labels; numbers instead of words."""
+    generator = torch.Generator().manual_seed(seed)
+    words = torch.randint(5, 40, (8, 7), generator=generator)
+    labels = torch.randint(0, CLASSES, (8,), generator=generator)
+    return {"input_ids": words, "attention_mask": torch.ones_like(words), "labels": labels}
+
+
+def answer(network, weights, batch):
+    inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+    return functional_call(network, weights, kwargs=inputs).logits
+
+
+def student_loss(logits, teacher_logits, labels):
+    """Half labels, half teacher, for each sample; T = 1."""
+    return 0.5 * F.cross_entropy(logits, labels, reduction="none") + 0.5 * kl(logits, teacher_logits)
+
+
+# %%
+def algorithm_1(student, teacher, batch, quiz, rate, optimizers):
+    """One step of MetaDistil; both networks move."""
+    weights = {name: value.detach() for name, value in student.named_parameters()}
+    labels, lesson = batch["labels"], answer(teacher, {}, batch)
+
+    def taught(w):
+        return student_loss(answer(student, w, batch), lesson.detach(), labels).mean()
+
+    gradient = grad(taught)(weights)  # lines 3, 4
+    copy = {name: value - rate * gradient[name] for name, value in weights.items()}
+    g = grad(lambda w: F.cross_entropy(answer(student, w, quiz), quiz["labels"]))(copy)  # line 5
+    outputs, tangent = jvp(lambda w: answer(student, w, batch), (weights,), (g,))
+    outputs, tangent = outputs.detach(), tangent.detach()
+    influence = jvp(lambda z: student_loss(z, lesson, labels), (outputs,), (tangent,))[1]
+    descend(teacher, -rate * influence.mean(), optimizers[1])  # line 6
+    with torch.no_grad():
+        improved = answer(teacher, {}, batch)
+    descend(student, student_loss(answer(student, {}, batch), improved, labels).mean(), optimizers[0])  # line 7
+
+
+def descend(network, loss, optimizer):
+    """One step of an optimiser, the gradient clipped at one."""
+    optimizer.zero_grad()
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+    optimizer.step()
+
+
+# %%
+def optimizer_of(network):
+    return torch.optim.AdamW(network.parameters(), lr=1e-2, weight_decay=0.0)
+
+
+student, teacher = tiny_bert(2, seed=0), tiny_bert(3, seed=1)
+optimizers = optimizer_of(student), optimizer_of(teacher)
+for number in range(3):
+    algorithm_1(student, teacher, random_batch(number), random_batch(100 + number), 0.5, optimizers)
+
+# %% tags=["agrees"]
+from kdlib import losses
+from kdlib.imitation import Imitation
+from kdlib.learner import accelerator_for, learner
+from kdlib.methods.metadistil import metadistil
+from kdlib.pilot import AdamWState, adamw_preconditioner
+
+modules = {"student": tiny_bert(2, seed=0), "teacher": tiny_bert(3, seed=1)}
+accelerator = accelerator_for("cpu")
+ours = [learner(name, module, accelerator, 1e-2, 10**12, 0.0, 0.0) for name, module in modules.items()]
+step = metadistil(*ours, Imitation(alpha=0.5, temperature=1.0), pilot_learning_rate=0.5)
+for number in range(3):
+    lessons = (random_batch(number), random_batch(100 + number))
+    step(*({**b, "token_type_ids": torch.zeros_like(b["input_ids"]), "rows": torch.arange(8)} for b in lessons))
+for theirs, mine in zip((student, teacher), modules.values(), strict=True):
+    for expected, actual in zip(theirs.parameters(), mine.parameters(), strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-7, atol=1e-9)
+
+state = AdamWState({"w": m}, {"w": v}, {"w": 0.0}, step=7, learning_rate=0.1)
+torch.testing.assert_close(adamw_preconditioner({"w": gamma}, state)["w"], slopes(gamma, m, v, 7))
+torch.testing.assert_close(losses.kl_divergence(lesson, x[:, :CLASSES], reduction="none"), kl(lesson, x[:, :CLASSES]))
+print("kdlib's step ends with the same teacher and the same student")
+
+# %% [markdown]
+# Two things to know about the library's step. Dropout is off in everything that is differentiated, and on in the real student's step. And it asks
+# the teacher twice, before and after its update: that is the price of the pilot update, one forward pass.
+#
+# ## What it does to a BERT
+#
+# Teacher `tiny-2x64`, fine-tuned first; student `tiny-2x32`; 2,000 sentences of MiniGLUE, a tenth of them for feedback. All ways train on
+# the other 1,800, for as many steps, with the same student's rate. The teacher's rate while it teaches was chosen among four by the validation
+# split, with a seed that is not used here. Five paired seeds (*read*). The questions were fixed before: is the student better than that of a
+# fixed teacher? Is it better with the pilot update than without?
+
+# %%
+records = runs.book_records("05_pilot_updates")
+TASKS = ("mini-sst2", "mini-mnli")
+ARMS = {
+    "fixed teacher": {"method": "kd", "feedback_fraction": 0.1},
+    "with pilot update": {"method": "metadistil", "pilot_update": True, "pilot_rule": "sgd"},
+    "without": {"method": "metadistil", "pilot_update": False},
+    "with AdamW's pilot": {"method": "metadistil", "pilot_rule": "adamw"},
+    "fixed teacher, all data": {"method": "kd", "feedback_fraction": 0.0},
+}
+COLOURS = {"fixed teacher": "C2", "with pilot update": "C0", "without": "C1"}
+
+
+def arm(task, name):
+    """The records of one way to train, in the order of the seeds."""
+    wanted = {"task": task, **ARMS[name]}
+    found = [r for r in records if wanted.items() <= r.config.items()]
+    return sorted(found, key=lambda record: record.config["seed"])
+
+
+def scores(task, name, metric="test/accuracy"):
+    """A metric in per cent, one value for each seed."""
+    return pd.Series([100 * record.metrics[metric] for record in arm(task, name)])
+
+
+# %% mystnb={"image": {"alt": "Two panels, one for each task: validation accuracy of the student and, dashed, of the teacher over the steps, for a fixed teacher and for MetaDistil with and without pilot update."}, "figure": {"name": "fig-pilot-dynamics", "caption": "Students (solid, bands of one standard deviation over five seeds) and the teachers that learn (dashed), on the validation split. The counterpart of MetaDistil's Figure 2."}}
+figure, panels = plt.subplots(1, 2, figsize=(6.0, 2.5))
+for axes, task in zip(panels, TASKS, strict=True):
+    for name, colour in COLOURS.items():
+        histories = [record.history_frame for record in arm(task, name)]
+        steps = histories[0]["step"]
+        plots.band(axes, steps, [100 * h["validation/accuracy"] for h in histories], label=name, color=colour)
+        if name != "fixed teacher":
+            teachers = [100 * h["teacher/validation/accuracy"] for h in histories]
+            axes.plot(steps, sum(teachers) / len(teachers), "--", color=colour)
+    axes.set(xlabel="step", title=task)
+panels[0].set(ylabel="validation accuracy (%)")
+panels[1].legend(loc="lower right")
+plt.show()
+
+# %%
+for task in TASKS:
+    for name in ("with pilot update", "without"):
+        first, last = (
+            [100 * record.history[place]["teacher/validation/accuracy"] for record in arm(task, name)]
+            for place in (0, -1)
+        )
+        change = pd.Series(last) - pd.Series(first)
+        low, high = stats.ttest_1samp(change, 0).confidence_interval(0.95)
+        ahead = sum(
+            r.history[-1]["validation/accuracy"] > r.history[-1]["teacher/validation/accuracy"] for r in arm(task, name)
+        )
+        print(
+            f"{task}, {name}: the teacher's accuracy changes by {change.mean():+.1f} points from the first epoch to the "
+            f"last (95 % interval {low:+.1f} to {high:+.1f}); the student ends above it in {ahead} of {len(change)} seeds"
+        )
+
+# %% [markdown]
+# In the paper's Figure 2 the teacher degrades after some thousand steps and the student overtakes it. The lines above say what became of that
+# here, where training is much shorter and a student has a fifth of its teacher's weights.
+#
+# ### Does it help?
+
+
+# %%
+def compare(task, first, second):
+    """The gain in test accuracy of the first way over the second, paired by seed, with a 95 % interval."""
+    gain = scores(task, first) - scores(task, second)
+    low, high = stats.ttest_1samp(gain, 0).confidence_interval(0.95)
+    verdict = "holds" if low > 0 else "fails" if high < 0 else "undecided"
+    return [
+        f"{gain.mean():+.1f} ± {gain.std():.1f}",
+        f"{low:+.1f} to {high:+.1f}",
+        f"{(gain > 0).sum()} of {len(gain)}",
+        verdict,
+    ]
+
+
+CLAIMS = [
+    ("with pilot update", "fixed teacher"),
+    ("without", "fixed teacher"),
+    ("with pilot update", "without"),
+]
+columns = ["gain (points)", "95 % interval", "seeds in favour", "verdict"]
+claims = [(task, *claim) for task in TASKS for claim in CLAIMS]
+claims += [("mini-mnli", "with AdamW's pilot", rival) for rival in ("fixed teacher", "with pilot update")]
+claims += [("mini-mnli", "with pilot update", "fixed teacher, all data")]
+names = [f"{task}: {first} over {second}" for task, first, second in claims]
+pd.DataFrame([compare(*claim) for claim in claims], index=names, columns=columns)
+
+
+# %%
+def shown(task, name):
+    """Mean and standard deviation of the test accuracy over seeds, in per cent."""
+    return f"{scores(task, name).mean():.1f} ± {scores(task, name).std():.1f}" if arm(task, name) else ""
+
+
+pd.DataFrame([[shown(task, name) for task in TASKS] for name in ARMS], index=list(ARMS), columns=list(TASKS))
+
+# %% [markdown]
+# A negative result, then: in this setting no student of a learning teacher is ahead of that of a fixed one, on `mini-sst2` it is behind, and
+# the pilot update makes no difference that five seeds could see. Two things to keep in mind before it is held against the method. The
+# student learns for a few hundred steps and is still rising when they end. And the paper's gains, below, are about a point: too small for five
+# seeds of so small a student to resolve.
+
+# %%
+printed = runs.published()
+rows = (printed["table"] == "metadistil-tab1") & (printed["split"] == "validation") & (printed["metric"] == "accuracy")
+rows &= printed["method"].isin(["KD", "MetaDistil", "MetaDistil without pilot update"])
+printed[rows].pivot_table(index="method", columns="task", values="value", aggfunc="first")
+
+# %% [markdown]
+# ## Is the pilot update worth its step?
+#
+# MetaDistil offers a statistic for it. At every step, compare the validation loss of the copy after the teaching experiment with that of the student
+# after its real step: the real one is better in 87 % of them. And the teacher's step brings it closer to the student in 91 % of the steps of the
+# first half, in 63 % of the second. Ours were counted on 128 sentences of the validation split, at every step (*read*).
+
+
+# %%
+def shares(task, name):
+    """Shares of the steps in per cent: real step better; teacher closer, first and second half of the epochs."""
+    histories = [record.history_frame for record in arm(task, name)]
+    half = len(histories[0]) // 2
+    closer = [h["train_teacher_closer"] for h in histories]
+    found = {
+        "real step better (%)": [h["train_watch_better"].mean() for h in histories],
+        "closer, first half (%)": [values[:half].mean() for values in closer],
+        "closer, second half (%)": [values[half:].mean() for values in closer],
+    }
+    return {key: f"{100 * pd.Series(v).mean():.0f} ± {100 * pd.Series(v).std():.0f}" for key, v in found.items()}
+
+
+counted = {"MetaDistil": dict(zip(shares("mini-mnli", "with pilot update"), ("87", "91", "63"), strict=True))}
+counted |= {f"{task}, plain pilot": shares(task, "with pilot update") for task in TASKS}
+counted["mini-mnli, AdamW's pilot"] = shares("mini-mnli", "with AdamW's pilot")
+pd.DataFrame(counted).T
+
+# %% [markdown]
+# But what does the first number show? The copy takes a plain gradient step and the student one of AdamW. They differ even if the teacher does not
+# move at all. On the quadratic the confusion is plain: with a pilot at a tenth of the real rate, the real step is better *whatever* the teacher did.
+
+
+# %%
+def real_is_better(meta_rate, pilot_rate=0.04, rate=0.4, steps=30):
+    """The share of steps after which the student is closer to the goal than its pilot was."""
+    theta, phi, wins = torch.tensor(2.0, dtype=torch.float64), torch.tensor(0.3, dtype=torch.float64), 0
+    for _ in range(steps):
+        copy = theta - pilot_rate * (theta - phi)
+        phi = phi - meta_rate * meta_gradient(inner, outer, theta, phi, pilot_rate)
+        theta = theta - rate * (theta - phi)
+        wins += int(theta.abs() < copy.abs())
+    return wins / steps
+
+
+share = real_is_better(meta_rate=0.0)
+print(f"with a teacher that never moves the real step is better in {share:.0%} of the steps")
+
+# %% [markdown]
+# A share above one half is thus no evidence for the pilot update unless copy and student take the same step. `pilot_rule="adamw"` of
+# `kdlib.methods.metadistil` makes the copy take the step that AdamW would take from the *old* teacher. That is the fair comparison, the last
+# row of the table. Is its share above one half?
+
+# %%
+won = [100 * record.history_frame["train_watch_better"].mean() for record in arm("mini-mnli", "with AdamW's pilot")]
+low, high = stats.ttest_1samp(won, 50).confidence_interval(0.95)
+verdict = "holds" if low > 50 else "fails" if high < 50 else "undecided"
+print(
+    f"the improved lesson beats the old one in {sum(won) / len(won):.0f} % of the steps, 95 % interval {low:.0f} to {high:.0f}: {verdict}"
+)
+
+# %% [markdown]
+# The other two numbers of the paper have no counterpart here. This teacher was fine-tuned to the end and starts far ahead. Its steps take it closer
+# to its student in fewer than half of the cases, in both halves.
+#
+# **Exercise 3** (easy, 5 minutes). How much does a perfect teacher gain from one look at the quiz? On the quadratic with the pilot update, choose $\mu$ so
+# that the student is at its goal after a single step, whatever $\theta$ and $\varphi$ are. Is that rate stable?
+
+
+# %% tags=["exercise"]
+def one_shot_rate(rate):
+    """The teacher's rate μ that brings the student to zero in one step, given the student's rate λ."""
+    return NotImplemented  # one formula
+
+
+# %% tags=["check"]
+def check_one_shot_rate(one_shot_rate):
+    rate = torch.tensor(0.4, dtype=torch.float64)
+    if untouched(one_shot_rate(rate)):
+        print("not yet")
+        return
+    theta, phi = torch.tensor([1.5, -0.7], dtype=torch.float64)
+    end = quadratic_step(theta, phi, rate, one_shot_rate(rate), True)[0]
+    torch.testing.assert_close(end, torch.zeros_like(end), rtol=0, atol=1e-9)
+    print("right")
+
+
+check_one_shot_rate(one_shot_rate)
+
+# %% [markdown]
+# ## Summary
+#
+# | shown | here | in the paper |
+# |---|---|---|
+# | the pilot student as a function of the teacher, and the teacher's step | {eq}`eq-pilot-copy`, {eq}`eq-pilot-meta` | MetaDistil (2), (3) |
+# | on a quadratic the pilot update is faster by $\sqrt{1 - \mu\lambda^2}$ a step, and stable for fewer rates | {eq}`eq-pilot-matrices`, {eq}`eq-pilot-stable` | |
+# | several steps of the copy: carry the feedback gradient back by Hessian-vector products | {eq}`eq-pilot-adjoint` | mentioned in section 3.2.2 |
+# | one step of AdamW: multiply it by a diagonal first | {eq}`eq-pilot-adamw`, {eq}`eq-pilot-slopes` | |
+# | the algorithm, its curves and its statistics | {ref}`fig-pilot-dynamics` | Algorithm 1, Figure 2, section 5.1 |
+#
+# Live in this notebook: all derivations and checks. Read from records: curves, verdicts and the two statistics.
+#
+# What is left open: one setting, one size of student, no search over $\alpha$ and the temperature; the paper's Table 3 and Figures 3 to 5 have no
+# counterpart yet.
+
+# %% [markdown]
+# ## Solutions
+#
+# <details><summary>Exercise 1</summary>
+#
+# The pilot is $\theta' = (1 - \lambda)\theta + \lambda\varphi$, the teacher becomes $\varphi - \mu\lambda\theta'$, and the student
+# $(1 - \kappa)\theta + \kappa(\varphi - \mu\lambda\theta')$.
+#
+# ```python
+# def two_rate_matrix(pilot_rate, rate, meta_rate):
+#     pull, a = meta_rate * pilot_rate, 1 - pilot_rate
+#     teacher = torch.tensor([-pull * a, 1 - pull * pilot_rate], dtype=torch.float64)
+#     student = torch.tensor([1 - rate, 0.0], dtype=torch.float64) + rate * teacher
+#     return torch.stack([student, teacher])
+# ```
+#
+# </details>
+#
+# <details><summary>Exercise 2</summary>
+#
+# $\hat m = \gamma$ and $\sqrt{\hat v} = |\gamma|$, so the step is $\eta_s \gamma / (|\gamma| + \varepsilon)$, the sign but for $\varepsilon$. Its derivative is
+# $\varepsilon / (|\gamma| + \varepsilon)^2$, almost nothing: a sign does not change when its argument does. The first step gives hardly any feedback.
+#
+# ```python
+# def first_slopes(gradient):
+#     return 1e-8 / (gradient.abs() + 1e-8) ** 2
+# ```
+#
+# </details>
+#
+# <details><summary>Exercise 3</summary>
+#
+# The student ends at $(1 - \mu\lambda^2)\,\theta'$, so $\mu = 1 / \lambda^2$. There $c = 0$, and both eigenvalues are zero: as stable as can be.
+#
+# ```python
+# def one_shot_rate(rate):
+#     return 1 / rate**2
+# ```
+#
+# </details>

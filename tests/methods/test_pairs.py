@@ -1,0 +1,86 @@
+"""Every rule of teaching with everything that can be imitated: what learns moves, what is fixed stays."""
+
+import itertools
+import math
+
+import pytest
+import torch
+
+from kdlib import glue, losses, models
+from kdlib.imitation import Imitation
+from kdlib.learner import accelerator_for, learner
+from kdlib.methods import kd
+from kdlib.methods.metadistil import metadistil
+from kdlib.methods.online import ORDERS, online_distillation
+from tests import toy
+
+RULES = ["kd", *ORDERS, "metadistil"]
+OUTPUTS = {"two-way": 2, "three-way": 3, "regression": 1}
+PAIRS = [
+    (rule, objective, weight, task)
+    for rule, objective, weight, task in itertools.product(RULES, losses.OBJECTIVES, (0.0, 0.7), OUTPUTS)
+    if task != "regression" or objective in losses.REGRESSION_OBJECTIVES
+]
+
+
+def batch(seed: int, task: str) -> dict[str, torch.Tensor]:
+    collated = glue.collate(toy.encoded(4, seed), range(4))
+    generator = torch.Generator().manual_seed(seed)
+    if task == "regression":
+        return collated | {"labels": 5 * torch.rand(4, generator=generator)}
+    return collated | {"labels": torch.randint(0, OUTPUTS[task], (4,), generator=generator)}
+
+
+def learners(task: str):
+    """Without weight decay, so that only a gradient moves anything."""
+    options = {"learning_rate": 1e-3, "total_steps": 10, "warmup_ratio": 0.0, "weight_decay": 0.0}
+    accelerator = accelerator_for("cpu")
+    return [
+        learner(name, toy.network(seed, OUTPUTS[task], layers=2).train(), accelerator, **options)
+        for seed, name in enumerate(("student", "teacher"))
+    ]
+
+
+def step_of(rule: str, student, teacher, imitation: Imitation):
+    if rule == "kd":
+        return kd.distillation(
+            student, lambda data: models.targets(teacher.module, data, **imitation.wanted), imitation
+        )
+    if rule == "metadistil":
+        return metadistil(student, teacher, imitation)
+    return online_distillation(
+        student, teacher, imitation, Imitation(0.5, imitation.temperature, imitation.objective), rule
+    )
+
+
+def weights(who) -> list[torch.Tensor]:
+    return [value.clone() for value in models.trainable(who.module).values()]
+
+
+def moved(who, before: list[torch.Tensor]) -> bool:
+    now = weights(who)
+    assert all(value.isfinite().all() for value in now)
+    return any(not torch.equal(ours, theirs) for ours, theirs in zip(now, before, strict=True))
+
+
+@pytest.mark.parametrize(("rule", "objective", "pkd_weight", "task"), PAIRS)
+def test_two_steps(rule, objective, pkd_weight, task):
+    student, teacher = learners(task)
+    step = step_of(rule, student, teacher, Imitation(0.4, 2.0, losses.OBJECTIVES[objective], pkd_weight))
+    before = weights(student), weights(teacher)
+    for number in range(2):
+        data = [batch(number, task)] + ([batch(number + 2, task)] if rule == "metadistil" else [])
+        values = step(*data)
+        assert "loss" in values and all(math.isfinite(value) for value in values.values()), values
+    assert moved(student, before[0])
+    assert moved(teacher, before[1]) == (rule != "kd")
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_softmax_over_one_output_is_refused_before_anything_moves(rule):
+    student, teacher = learners("regression")
+    step = step_of(rule, student, teacher, Imitation(0.4, 2.0, losses.kl_divergence))
+    before = weights(student), weights(teacher)
+    with pytest.raises(ValueError, match="for regression use objective 'logit_mse'"):
+        step(*[batch(0, "regression")] * (2 if rule == "metadistil" else 1))
+    assert not moved(student, before[0]) and not moved(teacher, before[1])
