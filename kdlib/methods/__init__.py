@@ -14,7 +14,7 @@ from torch.nn import functional as F
 Step = Callable[..., dict[str, float]]
 
 
-def entropy(logits: Float[Tensor, "batch classes"]) -> float:
+def mean_entropy(logits: Float[Tensor, "batch classes"]) -> float:
     """The mean entropy of the predictions, in nats; 0 for a single output, where there is no distribution.
 
     Source: the entropy gap of LGTM Figures 5 and 6 is the difference of two of them.

@@ -17,7 +17,7 @@ from kdlib import influence, models, pilot
 from kdlib.imitation import Imitation
 from kdlib.influence import TangentMethod
 from kdlib.learner import Batch, Learner
-from kdlib.methods import Step, entropy
+from kdlib.methods import Step, mean_entropy
 from kdlib.methods.online import detached
 from kdlib.models import Outputs, Parameters
 
@@ -70,10 +70,10 @@ def metadistil(
 
         with lowered():
             # Lines 3, 4: the teaching experiment.
-            trial = experiment(student, batch, lesson, imitation, inner_steps, pilot_rule, rate)
+            trial = teaching_experiment(student, batch, lesson, imitation, inner_steps, pilot_rule, rate)
             # Line 5: the quiz, and what it says about every step of the experiment.
             quizzed: list[Tensor] = []
-            direction = influence.feedback_gradient(module, trial.copy, feedback, recorded(quizzed))
+            direction = influence.feedback_gradient(module, trial.copy, feedback, _recorded(quizzed))
             tangents = tangents_along(direction, module, batch, lesson, imitation, trial, tangent)
         watched = loss_on(student, trial.copy, watch) if watch is not None else 0.0
 
@@ -97,7 +97,7 @@ def metadistil(
             return imitation(own, example, batch["labels"])
 
         values = {"loss": student.minimise(loss, batch), "feedback_loss": torch.cat(quizzed).mean().item()}
-        values |= {"student_entropy": entropy(seen[0]), "teacher_entropy": entropy(example.logits)}
+        values |= {"student_entropy": mean_entropy(seen[0]), "teacher_entropy": mean_entropy(example.logits)}
         if watch is not None:
             before, after = (
                 imitation.agreement(trial.outputs[0], theirs).mean()
@@ -125,7 +125,7 @@ class Experiment:
     slopes: Parameters | None = None
 
 
-def experiment(
+def teaching_experiment(
     student: Learner,
     batch: Batch,
     lesson: Outputs,
@@ -211,7 +211,7 @@ def passed_back(
     return {name: value - learning_rate * curved[name] for name, value in direction.items()}
 
 
-def recorded(values: list[Tensor]) -> pilot.Loss:
+def _recorded(values: list[Tensor]) -> pilot.Loss:
     """The task's loss, which also puts its values, by sample, into the list."""
 
     def loss(outputs: Outputs, batch: Batch) -> Tensor:

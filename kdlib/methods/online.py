@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from kdlib import models
 from kdlib.imitation import Imitation
 from kdlib.learner import Batch, Learner, minimise_together
-from kdlib.methods import Step, entropy
+from kdlib.methods import Step, mean_entropy
 from kdlib.models import Outputs
 
 Order = Literal["teacher", "student", "simultaneous"]
@@ -65,7 +65,7 @@ def online_distillation(
         if first == "student":
             turns.reverse()
         done = {turn[0].name: update(*turn, batch) for turn in turns}
-        return summary(*done[student.name], *done[teacher.name])
+        return _summary(*done[student.name], *done[teacher.name])
 
     def at_once(batch: Batch) -> dict[str, float]:
         seen: list[tuple[Tensor, Tensor]] = []
@@ -80,18 +80,18 @@ def online_distillation(
 
         loss, teacher_loss = minimise_together([student, teacher], losses, batch)
         ours, theirs = (torch.cat(logits) for logits in zip(*seen, strict=True))
-        return summary(loss, ours, teacher_loss, theirs)
+        return _summary(loss, ours, teacher_loss, theirs)
 
     return at_once if first == "simultaneous" else in_turns
 
 
-def summary(loss: float, logits: Tensor, teacher_loss: float, teacher_logits: Tensor) -> dict[str, float]:
+def _summary(loss: float, logits: Tensor, teacher_loss: float, teacher_logits: Tensor) -> dict[str, float]:
     """The numbers to log of one step of two learners: losses, and the entropies of their predictions in nats."""
     return {
         "loss": loss,
         "teacher_loss": teacher_loss,
-        "student_entropy": entropy(logits),
-        "teacher_entropy": entropy(teacher_logits),
+        "student_entropy": mean_entropy(logits),
+        "teacher_entropy": mean_entropy(teacher_logits),
     }
 
 
