@@ -679,7 +679,7 @@ def interval(differences):
     return differences.mean().item(), float(low), float(high)
 
 
-def verdict(differences):
+def reading(differences):
     """What paired differences say of the claim "above zero"."""
     _, low, high = interval(differences)
     return "holds" if low > 0 else "fails" if high < 0 else "undecided"
@@ -689,7 +689,7 @@ def row_of(differences, scale=1.0, digits=1):
     """Mean, interval and verdict as text, for a table."""
     mean, low, high = interval([scale * float(d) for d in differences])
     sign = f"+.{digits}f"
-    return [f"{mean:{sign}}", f"{low:{sign}} to {high:{sign}}", verdict(differences)]
+    return [f"{mean:{sign}}", f"{low:{sign}} to {high:{sign}}", reading(differences)]
 
 
 # %%
@@ -750,7 +750,7 @@ for first in ORDERS:
 pair = teacher_logits, student_logits
 torch.testing.assert_close(losses.kl_divergence(*pair, reduction="none"), agreement(*pair))
 torch.testing.assert_close(losses.reverse_soft_cross_entropy(*pair, reduction="none"), printed(*pair))
-assert abs(methods.entropy(teacher_logits) - entropy(teacher_logits).item()) < 1e-6
+assert abs(methods.mean_entropy(teacher_logits) - entropy(teacher_logits).item()) < 1e-6
 print("kdlib agrees with this chapter's losses and, in all three orders, with its step")
 
 # %% [markdown]
