@@ -146,7 +146,8 @@ def teaching_experiment(
         if rule == "sgd":
             copy = pilot.sgd(copy, gradient, rate)
         else:
-            state = pilot.adamw_state(student.optimizer, dict(student.module.named_parameters()), rate)
+            learned = {name: student.module.get_parameter(name) for name in copy}
+            state = pilot.adamw_state(student.optimizer, learned, rate)
             copy, slopes = pilot.adamw(copy, gradient, state), pilot.adamw_preconditioner(gradient, state)
     return Experiment(copy, places, outputs, rate, slopes)
 

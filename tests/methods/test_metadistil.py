@@ -202,3 +202,16 @@ def test_mixed_precision_changes_the_teachers_gradient_a_little(where):
 def test_settings_without_meaning_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         module.check_settings(*arguments)
+
+
+@pytest.mark.parametrize("rule", module.PILOT_RULES)
+def test_frozen_weights_stay_out_of_the_experiment(rule):
+    student, teacher = pairs.pair()
+    embeddings = student.module.bert.embeddings.requires_grad_(False)
+    student.optimizer.optimizer = torch.optim.AdamW(
+        [p for p in student.module.parameters() if p.requires_grad], lr=0.01
+    )
+    before = pairs.weights(teacher), {n: p.clone() for n, p in embeddings.named_parameters()}
+    metadistil(student, teacher, MIXTURE, pilot_rule=rule)(BATCH, FEEDBACK)
+    assert pairs.same(dict(embeddings.named_parameters()), before[1])
+    assert not pairs.same(pairs.weights(teacher), before[0])
