@@ -34,7 +34,8 @@ def chapter_table(root: Path = ROOT) -> str:
 def result_table(root: Path = ROOT) -> str:
     """Test accuracy of every setting on record: mean and standard deviation over seeds, in per cent.
 
-    Of the distilled students only the settings with the most seeds: the sweeps with fewer belong to their chapters.
+    Of the distilled students, and of each network alone, only the settings with the most seeds: the sweeps with fewer
+    belong to their chapters.
     """
     settings: dict[str, list[runs.RunRecord]] = {}
     for path in sorted((root / "data" / "runs").rglob("*.json")):
@@ -42,15 +43,14 @@ def result_table(root: Path = ROOT) -> str:
         if record is not None and "test/accuracy" in record.metrics:
             identity = {n: v for n, v in runs.configure(**record.config).identity.items() if n != "seed"}
             settings.setdefault(json.dumps(identity), []).append(record)
-    most: dict[str, int] = {}
+    most: dict[tuple[str, str], int] = {}
     for records in settings.values():
-        config = records[0].config
-        if config["method"] != "fine_tune":
-            most[config["task"]] = max(len(records), most.get(config["task"], 0))
+        rival = _rival(records[0].config)
+        most[rival] = max(len(records), most.get(rival, 0))
     rows = []
     for records in settings.values():
         config = records[0].config
-        if config["method"] != "fine_tune" and len(records) < most[config["task"]]:
+        if len(records) < most[_rival(config)]:
             continue
         scores = [100 * record.metrics["test/accuracy"] for record in records]
         spread = f" ± {stdev(scores):.1f}" if len(scores) > 1 else ""
@@ -64,6 +64,11 @@ def result_table(root: Path = ROOT) -> str:
     if len(alike) < len(lines):
         raise ValueError("two settings look alike in the README's results: say in _lesson how they differ")
     return "\n".join(head + lines)
+
+
+def _rival(config: dict[str, Any]) -> tuple[str, str]:
+    """What a setting shares with those that it stands beside: the task, and the network if that learned alone."""
+    return config["task"], config["student"] if config["method"] == "fine_tune" else ""
 
 
 def _lesson(config: dict[str, Any]) -> str:

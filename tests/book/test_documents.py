@@ -32,7 +32,7 @@ def small(tmp_path, root):
         "# Book\n<!-- chapters -->\n<!-- end of chapters -->\ntext\n"
         "<!-- results -->\nold\n<!-- end of results -->\nend\n"
     )
-    path = next((root / "data" / "runs").rglob("mini-mnli-kd-*.json"))
+    path = next((root / "data" / "runs" / "01_distillation").glob("mini-mnli-kd-*.json"))
     template = json.loads(path.read_text())
 
     def record(seed, score, **changes):
