@@ -145,9 +145,8 @@ def reverse_soft_cross_entropy(
     """T² · cross entropy of the teacher under the student's predictions, −Σ_c p^s_c log p^t_c, in nats.
 
     Linear in the student's probabilities, so alone it is lowest where the student is certain of the teacher's likeliest
-    class.  LGTM eq. (3) prints it as the *teacher's* objective, `reverse_soft_cross_entropy(teacher_logits,
-    student_logits)`; ProKT and the code released with LGTM take `kl_divergence` called that way.  Raises as
-    `kl_divergence` does.
+    class.  LGTM eq. (3) prints it as the *teacher's* objective, with the roles exchanged: the teacher's logits come
+    first.  ProKT and the code released with LGTM take `kl_divergence` called that way.  Raises as `kl_divergence` does.
 
     Source: LGTM eq. (3).  Derived in: chapters/04_online_distillation.
     """

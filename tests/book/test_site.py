@@ -194,8 +194,11 @@ def test_the_front_figure_is_what_its_script_draws_and_small(root, tmp_path):
 
 LOOK = """
 const done = arguments[arguments.length - 1];
-const ready = window.MathJax && MathJax.startup ? MathJax.startup.promise : Promise.resolve();
-ready.then(() => {
+// Not MathJax's promise: asked for too early it may be one that is never kept.  What counts is the page.
+const begun = Date.now();
+const typeset = () => [...document.querySelectorAll("article .math")].every((e) => e.querySelector("mjx-container"));
+const look = () => {
+  if (!typeset() && Date.now() - begun < 60000) return setTimeout(look, 100);
   const found = [];
   const walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
   while (walker.nextNode()) {
@@ -223,7 +226,8 @@ ready.then(() => {
   done({found, formulas: formulas.length, figures: figures.length,
         cells: document.querySelectorAll("div.highlight pre").length,
         copy: document.querySelectorAll("button.copybtn").length});
-});
+};
+look();
 """
 
 # Wider than the window, or sticking out of it where nothing scrolls.
