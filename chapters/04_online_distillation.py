@@ -356,8 +356,8 @@ print("student first = one move of the student, then teacher first, then one mov
 #
 # Three predictions follow. (1) The pair finds the truth slowly, at the rate $h (1 - c) = h \alpha$: each holds the other back. (2)
 # Alternating is faster than simultaneous, by the share $h c / 2$: a little, of the size of a step. (3) At large rates the difference is no
-# longer small. Simultaneous updates need $h (1 + c) < 2$. For the alternating ones Jury's criterion ($|{\det}| < 1$ and $|\mathrm{tr}| < 1
-# + \det$) asks for
+# longer small. Simultaneous updates need $h (1 + c) < 2$. For the alternating ones Jury's criterion
+# ($|{\det}| < 1$ and $|\mathrm{tr}| < 1 + \det$) asks for
 #
 # $$h_{\text{simultaneous}} < \frac{2}{1 + c}, \qquad h_{\text{alternating}} < 2. $$ (eq-online-stable)
 

@@ -198,7 +198,7 @@ const done = arguments[arguments.length - 1];
 const begun = Date.now();
 const typeset = () => [...document.querySelectorAll("article .math")].every((e) => e.querySelector("mjx-container"));
 const look = () => {
-  if (!typeset() && Date.now() - begun < 60000) return setTimeout(look, 100);
+  if (window.MathJax && !typeset() && Date.now() - begun < 60000) return setTimeout(look, 100);
   const found = [];
   const walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
   while (walker.nextNode()) {
