@@ -772,7 +772,6 @@ check_midpoint_gradient(midpoint_gradient)
 
 # %% tags=["agrees"]
 from kdlib import losses
-from kdlib.methods import kd
 
 for T in (0.5, 1.0, 4.0):
     pair = student_logits, teacher_logits
@@ -782,7 +781,7 @@ for T in (0.5, 1.0, 4.0):
     torch.testing.assert_close(losses.soft_cross_entropy(*pair, **same), soft_cross_entropy(*pair, T))
     torch.testing.assert_close(losses.probability_mse(*pair, **same), probability_mse(*pair, T))
     torch.testing.assert_close(losses.logit_mse(*pair, **same), logit_mse(*pair))
-    ours, theirs = combined_loss(*pair, labels, 0.3, T), kd.distillation_loss(*pair, labels, 0.3, **same)
+    ours, theirs = combined_loss(*pair, labels, 0.3, T), losses.distillation_loss(*pair, labels, 0.3, **same)
     torch.testing.assert_close(theirs, ours)
 torch.testing.assert_close(losses.cross_entropy(student_logits, labels, "none"), cross_entropy(student_logits, labels))
 print("kdlib agrees with every loss of this chapter")
