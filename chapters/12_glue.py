@@ -81,10 +81,10 @@ regression = False  # for a data set of your own: labels are scores
 max_length = 128  # word pieces of an example
 max_train = None  # a random subset of so many training examples
 max_evaluation = None
-feedback_fraction = None  # share of train kept as feedback data: 0.1 for metadistil, else none
+feedback_fraction = None  # share of train kept as feedback data: 0.1 for metadistil and lgtm, else none
 
 # Who learns from whom
-method = "kd"  # "kd", "prokt", "dml", "metadistil", or "fine_tune" for no teacher at all
+method = "kd"  # "kd", "prokt", "dml", "metadistil", "lgtm", or "fine_tune" for no teacher at all
 teacher = None  # "tiny-4x128", "minilm", a hub id, a folder
 teacher_epochs = None  # before it teaches; 0: the teacher is taken as it is
 teacher_learning_rate = None
@@ -102,7 +102,7 @@ weight_decay = 0.01
 warmup_ratio = 0.1
 alpha = None  # weight of the labels; the teacher's is 1 - alpha
 temperature = None
-objective = None  # kl, reverse_kl, soft_cross_entropy, logit_mse, probability_mse
+objective = None  # kl, reverse_kl, soft_cross_entropy, logit_mse, probability_mse, dist
 pkd_weight = None  # hidden states as well, PKD; pkd_layers "skip" or "last", pkd_normalisation "sum" or "mean"
 pkd_layers = None
 pkd_normalisation = None
@@ -116,20 +116,26 @@ predict_test = True  # also where the test labels are hidden, for a submission
 output_dir = "_runs"
 resume = True  # go on with an interrupted run, reuse a finished one
 
-# A teacher that learns: chapter 4
+# A teacher that learns: chapters 4, 5 and 7
 teaching_rate = None  # its learning rate while it teaches
-teacher_alpha = None  # prokt, dml: weight of the labels for the teacher
-teacher_objective = None  # prokt, dml: what the teacher imitates in the student
+teacher_alpha = None  # prokt, dml, lgtm: weight of the labels for the teacher
+teacher_objective = None  # prokt, dml, lgtm: what the teacher imitates in the student
 first = None  # prokt, dml: who moves first, "teacher", "student" or "simultaneous"
-zero_classifiers = None  # prokt, dml: both start with equal probabilities
-pilot_update = None  # metadistil: from here to the end
+zero_classifiers = None  # prokt, dml, lgtm: both start with equal probabilities
+pilot_update = None  # metadistil, and the next
 inner_steps = None
-pilot_rule = None  # "sgd" or "adamw"
+pilot_rule = None  # metadistil, lgtm, from here on: "sgd" or "adamw"
 pilot_learning_rate = None
-tangent = None  # "jvp", "finite-difference" or "double-backward"
+tangent = None  # "jvp", "finite-difference", "forward-difference" or "double-backward"
 tangent_precision = None  # "fp32" or "autocast"
 feedback_batch_size = None
-observe = None  # measure what the pilot update is worth
+observe = None  # measure what the pilot update is worth, or the size of the influence term
+influence = None  # lgtm, from here on: "weighted", "printed", "meta" or "released"
+influence_weight = None  # a number, "student_rate" or "teacher_rate"
+influence_share = None  # or the length of its gradient over that of the auxiliary loss
+feedback_every = None  # steps
+feedback_layers = None  # influence through the last layers only
+feedback_from = None  # "validation": the papers' way, whose validation scores mean nothing; metadistil too
 
 # %% [markdown]
 # papermill writes your values into a cell of their own behind this one. We collect all names that were set in either, so a

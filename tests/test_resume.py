@@ -38,6 +38,9 @@ TEACHING = {
     "observe": True,
 }
 
+# Looks at the feedback at every second step: which ones must not depend on where the run began.
+GOOD_TEACHING = {**TEACHING, "method": "lgtm", "feedback_every": 2}
+
 # A place is a function and the number of the call to it that does not return: (holder, name, call, before or after).
 # Teacher and student train in the same process, 9 steps each, so calls 10 to 18 of `minimise` are the student's.
 PLACES = {
@@ -59,6 +62,7 @@ TEACHING_PLACES = {
     "teacher-stepped-student-not": (Learner, "minimise", 14, "after"),
     "teacher-folder-written-student-not": (runs, "save_pretrained", 3, "before"),
 }
+GOOD_TEACHING_PLACES = {"between-two-looks": (Learner, "minimise", 15, "after")}
 
 
 def run(folder: str, place: str | None, places_hit, parameters: dict) -> None:
@@ -67,7 +71,7 @@ def run(folder: str, place: str | None, places_hit, parameters: dict) -> None:
 
     torch.set_num_threads(1)
     if place is not None:
-        holder, name, call, when = {**PLACES, **TEACHING_PLACES}[place]
+        holder, name, call, when = {**PLACES, **TEACHING_PLACES, **GOOD_TEACHING_PLACES}[place]
         original = getattr(holder, name)
         count = 0
 
@@ -114,7 +118,7 @@ def ending(folder: Path, parameters: dict = CONFIG) -> dict:
         "best_step": record.best_step,
         "oracle": record.oracle,
         "student": (config.folder / "student" / "model.safetensors").read_bytes(),
-        "teacher": teacher.read_bytes() if config.method == "metadistil" else None,
+        "teacher": teacher.read_bytes() if config.method in runs.FEEDBACK else None,
         "predictions": (config.folder / "mini-sst2.tsv").read_bytes(),
         "files": sorted(p.name for p in config.folder.iterdir()),
     }
@@ -149,6 +153,15 @@ def test_killed_while_the_teacher_learns_both_networks_end_the_same(processes, u
     assert hit and code == -signal.SIGKILL
     assert start(processes, tmp_path, None, TEACHING)[0] == 0
     assert ending(tmp_path, TEACHING) == undisturbed_teaching
+
+
+@pytest.mark.parametrize("place", GOOD_TEACHING_PLACES)
+def test_killed_between_two_looks_at_the_feedback_it_looks_at_the_same_steps(processes, tmp_path, place):
+    assert start(processes, tmp_path / "undisturbed", None, GOOD_TEACHING) == (0, False)
+    code, hit = start(processes, tmp_path / "killed", place, GOOD_TEACHING)
+    assert hit and code == -signal.SIGKILL
+    assert start(processes, tmp_path / "killed", None, GOOD_TEACHING)[0] == 0
+    assert ending(tmp_path / "killed", GOOD_TEACHING) == ending(tmp_path / "undisturbed", GOOD_TEACHING)
 
 
 def test_killed_again_and_again(processes, undisturbed, tmp_path):
