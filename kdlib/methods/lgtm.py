@@ -83,7 +83,8 @@ def lgtm(
 
     Raises ValueError as `check_settings` does.
 
-    Source: LGTM Algorithm 1, eqs. (8)-(11).  Derived in: chapters/07_good_teachers.
+    Source: LGTM Algorithm 1, eqs. (8)-(11).
+    Derived in: chapters/03_finite_differences and chapters/07_good_teachers.
     """
     micro_batches = max(student.micro_batches, teacher.micro_batches)
     check_settings(imitation, teacher_imitation, influence, weight, share, pilot_rule, feedback_every, micro_batches)
