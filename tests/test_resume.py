@@ -39,7 +39,7 @@ TEACHING = {
 }
 
 # Looks at the feedback at every second step: which ones must not depend on where the run began.
-GOOD_TEACHING = {**TEACHING, "method": "lgtm", "feedback_every": 2}
+GOOD_TEACHING = {**TEACHING, "method": "lgtm", "feedback_every": 2, "checkpoint_every": 3}
 
 # A place is a function and the number of the call to it that does not return: (holder, name, call, before or after).
 # Teacher and student train in the same process, 9 steps each, so calls 10 to 18 of `minimise` are the student's.
@@ -62,7 +62,7 @@ TEACHING_PLACES = {
     "teacher-stepped-student-not": (Learner, "minimise", 14, "after"),
     "teacher-folder-written-student-not": (runs, "save_pretrained", 3, "before"),
 }
-GOOD_TEACHING_PLACES = {"between-two-looks": (Learner, "minimise", 15, "after")}
+GOOD_TEACHING_PLACES = {"between-two-looks": (Learner, "minimise", 13, "after")}
 
 
 def run(folder: str, place: str | None, places_hit, parameters: dict) -> None:
