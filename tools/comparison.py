@@ -26,14 +26,16 @@ CHAPTER = "12_glue"
 WORK = ROOT / "_build" / "comparison"
 HUB = "nyu-mll/glue"
 SEEDS = {"sst2": (0, 1, 2), "mrpc": (0,)}
+SIZES = {"sst2": {"max_train": 2000, "batch_size": 32}, "mrpc": {"max_train": 1000, "batch_size": 16}}
+"""Pairs of sentences are four times as long, so there are fewer of them."""
 SETTINGS = {
     "source": HUB,
     "teacher": models.MINILM,
     "student_layers": 3,
-    "max_train": 2000,
     "feedback_fraction": 0.1,
     "epochs": 2,
     "evaluate_every": 10_000,
+    "checkpoint_every": 50,
     "predict_test": False,
     "precision": "bf16",
     "device": "cpu",
@@ -54,7 +56,7 @@ def comparison() -> Iterator[RunConfig]:
     for task, seeds in SEEDS.items():
         for seed, (method, settings) in itertools.product(seeds, ARMS.items()):
             own = {} if method == "fine_tune" else {"teacher_seed": seed}
-            yield runs.configure(task=task, seed=seed, method=method, **own, **settings, **SETTINGS)
+            yield runs.configure(task=task, seed=seed, method=method, **own, **settings, **SIZES[task], **SETTINGS)
 
 
 def teachers_of(configs: list[RunConfig]) -> list[RunConfig]:
