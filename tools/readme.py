@@ -32,7 +32,7 @@ def chapter_table(root: Path = ROOT) -> str:
 
 
 def result_table(root: Path = ROOT) -> str:
-    """Test accuracy of every setting on record: mean and standard deviation over seeds, in per cent.
+    """Test accuracy of every setting on record for MiniGLUE: mean and standard deviation over seeds, in per cent.
 
     Of the distilled students, and of each network alone, only the settings with the most seeds: the sweeps with fewer
     belong to their chapters.
@@ -40,7 +40,7 @@ def result_table(root: Path = ROOT) -> str:
     settings: dict[str, list[runs.RunRecord]] = {}
     for path in sorted((root / "data" / "runs").rglob("*.json")):
         record = runs.read_record(path) if runs.is_record(path) else None
-        if record is not None and "test/accuracy" in record.metrics:
+        if record is not None and "test/accuracy" in record.metrics and record.config["source"] == "miniglue":
             identity = {n: v for n, v in runs.configure(**record.config).identity.items() if n != "seed"}
             settings.setdefault(json.dumps(identity), []).append(record)
     most: dict[tuple[str, str], int] = {}
