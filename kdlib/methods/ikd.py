@@ -84,7 +84,7 @@ def ikd(
                 trial = metadistil.teaching_experiment(student, batch, lesson, imitation, 1, "sgd", rate)
                 place, known = trial.copy, trial.outputs[0]
             examined: list[Tensor] = []
-            direction = influence.feedback_gradient(module, place, exam, metadistil.recorded(examined))
+            direction = influence.feedback_gradient(module, place, exam, metadistil.recording(examined))
             said = influence.student_tangent(module, here, batch, direction, tangent, outputs=known, **wanted)
 
         seen: list[Tensor] = []
