@@ -82,10 +82,11 @@ regression = False  # for a data set of your own: labels are scores
 max_length = 128  # word pieces of an example
 max_train = None  # a random subset of so many training examples
 max_evaluation = None
-feedback_fraction = None  # share of train kept as feedback data: 0.1 for metadistil, else none
+feedback_fraction = None  # share of train kept as feedback data: 0.1 where a method needs it, else none
+labelled_course = None  # False: only the feedback data have labels (fine_tune, kd, ikd)
 
 # Who learns from whom
-method = "kd"  # "kd", "prokt", "dml", "metadistil", or "fine_tune" for no teacher at all
+method = "kd"  # "kd", "prokt", "dml", "metadistil", "ikd", or "fine_tune" for no teacher at all
 teacher = None  # "tiny-4x128", "minilm", a hub id, a folder
 teacher_epochs = None  # before it teaches; 0: the teacher is taken as it is
 teacher_learning_rate = None
@@ -117,20 +118,23 @@ predict_test = True  # also where the test labels are hidden, for a submission
 output_dir = "_runs"
 resume = True  # go on with an interrupted run, reuse a finished one
 
-# A teacher that learns: chapter 4
+# A teacher that learns: chapters 4 to 6
 teaching_rate = None  # its learning rate while it teaches
 teacher_alpha = None  # prokt, dml: weight of the labels for the teacher
 teacher_objective = None  # prokt, dml: what the teacher imitates in the student
 first = None  # prokt, dml: who moves first, "teacher", "student" or "simultaneous"
 zero_classifiers = None  # prokt, dml: both start with equal probabilities
-pilot_update = None  # metadistil: from here to the end
-inner_steps = None
-pilot_rule = None  # "sgd" or "adamw"
-pilot_learning_rate = None
+pilot_update = None  # metadistil: the student learns from the improved teacher
+inner_steps = None  # metadistil
+pilot_rule = None  # metadistil: "sgd" or "adamw"
+pilot_learning_rate = None  # metadistil, ikd: from here to feedback_batch_size
 tangent = None  # "jvp", "finite-difference" or "double-backward"
 tangent_precision = None  # "fp32" or "autocast"
 feedback_batch_size = None
-observe = None  # measure what the pilot update is worth
+observe = None  # metadistil: measure what the pilot update is worth
+meta_weight = None  # ikd: weight of the student's exam, the labels' is 1 - meta_weight
+feedback_at = None  # ikd: "before" or "after" the course step
+exam = None  # ikd: the "course" batch, another of "train", or "feedback"
 
 # %% [markdown]
 # papermill writes your values into a cell of their own behind this one. We collect all names that were set in either, so a
@@ -174,7 +178,7 @@ plt.show()
 #
 # ## The teacher
 #
-# Vanilla distillation and MetaDistil have two stages. First the teacher is fine-tuned on the labels. The result is stored under
+# Vanilla distillation, MetaDistil and IKD have two stages. First the teacher is fine-tuned on the labels. The result is stored under
 # `output_dir`, so every run that needs the same teacher shares it. ProKT and mutual learning have one stage: their teacher starts as it
 # comes, and learns the task while it teaches.
 
@@ -242,7 +246,7 @@ table.round(3)
 
 
 # %%
-PRINTED_AS = {"prokt": "ProKT", "dml": "DML", "metadistil": "MetaDistil"}
+PRINTED_AS = {"prokt": "ProKT", "dml": "DML", "metadistil": "MetaDistil", "ikd": "IKD"}
 
 
 def beside_the_papers(record):

@@ -10,11 +10,12 @@ from kdlib import glue, losses, models
 from kdlib.imitation import Imitation
 from kdlib.learner import accelerator_for, learner
 from kdlib.methods import kd
+from kdlib.methods.ikd import ikd
 from kdlib.methods.metadistil import metadistil
 from kdlib.methods.online import ORDERS, online_distillation
 from tests import toy
 
-RULES = ["kd", *ORDERS, "metadistil"]
+RULES = ["kd", *ORDERS, "metadistil", "ikd"]
 OUTPUTS = {"two-way": 2, "three-way": 3, "regression": 1}
 PAIRS = [
     (rule, objective, weight, task)
@@ -48,6 +49,8 @@ def step_of(rule: str, student, teacher, imitation: Imitation):
         )
     if rule == "metadistil":
         return metadistil(student, teacher, imitation)
+    if rule == "ikd":
+        return ikd(student, teacher, imitation)
     return online_distillation(
         student, teacher, imitation, Imitation(0.5, imitation.temperature, imitation.objective), rule
     )
