@@ -86,7 +86,7 @@ feedback_fraction = None  # share of train kept as feedback data: 0.1 where a me
 labelled_course = None  # False: only the feedback data have labels (fine_tune, kd, ikd)
 
 # Who learns from whom
-method = "kd"  # "kd", "prokt", "dml", "metadistil", "ikd", or "fine_tune" for no teacher at all
+method = "kd"  # "kd", "prokt", "dml", "metadistil", "ikd", "lgtm", or "fine_tune" for no teacher at all
 teacher = None  # "tiny-4x128", "minilm", a hub id, a folder
 teacher_epochs = None  # before it teaches; 0: the teacher is taken as it is
 teacher_learning_rate = None
@@ -104,7 +104,7 @@ weight_decay = 0.01
 warmup_ratio = 0.1
 alpha = None  # weight of the labels; the teacher's is 1 - alpha
 temperature = None
-objective = None  # kl, reverse_kl, soft_cross_entropy, logit_mse, probability_mse
+objective = None  # kl, reverse_kl, soft_cross_entropy, logit_mse, probability_mse, dist
 pkd_weight = None  # hidden states as well, PKD; pkd_layers "skip" or "last", pkd_normalisation "sum" or "mean"
 pkd_layers = None
 pkd_normalisation = None
@@ -118,23 +118,29 @@ predict_test = True  # also where the test labels are hidden, for a submission
 output_dir = "_runs"
 resume = True  # go on with an interrupted run, reuse a finished one
 
-# A teacher that learns: chapters 4 to 6
+# A teacher that learns: chapters 4 to 7
 teaching_rate = None  # its learning rate while it teaches
-teacher_alpha = None  # prokt, dml: weight of the labels for the teacher
-teacher_objective = None  # prokt, dml: what the teacher imitates in the student
+teacher_alpha = None  # prokt, dml, lgtm: weight of the labels for the teacher
+teacher_objective = None  # prokt, dml, lgtm: what the teacher imitates in the student
 first = None  # prokt, dml: who moves first, "teacher", "student" or "simultaneous"
-zero_classifiers = None  # prokt, dml: both start with equal probabilities
+zero_classifiers = None  # prokt, dml, lgtm: both start with equal probabilities
 pilot_update = None  # metadistil: the student learns from the improved teacher
 inner_steps = None  # metadistil
-pilot_rule = None  # metadistil: "sgd" or "adamw"
-pilot_learning_rate = None  # metadistil, ikd: from here to feedback_batch_size
-tangent = None  # "jvp", "finite-difference" or "double-backward"
+pilot_rule = None  # metadistil, lgtm: "sgd" or "adamw"
+pilot_learning_rate = None  # metadistil, ikd, lgtm: from here to feedback_batch_size
+tangent = None  # "jvp", "finite-difference", "forward-difference" or "double-backward"
 tangent_precision = None  # "fp32" or "autocast"
 feedback_batch_size = None
-observe = None  # metadistil: measure what the pilot update is worth
+observe = None  # metadistil, lgtm: measure what the pilot update is worth, or the size of the influence term
+feedback_from = None  # "validation": the papers' way, whose validation scores mean nothing; metadistil, lgtm
 meta_weight = None  # ikd: weight of the student's exam, the labels' is 1 - meta_weight
 feedback_at = None  # ikd: "before" or "after" the course step
 exam = None  # ikd: the "course" batch, another of "train", or "feedback"
+influence = None  # lgtm, from here on: "weighted", "printed", "meta" or "released"
+influence_weight = None  # a number, "student_rate" or "teacher_rate"
+influence_share = None  # or the length of its gradient over that of the auxiliary loss
+feedback_every = None  # steps
+feedback_layers = None  # influence through the last layers only
 
 # %% [markdown]
 # papermill writes your values into a cell of their own behind this one. We collect all names that were set in either, so a
@@ -406,7 +412,9 @@ paired("sst2")
 # %%
 printed = runs.published()
 same = ["teacher", "student alone", "KD", "ProKT", "DML", "MetaDistil", "IKD", "LGTM"]
-printed = printed[printed["task"].isin(sizes) & printed["method"].isin(same) & printed["metric"].isin(["accuracy", "f1"])]
+printed = printed[
+    printed["task"].isin(sizes) & printed["method"].isin(same) & printed["metric"].isin(["accuracy", "f1"])
+]
 printed = printed[printed["table"].isin(["lgtm-tab1", "metadistil-tab1", "ikd-tab1"])]
 printed.pivot_table(
     index=["table", "split", "method"], columns=["task", "metric"], values="value", aggfunc="first"

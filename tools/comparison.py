@@ -1,10 +1,10 @@
 """`python -m tools.comparison FOLDER`: the methods side by side on real GLUE, for chapter 12 (`data/runs/12_glue`).
 
-FOLDER is a local copy of `nyu-mll/glue`, or that id itself.  MiniLM with six layers teaches its first three; every method
-sees the same rows, as often, and none of the feedback rows.  An evaluation at the end only, so nothing is selected on
-the validation split, which the table reports.
+FOLDER is a local copy of `nyu-mll/glue`, or that id itself.  MiniLM with six layers teaches its first three; every
+method sees the same rows, as often, and none of the feedback rows.  An evaluation at the end only, so nothing is
+selected on the validation split, which the table reports.
 
-The command can be stopped at any time: runs that have a record are skipped, and an interrupted one goes on where it was.
+The command can be stopped at any time: runs that have a record are skipped, an interrupted one goes on where it was.
 """
 
 import argparse
@@ -41,22 +41,26 @@ SETTINGS = {
     "device": "cpu",
     "output_dir": str(WORK),
 }
-ARMS: dict[str, dict] = {
-    "fine_tune": {},
-    "kd": {},
-    "prokt": {},
-    "dml": {},
-    "metadistil": {"tangent_precision": "autocast"},
-}
+LOWERED = {"tangent_precision": "autocast"}
+ARMS: list[dict] = [
+    {"method": "fine_tune"},
+    {"method": "kd"},
+    {"method": "prokt"},
+    {"method": "dml"},
+    {"method": "metadistil", **LOWERED},
+    {"method": "ikd", **LOWERED},
+    {"method": "lgtm", "influence": "weighted", **LOWERED},
+    {"method": "lgtm", "influence": "meta", **LOWERED},
+]
 """What differs between the methods; rates and weights are the defaults of each."""
 
 
 def comparison() -> Iterator[RunConfig]:
     """The runs of the comparison, seed by seed, so that what is there at any time can be compared."""
     for task, seeds in SEEDS.items():
-        for seed, (method, settings) in itertools.product(seeds, ARMS.items()):
-            own = {} if method == "fine_tune" else {"teacher_seed": seed}
-            yield runs.configure(task=task, seed=seed, method=method, **own, **settings, **SIZES[task], **SETTINGS)
+        for seed, arm in itertools.product(seeds, ARMS):
+            own = {} if arm["method"] == "fine_tune" else {"teacher_seed": seed}
+            yield runs.configure(task=task, seed=seed, **own, **arm, **SIZES[task], **SETTINGS)
 
 
 def teachers_of(configs: list[RunConfig]) -> list[RunConfig]:
