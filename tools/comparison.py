@@ -50,9 +50,9 @@ ARMS: list[dict] = [
     {"method": "metadistil", **LOWERED},
     {"method": "ikd", **LOWERED},
     {"method": "lgtm", "influence": "weighted", **LOWERED},
-    {"method": "lgtm", "influence": "meta", **LOWERED},
+    {"method": "lgtm", "influence": "meta", "influence_weight": "student_rate", **LOWERED},
 ]
-"""What differs between the methods; rates and weights are the defaults of each."""
+"""What differs between the methods; rates and weights are the defaults of each, and LGTM's "meta" the exact gradient."""
 
 
 def comparison() -> Iterator[RunConfig]:
