@@ -472,7 +472,7 @@ RIVALS = {
     "straight-through": (straight_through, {}, "C2"),
 }
 
-# %% mystnb={"image": {"alt": "Left: bias against temperature. Gumbel-softmax rises with temperature, straight-through is a high horizontal line, both REINFORCE lines lie near zero. Right: spread. Gumbel-softmax falls with temperature and is huge on the left; straight-through is lowest."}, "figure": {"name": "fig-policy-rivals", "caption": "Bias (left) and spread (right) of one gradient estimate, over the size of the exact gradient; mean and deviation over five seeds of 5,000 estimates. What is left of REINFORCE's bias is the error of measurement."}}
+# %% mystnb={"image": {"alt": "Left: bias against temperature. Gumbel-softmax rises with temperature, straight-through is a high horizontal line, both REINFORCE lines lie near zero. Right: spread. Gumbel-softmax falls with temperature and is huge on the left; REINFORCE is a high horizontal line, leaving one out and straight-through are low ones."}, "figure": {"name": "fig-policy-rivals", "caption": "Bias (left) and spread (right) of one gradient estimate, over the size of the exact gradient; mean and deviation over five seeds of 5,000 estimates. What is left of REINFORCE's bias is the error of measurement."}}
 figure, panels = plt.subplots(1, 2, figsize=(6.4, 2.6))
 relaxed = torch.tensor(
     [[bias_and_spread(gumbel_softmax, seed, temperature=t) for t in TEMPERATURES] for seed in range(5)]
