@@ -36,13 +36,13 @@ from kdlib import checkpoints, glue, losses, metrics, models, trainer
 from kdlib.imitation import Imitation
 from kdlib.influence import TangentMethod
 from kdlib.learner import PRECISIONS, Batch, Learner, accelerator_for, learner
-from kdlib.methods import Step, kd, lgtm, metadistil, online
+from kdlib.methods import Step, ikd, kd, lgtm, metadistil, online
 
 RECORD, STUDENT, TEACHER_FOLDER = "record.json", "student", "teacher"
 ONLINE = ("prokt", "dml")
 FEEDBACK = ("metadistil", "lgtm")
 """The methods that need feedback data."""
-LEARNING_TEACHER = (*ONLINE, *FEEDBACK)
+LEARNING_TEACHER = (*ONLINE, "ikd", *FEEDBACK)
 """The methods whose teacher changes while it teaches."""
 METHODS = ("fine_tune", "kd", *LEARNING_TEACHER)
 WATCHED = 128
@@ -73,7 +73,8 @@ class RunConfig:
     regression: bool = False
     """for a data set of your own: whether its labels are scores"""
     method: str = "kd"
-    """"fine_tune" (the student alone), "kd" (a fixed teacher); "prokt", "dml", "metadistil", "lgtm" (it learns)"""
+    """"fine_tune" (the student alone), "kd" (a fixed teacher), and those whose teacher learns: "prokt", "dml",
+    "metadistil", "ikd", "lgtm\""""
     teacher: str | None = None
     """"tiny-<layers>x<hidden>", "book-teacher", "minilm", a hub id or a folder; None: tiny-2x64"""
     student: str | None = None
@@ -98,7 +99,10 @@ class RunConfig:
     warmup_ratio: float = 0.1
     """share of the steps in which the learning rate rises; it falls linearly afterwards"""
     alpha: float | None = None
-    """weight of the hard labels, 1 − alpha that of the teacher; None: 0.5"""
+    """weight of the hard labels, 1 − alpha that of the teacher; None: 0.5, without labels 0"""
+    labelled_course: bool | None = None
+    """fine_tune, kd, ikd: False: only the feedback split has labels; fine-tuning takes it, and a student that has a
+    teacher sees the other rows without; None: True"""
     temperature: float | None = None
     """softens teacher and student; None: 2"""
     objective: str | None = None
@@ -110,7 +114,7 @@ class RunConfig:
     pkd_normalisation: str | None = None
     """"sum" over layers and units, as PKD, or their "mean", as MetaDistil's code; None: "sum\""""
     teaching_rate: float | None = None
-    """learning rate of a teacher while it teaches; None: teacher_learning_rate, for metadistil a tenth of it"""
+    """learning rate of a teacher while it teaches; None: teacher_learning_rate, for metadistil and ikd a tenth of it"""
     teacher_alpha: float | None = None
     """prokt, dml, lgtm: weight of the labels for the teacher, 1 − this that of the student; None: alpha"""
     teacher_objective: str | None = None
@@ -126,17 +130,24 @@ class RunConfig:
     pilot_rule: str | None = None
     """metadistil, lgtm: the pilot copy's step, "sgd" or "adamw"; None: "sgd", for influence "released" "adamw\""""
     pilot_learning_rate: float | None = None
-    """metadistil, lgtm: its learning rate; None: the student's, as it is at that step"""
+    """metadistil, ikd, lgtm: its learning rate; None: the student's, as it is at that step"""
     tangent: str | None = None
-    """metadistil, lgtm: derivative of the student by "jvp", "finite-difference" (central), "forward-difference" or
+    """metadistil, ikd, lgtm: derivative of the student by "jvp", "finite-difference" (central), "forward-difference" or
     "double-backward"; None: "jvp\""""
     tangent_precision: str | None = None
-    """metadistil, lgtm: pilot step and derivative in "fp32" or, with mixed precision, in "autocast"; None: "fp32\""""
+    """metadistil, ikd, lgtm: pilot step and derivative in "fp32" or, with mixed precision, "autocast"; None: "fp32\""""
     feedback_batch_size: int | None = None
     """samples of a feedback batch; None: batch_size"""
     observe: bool | None = None
     """metadistil: measure at every step what the pilot update is worth (four more passes); lgtm: how large the
     influence term is beside the auxiliary loss (two more backward passes); None: False"""
+    meta_weight: float | None = None
+    """ikd: weight γ of the student's exam in the teacher's loss, 1 − this that of the labels; None: 0.5"""
+    feedback_at: str | None = None
+    """ikd: the exam "after" the course step, exact, or "before" it, the shortcut; None: "before\""""
+    exam: str | None = None
+    """ikd: the "course" batch again, another batch of "train", or of "feedback"; None: "course", without labels
+    "feedback\""""
     influence: str | None = None
     """lgtm: the influence term, "weighted" (eq. 9), "printed" (eq. 10), "meta" (its sign turned) or "released" (as in
     the code); None: "weighted\""""
@@ -154,8 +165,7 @@ class RunConfig:
     max_length: int = 128
     """word pieces kept of an example"""
     feedback_fraction: float | None = None
-    """share of the training set carved out as feedback data, which nobody trains on; None: 0, for metadistil and lgtm
-    0.1 unless feedback_from says otherwise"""
+    """share of the training set carved out as feedback data, which nobody trains on; None: 0, 0.1 where it is needed"""
     seed: int = 0
     """of the student: initial weights, order of the data, dropout"""
     teacher_seed: int = 0
@@ -217,15 +227,16 @@ _META = (
     *("pilot_update", "inner_steps", "pilot_rule", "pilot_learning_rate", "tangent", "tangent_precision"),
     *("feedback_batch_size", "observe"),
 )
+_IKD = ("meta_weight", "feedback_at", "exam")
 _LGTM = ("influence", "influence_weight", "influence_share", "feedback_every", "feedback_layers")
-OF_METHODS = (*_PATIENT, "teaching_rate", *_ONLINE, *_META, "feedback_from", *_LGTM)
+OF_METHODS = (*_PATIENT, "teaching_rate", "labelled_course", *_ONLINE, *_META, "feedback_from", *_IKD, *_LGTM)
 """Fields that are None wherever a method does not use them, and no part of a run's identity there."""
 _POSITIVE = (
     *("teaching_rate", "inner_steps", "pilot_learning_rate", "feedback_batch_size", "feedback_every"),
     *("student_layers", "epochs", "batch_size", "micro_batches", "teacher_learning_rate", "learning_rate"),
     *("temperature", "max_length", "max_train", "max_evaluation", "max_steps", "evaluate_every", "checkpoint_every"),
 )
-_UNIT_INTERVAL = ("alpha", "teacher_alpha", "warmup_ratio", "feedback_fraction")
+_UNIT_INTERVAL = ("alpha", "teacher_alpha", "meta_weight", "warmup_ratio", "feedback_fraction")
 
 
 def configure(**parameters: Any) -> RunConfig:
@@ -274,17 +285,15 @@ def _complete(config: RunConfig) -> RunConfig:
     if config.method == "fine_tune":
         filled |= dict.fromkeys(("teacher_epochs", "teacher_learning_rate", *_IMITATING, *OF_METHODS))
         filled |= {"teacher_seed": 0, "teacher": teacher if student is None else None}
-        filled |= {"feedback_fraction": _default(config.feedback_fraction, 0.0)}
+        filled |= _labels(config)
         return dataclasses.replace(config, **filled)
     filled |= {
         "teacher_epochs": _default(config.teacher_epochs, _teacher_epochs(config.method, teacher, epochs)),
         "teacher_learning_rate": _default(config.teacher_learning_rate, _rates(teacher)[0]),
-        "alpha": _default(config.alpha, 0.5),
+        "alpha": _default(config.alpha, 0.0 if config.labelled_course is False else 0.5),
         "temperature": _default(config.temperature, 1.0 if config.method == "dml" else 2.0),
         "objective": config.objective or ("logit_mse" if config.glue_task.is_regression else "kl"),
-        "feedback_fraction": _default(
-            config.feedback_fraction, 0.1 if config.method in FEEDBACK and config.feedback_from is None else 0.0
-        ),
+        **_labels(config),
     }
     if config.pkd_weight:
         filled |= {"pkd_layers": config.pkd_layers or "skip", "pkd_normalisation": config.pkd_normalisation or "sum"}
@@ -294,6 +303,15 @@ def _complete(config: RunConfig) -> RunConfig:
     return dataclasses.replace(config, **filled)
 
 
+def _labels(config: RunConfig) -> dict[str, Any]:
+    """Which labels may be read, and how much is carved out as feedback data."""
+    few = config.labelled_course is False
+    carved = few or config.method in FEEDBACK or (config.method == "ikd" and config.exam == "feedback")
+    carved = carved and config.feedback_from is None
+    fraction = _default(config.feedback_fraction, 0.1 if carved else 0.0)
+    return {"labelled_course": False if few else None, "feedback_fraction": fraction}
+
+
 def _rates(network: str) -> tuple[float, float]:
     """The learning rates of `network` as a teacher and as a student."""
     return (1e-3, 2e-3) if models.is_tiny(network) else PRETRAINED_RATES.get(network, (3e-5, 5e-5))
@@ -301,9 +319,9 @@ def _rates(network: str) -> tuple[float, float]:
 
 def _of_the_teacher(config: RunConfig) -> dict[str, Any]:
     """The fields of methods whose teacher learns: a default for those in use, None for the others."""
-    filled: dict[str, Any] = dict.fromkeys(set(OF_METHODS) - set(_PATIENT))
+    filled: dict[str, Any] = dict.fromkeys(set(OF_METHODS) - {*_PATIENT, "labelled_course"})
     if config.method in LEARNING_TEACHER:
-        rate = config.teacher_learning_rate * (0.1 if config.method == "metadistil" else 1)
+        rate = config.teacher_learning_rate * (0.1 if config.method in ("metadistil", "ikd") else 1)
         filled["teaching_rate"] = _default(config.teaching_rate, rate)
     if config.method in (*ONLINE, "lgtm"):
         filled |= {
@@ -341,6 +359,19 @@ def _of_the_teacher(config: RunConfig) -> dict[str, Any]:
             "influence_share": config.influence_share,
             "feedback_every": _default(config.feedback_every, 1),
             "feedback_layers": config.feedback_layers,
+        }
+    if config.method == "ikd":
+        exam = config.exam or ("course" if config.labelled_course is None else "feedback")
+        filled |= {
+            "meta_weight": _default(config.meta_weight, 0.5),
+            "feedback_at": config.feedback_at or "before",
+            "exam": exam,
+            "pilot_learning_rate": config.pilot_learning_rate,
+            "tangent": config.tangent or "jvp",
+            "tangent_precision": config.tangent_precision or "fp32",
+            "feedback_batch_size": None
+            if exam == "course"
+            else _default(config.feedback_batch_size, config.batch_size),
         }
     return filled
 
@@ -387,6 +418,8 @@ def _choice_problems(config: RunConfig, task: glue.Task | None) -> list[str]:
         "pilot_rule": metadistil.PILOT_RULES,
         "tangent": typing.get_args(TangentMethod),
         "tangent_precision": ("fp32", "autocast"),
+        "feedback_at": ikd.FEEDBACK_AT,
+        "exam": ikd.EXAMS,
         "influence": lgtm.VARIANTS,
         "feedback_from": ("validation",),
     }
@@ -447,6 +480,29 @@ def _teaching_problems(config: RunConfig) -> list[str]:
             lgtm.check_settings(imitation, None, weight=weight, micro_batches=config.micro_batches)
     except ValueError as error:
         problems.append(str(error))
+    return problems + _ikd_problems(config)
+
+
+def _ikd_problems(config: RunConfig) -> list[str]:
+    """What does not go together for ikd, and where the course has no labels."""
+    problems = []
+    few = config.labelled_course is False
+    if few and config.method not in ("fine_tune", "kd", "ikd"):
+        problems.append(
+            f"labelled_course is False, but {config.method} reads all labels; expected fine_tune, kd or ikd"
+        )
+    if few and config.method == "kd" and config.alpha:
+        problems.append(f"alpha is {config.alpha}, a weight for the labels of a course that has none; expected 0")
+    if config.method == "ikd":
+        if few and config.exam not in (None, "feedback"):
+            problems.append(f"exam is {config.exam!r}, but only the feedback split has labels; expected 'feedback'")
+        try:
+            alpha = (config.alpha or 0.0) if few else 0.5
+            ikd.check_settings(0.5, "before", not few, alpha, config.micro_batches)
+        except ValueError as error:
+            problems.append(str(error))
+    if config.feedback_fraction == 0 and (few or (config.method == "ikd" and config.exam == "feedback")):
+        problems.append("feedback_fraction is 0, but labels or exams come from there; leave it out, or give 0.1")
     return problems
 
 
@@ -520,13 +576,15 @@ def run(config: RunConfig) -> RunRecord:
     tokenizer = models.load_tokenizer(config.teacher or config.student)
     student_network = load_student(config, data.task, tokenizer)
     encoded = encode_all(data, tokenizer, config.max_length)
-    student = _learner("student", student_network, config, accelerator, len(encoded["train"]))
+    # Without labels elsewhere, fine-tuning has the feedback split alone.
+    course = encoded["feedback" if config.method == "fine_tune" and config.labelled_course is False else "train"]
+    student = _learner("student", student_network, config, accelerator, len(course))
     teacher_record, teacher, step = _method(config, data, tokenizer, student, encoded)
     evaluated = {name: encoded[name] for name in data.evaluation}
     result = trainer.train(
         step,
         [student] if teacher is None else [student, teacher],
-        encoded["train"],
+        course,
         _schedule(config),
         trainer.evaluation(student, data.task, evaluated, others=[] if teacher is None else [teacher]),
         select=f"{next(iter(data.evaluation))}/{data.task.metrics[0]}",
@@ -661,6 +719,22 @@ def _method(
         )
     if config.method in ONLINE:
         return record, teacher, online.online_distillation(student, teacher, imitation, learned, config.first)
+    if config.method == "ikd":
+        return (
+            record,
+            teacher,
+            ikd.ikd(
+                student,
+                teacher,
+                imitation,
+                config.meta_weight,
+                config.feedback_at,
+                config.labelled_course is None,
+                config.pilot_learning_rate,
+                config.tangent,
+                config.tangent_precision,
+            ),
+        )
     if config.method == "lgtm":
         step = lgtm.lgtm(
             student,
@@ -710,7 +784,7 @@ def imitation_of(config: RunConfig) -> Imitation:
 def feedback_data(config: RunConfig, data: glue.TaskData, encoded: dict[str, glue.Encoded]) -> glue.Encoded | None:
     """What the teacher gets its feedback from, if it does: the split carved out of the training set, as a rule."""
     if config.method not in FEEDBACK:
-        return None
+        return encoded.get(config.exam)  # an exam of "train" or "feedback"; nothing for the course itself
     if config.feedback_from is None:
         return encoded["feedback"]
     leaking = encoded[next(iter(data.evaluation))]

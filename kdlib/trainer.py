@@ -141,7 +141,8 @@ def train(
     """Run `step` over the data; end with the weights of `keep` from the evaluation with the highest `select`.
 
     With `feedback` data the step is called with a batch of them as well, of `feedback_batch_size` samples or as many as
-    in a training batch, drawn in an order of their own.  What the step returns is averaged between two evaluations and
+    in a training batch, drawn in an order of their own; `encoded` itself may be given for them, which says that the two
+    are meant to be one.  What the step returns is averaged between two evaluations and
     goes into the history as "train_<name>".  Learners other than `keep` end with their last weights.
 
     With a `folder` the run survives being killed at any moment: started again, it goes on from the last checkpoint and
@@ -152,13 +153,13 @@ def train(
 
     Raises NonFiniteLossError for a NaN or infinite loss (with the step, the rows and the last good checkpoint),
     CheckpointError if the folder cannot be written or holds a checkpoint of another run, ValueError for no data and for
-    feedback data that are also trained on.
+    other feedback data that are also trained on.
     """
     accelerator = keep.accelerator
     total = schedule.total_steps(len(encoded))
     if total < 1:
         raise ValueError(f"nothing to train on: {len(encoded)} samples, {schedule.epochs} epochs")
-    if feedback is not None:
+    if feedback is not None and feedback is not encoded:
         _check_disjoint(encoded, feedback)
     identity = {**asdict(schedule), "samples": len(encoded), **(identity or {})}
     state: dict[str, Any] = {

@@ -422,6 +422,21 @@ class TestFeedback:
         with pytest.raises(ValueError, match="2 rows are in the training set and in the feedback set, row 1007"):
             self.train(lambda *_: pytest.fail("trained"), overlapping)
 
+    def test_the_training_set_itself_may_give_the_feedback_in_an_order_of_its_own(self):
+        training, seen = toy.encoded(), []
+        who = toy.student()
+
+        def step(batch, quiz):
+            seen.append((batch["rows"].tolist(), quiz["rows"].tolist()))
+            return {"loss": 0.0}
+
+        schedule = Schedule(epochs=1, batch_size=8)
+        trainer.train(
+            step, [who], training, schedule, toy.evaluate(who, training), "validation/accuracy", who, feedback=training
+        )
+        shown, asked = ([row for pair in seen for row in pair[k]] for k in (0, 1))
+        assert sorted(shown) == sorted(asked) == training.rows.tolist() and shown != asked
+
     def test_an_empty_feedback_set_is_refused(self):
         empty = dataclasses.replace(self.feedback(), offsets=torch.zeros(1, dtype=torch.int64), rows=torch.zeros(0))
         empty = dataclasses.replace(empty, labels=torch.zeros(0, dtype=torch.int64))

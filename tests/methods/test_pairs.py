@@ -10,13 +10,14 @@ from kdlib import glue, losses, models
 from kdlib.imitation import Imitation
 from kdlib.learner import accelerator_for, learner
 from kdlib.methods import kd
+from kdlib.methods.ikd import ikd
 from kdlib.methods.lgtm import VARIANTS, lgtm
 from kdlib.methods.metadistil import metadistil
 from kdlib.methods.online import ORDERS, online_distillation
 from tests import toy
 
 LGTM = {f"lgtm {variant}": variant for variant in VARIANTS}
-RULES = ["kd", *ORDERS, "metadistil", *LGTM]
+RULES = ["kd", *ORDERS, "metadistil", "ikd", *LGTM]
 OUTPUTS = {"two-way": 2, "three-way": 3, "regression": 1}
 PAIRS = [
     (rule, objective, weight, task)
@@ -50,6 +51,8 @@ def step_of(rule: str, student, teacher, imitation: Imitation):
         )
     if rule == "metadistil":
         return metadistil(student, teacher, imitation)
+    if rule == "ikd":
+        return ikd(student, teacher, imitation)
     theirs = Imitation(0.5, imitation.temperature, imitation.objective)
     if rule in LGTM:
         return lgtm(student, teacher, imitation, theirs, LGTM[rule])
