@@ -24,7 +24,7 @@ from tools.chapters import ROOT
 
 FOLDER = ROOT / "data" / "runs" / "05_static_teaching"
 WORK = ROOT / "_build" / "static_teaching"
-TASK, STUDENTS, SEEDS = "mini-mnli", ("tiny-2x32", "tiny-3x32"), range(8)
+TASK, STUDENTS, SEEDS = "mini-mnli", ("tiny-2x32", "tiny-3x32"), range(6)
 FINE_TUNED = "fine-tuned"
 
 
