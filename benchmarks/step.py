@@ -13,6 +13,7 @@ Ratios within one run are what counts: the ways take turns, and the fastest turn
 """
 
 import argparse
+import copy
 import weakref
 from collections.abc import Callable
 from functools import partial
@@ -30,10 +31,10 @@ from kdlib.imitation import Imitation
 from kdlib.learner import Batch, Learner, accelerator_for, learner
 from kdlib.methods import Step
 from kdlib.methods.metadistil import metadistil
-from kdlib.methods.online import online_distillation
+from kdlib.methods.online import detached, online_distillation
 
 FLOOR, AT_ONCE = "online, teacher first", "online, both at once"
-DOUBLE = "MetaDistil, double backward"
+DOUBLE, RELEASED = "MetaDistil, double backward", "LGTM, released structure"
 TABLE = Path(__file__).resolve().parents[1] / "data" / "benchmarks" / "step.csv"
 IMITATION = Imitation(alpha=0.5, temperature=2.0)
 
@@ -104,6 +105,50 @@ def double_backward(student: Learner, teacher: Learner) -> Step:
     return step
 
 
+def released_structure(student: Learner, teacher: Learner, rate: float = 3e-5) -> Step:
+    """LGTM in the passes of the code released with it: four forward and three backward passes of the teacher, five and
+    three of the student, a copy of the student and of its optimiser's state, weights moved in place.
+    """
+
+    def shifted_gradient(batch: Batch, direction: dict[str, Tensor], distance: float) -> list[Tensor]:
+        """The gradient of the teacher's loss beside a student that was moved along `direction`."""
+        for name, parameter in student.module.named_parameters():
+            parameter.data.add_(direction[name], alpha=distance)
+        with models.evaluating(student.module), models.evaluating(teacher.module):
+            ours = models.targets(student.module, batch)
+            loss = IMITATION(models.outputs(teacher.module, batch), ours, batch["labels"]).mean()
+        return list(torch.autograd.grad(loss, list(teacher.module.parameters())))
+
+    def step(batch: Batch, feedback: Batch) -> dict[str, float]:
+        autocast, named = student.accelerator.autocast, dict(student.module.named_parameters())
+        with autocast():
+            ours, theirs = (models.outputs(who.module, batch) for who in (student, teacher))
+            lesson = IMITATION(ours, detached(theirs), batch["labels"]).mean()
+            slopes = dict(zip(named, torch.autograd.grad(lesson, list(named.values())), strict=True))
+            IMITATION(theirs, detached(ours), batch["labels"]).mean().backward()
+            unrolled = copy.deepcopy(student.module)
+            state = copy.deepcopy(pilot.adamw_state(student.optimizer, named))
+            unrolled.load_state_dict(pilot.adamw(named, slopes, state), strict=False)
+            quiz = pilot.task_loss(models.outputs(unrolled, feedback), feedback).mean()
+            values = torch.autograd.grad(quiz, list(unrolled.parameters()))
+            direction = dict(zip(named, values, strict=True))
+            radius = 0.01 / torch.stack([value.norm() for value in values]).norm().item()
+            ahead = shifted_gradient(batch, direction, radius)
+            behind = shifted_gradient(batch, direction, -2 * radius)
+            for name, parameter in named.items():
+                parameter.data.add_(direction[name], alpha=radius)
+        for parameter, one, other in zip(teacher.module.parameters(), ahead, behind, strict=True):
+            parameter.grad.sub_(one - other, alpha=rate / (2 * radius))
+        teacher.optimizer.step()
+        teacher.optimizer.zero_grad()
+        taught = lambda piece: IMITATION(  # noqa: E731
+            models.outputs(student.module, piece), models.targets(teacher.module, piece), piece["labels"]
+        )
+        return {"loss": student.minimise(taught, batch), "feedback_loss": quiz.item()}
+
+    return step
+
+
 def ways(student: Learner, teacher: Learner) -> dict[str, Step]:
     """A step of each kind for the same two networks."""
     meta = partial(metadistil, student, teacher, IMITATION, tangent_precision="autocast")
@@ -113,6 +158,7 @@ def ways(student: Learner, teacher: Learner) -> dict[str, Step]:
         DOUBLE: double_backward(student, teacher),
         "MetaDistil, jvp": meta(),
         "MetaDistil, central difference": meta(tangent="finite-difference"),
+        RELEASED: released_structure(student, teacher),
     }
 
 

@@ -46,10 +46,16 @@ class Imitation:
         return {"hidden_states": True} if self.pkd_weight > 0 else {}
 
     def __call__(self, learner: Outputs, example: Outputs, labels: Tensor) -> Float[Tensor, "batch"]:
-        """The loss of every sample for the outputs of the one who learns, given those of the example."""
-        loss = losses.distillation_loss(
-            learner.logits, example.logits, labels, self.alpha, self.temperature, self.objective, reduction="none"
-        )
+        """The loss of every sample for the outputs of the one who learns, given those of the example.
+
+        With α = 0 the labels are not read.
+        """
+        if self.alpha == 0:
+            loss = self.agreement(learner, example)
+        else:
+            loss = losses.distillation_loss(
+                learner.logits, example.logits, labels, self.alpha, self.temperature, self.objective, reduction="none"
+            )
         if self.pkd_weight == 0:
             return loss
         states = losses.patient(

@@ -141,7 +141,8 @@ def train(
     """Run `step` over the data; end with the weights of `keep` from the evaluation with the highest `select`.
 
     With `feedback` data the step is called with a batch of them as well, of `feedback_batch_size` samples or as many as
-    in a training batch, drawn in an order of their own.  What the step returns is averaged between two evaluations and
+    in a training batch, drawn in an order of their own; `encoded` itself may be given for them, which says that the two
+    are meant to be one.  What the step returns is averaged between two evaluations and
     goes into the history as "train_<name>".  Learners other than `keep` end with their last weights.
 
     With a `folder` the run survives being killed at any moment: started again, it goes on from the last checkpoint and
@@ -152,20 +153,20 @@ def train(
 
     Raises NonFiniteLossError for a NaN or infinite loss (with the step, the rows and the last good checkpoint),
     CheckpointError if the folder cannot be written or holds a checkpoint of another run, ValueError for no data and for
-    feedback data that are also trained on.
+    other feedback data that are also trained on.
     """
     accelerator = keep.accelerator
     total = schedule.total_steps(len(encoded))
     if total < 1:
         raise ValueError(f"nothing to train on: {len(encoded)} samples, {schedule.epochs} epochs")
-    if feedback is not None:
+    if feedback is not None and feedback is not encoded:
         _check_disjoint(encoded, feedback)
     identity = {**asdict(schedule), "samples": len(encoded), **(identity or {})}
     state: dict[str, Any] = {
         "identity": identity,
         "step": 0,
         "sums": {},
-        "count": 0,
+        "counts": {},
         "history": [],
         "best_step": -1,
         "best_metrics": {},
@@ -202,19 +203,21 @@ def train(
             except NonFiniteLossError as error:
                 raise _located(error, state["step"] + 1, folder) from error
             state["step"] += 1
-            state["sums"] = {name: state["sums"].get(name, 0.0) + value for name, value in values.items()}
-            state["count"] += 1
+            sums = {name: state["sums"].get(name, 0.0) + value for name, value in values.items()}
+            state["sums"] = state["sums"] | sums
+            # A step need not report everything: LGTM does not where it leaves the feedback out.
+            state["counts"] = state["counts"] | {name: state["counts"].get(name, 0) + 1 for name in values}
             if _due(state["step"], schedule, len(encoded), total):
                 row = {
                     "step": state["step"],
                     "epoch": state["step"] / math.ceil(len(encoded) / schedule.batch_size),
                     "learning_rate": keep.optimizer.param_groups[0]["lr"],
-                    **{f"train_{name}": value / state["count"] for name, value in state["sums"].items()},
+                    **{f"train_{name}": value / state["counts"][name] for name, value in state["sums"].items()},
                     **evaluate(),
                 }
                 state["history"].append(row)
                 line(f"{keep.name}: epoch {row['epoch']:.2f}, loss {row['train_loss']:.4f}, {select} {row[select]:.4f}")
-                state["sums"], state["count"] = {}, 0
+                state["sums"], state["counts"] = {}, {}
                 if not state["best_metrics"] or row[select] > state["best_metrics"][select]:
                     state["best_step"] = state["step"]
                     state["best_metrics"] = {name: value for name, value in row.items() if "/" in name}

@@ -13,6 +13,7 @@ import pytest
 
 from kdlib import checkpoints, models, runs, trainer
 from kdlib.learner import Learner
+from kdlib.methods import ikd
 
 CONFIG = {
     "task": "mini-sst2",
@@ -38,6 +39,11 @@ TEACHING = {
     "observe": True,
 }
 
+# Both networks in one step; the exams are other batches of the training set.
+JOINT = {**CONFIG, "method": "ikd", "teacher_epochs": 1, "exam": "train", "feedback_batch_size": 8}
+# Looks at the feedback at every second step: which ones must not depend on where the run began.
+GOOD_TEACHING = {**TEACHING, "method": "lgtm", "feedback_every": 2}
+
 # A place is a function and the number of the call to it that does not return: (holder, name, call, before or after).
 # Teacher and student train in the same process, 9 steps each, so calls 10 to 18 of `minimise` are the student's.
 PLACES = {
@@ -59,6 +65,11 @@ TEACHING_PLACES = {
     "teacher-stepped-student-not": (Learner, "minimise", 14, "after"),
     "teacher-folder-written-student-not": (runs, "save_pretrained", 3, "before"),
 }
+JOINT_PLACES = {
+    "both-stepped-between-checkpoints": (ikd, "minimise_together", 7, "after"),
+    "examined-not-stepped": (ikd, "minimise_together", 6, "before"),
+}
+GOOD_TEACHING_PLACES = {"between-two-looks": (Learner, "minimise", 15, "after")}
 
 
 def run(folder: str, place: str | None, places_hit, parameters: dict) -> None:
@@ -67,7 +78,8 @@ def run(folder: str, place: str | None, places_hit, parameters: dict) -> None:
 
     torch.set_num_threads(1)
     if place is not None:
-        holder, name, call, when = {**PLACES, **TEACHING_PLACES}[place]
+        places = {**PLACES, **TEACHING_PLACES, **JOINT_PLACES, **GOOD_TEACHING_PLACES}
+        holder, name, call, when = places[place]
         original = getattr(holder, name)
         count = 0
 
@@ -114,7 +126,7 @@ def ending(folder: Path, parameters: dict = CONFIG) -> dict:
         "best_step": record.best_step,
         "oracle": record.oracle,
         "student": (config.folder / "student" / "model.safetensors").read_bytes(),
-        "teacher": teacher.read_bytes() if config.method == "metadistil" else None,
+        "teacher": teacher.read_bytes() if config.method in runs.LEARNING_TEACHER else None,
         "predictions": (config.folder / "mini-sst2.tsv").read_bytes(),
         "files": sorted(p.name for p in config.folder.iterdir()),
     }
@@ -137,18 +149,36 @@ def test_killed_and_started_again_it_ends_the_same(processes, undisturbed, tmp_p
 
 @pytest.fixture(scope="module")
 def undisturbed_teaching(processes, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("undisturbed")
-    assert start(processes, folder, None, TEACHING) == (0, False)
-    return ending(folder, TEACHING)
+    ends = {}
+    for parameters in (TEACHING, JOINT):
+        folder = tmp_path_factory.mktemp("undisturbed")
+        assert start(processes, folder, None, parameters) == (0, False)
+        ends[parameters["method"]] = ending(folder, parameters)
+    return ends
 
 
-@pytest.mark.parametrize("place", TEACHING_PLACES)
-def test_killed_while_the_teacher_learns_both_networks_end_the_same(processes, undisturbed_teaching, tmp_path, place):
+@pytest.mark.parametrize(
+    ("parameters", "place"),
+    [*((TEACHING, place) for place in TEACHING_PLACES), *((JOINT, place) for place in JOINT_PLACES)],
+    ids=[*TEACHING_PLACES, *JOINT_PLACES],
+)
+def test_killed_while_the_teacher_learns_both_networks_end_the_same(
+    processes, undisturbed_teaching, tmp_path, parameters, place
+):
     """Catches a teacher, its optimiser or the place in the feedback data that is not restored with the student."""
-    code, hit = start(processes, tmp_path, place, TEACHING)
+    code, hit = start(processes, tmp_path, place, parameters)
     assert hit and code == -signal.SIGKILL
-    assert start(processes, tmp_path, None, TEACHING)[0] == 0
-    assert ending(tmp_path, TEACHING) == undisturbed_teaching
+    assert start(processes, tmp_path, None, parameters)[0] == 0
+    assert ending(tmp_path, parameters) == undisturbed_teaching[parameters["method"]]
+
+
+@pytest.mark.parametrize("place", GOOD_TEACHING_PLACES)
+def test_killed_between_two_looks_at_the_feedback_it_looks_at_the_same_steps(processes, tmp_path, place):
+    assert start(processes, tmp_path / "undisturbed", None, GOOD_TEACHING) == (0, False)
+    code, hit = start(processes, tmp_path / "killed", place, GOOD_TEACHING)
+    assert hit and code == -signal.SIGKILL
+    assert start(processes, tmp_path / "killed", None, GOOD_TEACHING)[0] == 0
+    assert ending(tmp_path / "killed", GOOD_TEACHING) == ending(tmp_path / "undisturbed", GOOD_TEACHING)
 
 
 def test_killed_again_and_again(processes, undisturbed, tmp_path):

@@ -249,6 +249,17 @@ PILOT = {
     "observe": False,
 }
 ONLINE = {"teacher_alpha": 0.5, "teacher_objective": "kl", "first": "teacher", "zero_classifiers": True}
+IKD = {name: PILOT[name] for name in ("pilot_learning_rate", "tangent", "tangent_precision")} | {
+    "meta_weight": 0.5,
+    "feedback_at": "before",
+    "exam": "course",
+    "feedback_batch_size": None,
+}
+OLD_NAMES = [
+    "mini-mnli-prokt-seed0-bbd94b63",
+    "mini-mnli-dml-seed0-6eee2f73",
+    "mini-mnli-metadistil-seed0-3bf77a81",
+]
 OTHERS = {
     "pkd_weight": 0.5,
     "pkd_layers": "last",
@@ -265,6 +276,17 @@ OTHERS = {
     "tangent_precision": "autocast",
     "feedback_batch_size": 8,
     "observe": True,
+    "meta_weight": 0.25,
+    "feedback_at": "after",
+    "exam": "train",
+    "influence": "meta",
+    "influence_weight": "student_rate",
+    "feedback_every": 2,
+    "feedback_layers": 1,
+}
+WEIGHTED = {"influence": "weighted", "influence_weight": 1.0, "influence_share": None, "feedback_every": 1}
+LGTM = {
+    name: value for name, value in {**ONLINE, **PILOT}.items() if name not in ("first", "pilot_update", "inner_steps")
 }
 
 
@@ -279,6 +301,8 @@ class TestTeachersThatLearn:
                 {"teacher_epochs": 0, "teaching_rate": 1e-3, **ONLINE, "first": "simultaneous", "temperature": 1.0},
             ),
             ("metadistil", {"teacher_epochs": 12, "teaching_rate": 1e-4, "feedback_fraction": 0.1, **PILOT}),
+            ("ikd", {"teacher_epochs": 12, "teaching_rate": 1e-4, "feedback_fraction": 0.0, **IKD}),
+            ("lgtm", {"teacher_epochs": 0, "teaching_rate": 1e-3, "feedback_fraction": 0.1, **LGTM, **WEIGHTED}),
         ],
     )
     def test_defaults_by_method(self, method, expected):
@@ -294,6 +318,16 @@ class TestTeachersThatLearn:
         config = runs.configure(method="metadistil", teacher_learning_rate=1e-2, batch_size=16, pkd_weight=0.5)
         assert (config.teaching_rate, config.feedback_batch_size) == (pytest.approx(1e-3), 16)
         assert (config.pkd_layers, config.pkd_normalisation) == ("skip", "sum")
+        for method, fraction in (("lgtm", 0.1), ("prokt", 0.0)):
+            config = runs.configure(method=method, objective="dist")
+            assert (config.zero_classifiers, config.teacher_objective) == (False, "dist")
+            assert config.feedback_fraction == fraction
+        config = runs.configure(method="lgtm", influence="released")
+        assert (config.influence_weight, config.pilot_rule) == ("teacher_rate", "adamw")
+        config = runs.configure(method="lgtm", influence="meta", influence_share=0.3)
+        assert (config.influence_weight, config.influence_share, config.pilot_rule) == (None, 0.3, "sgd")
+        config = runs.configure(method="lgtm", feedback_from="validation")
+        assert (config.feedback_from, config.feedback_fraction) == ("validation", 0.0)
         config = runs.configure(task="mini-stsb", method="prokt")
         assert (config.objective, config.teacher_objective) == ("logit_mse", "logit_mse")
 
@@ -304,11 +338,12 @@ class TestTeachersThatLearn:
         patient = {"pkd_weight", "pkd_layers", "pkd_normalisation"}
         config = runs.configure(method=method, **OTHERS)
         used = {name for name in OTHERS if getattr(config, name) is not None}
-        assert used <= own | patient | {"pilot_learning_rate"}
+        assert used <= own | patient | {"pilot_learning_rate", "feedback_batch_size", "feedback_layers"}
         assert all(getattr(config, name) == OTHERS[name] for name in used)
         ignored = {name: value for name, value in OTHERS.items() if name not in used}
         assert runs.configure(method=method, **ignored).run_id == runs.configure(method=method).run_id
-        count = {"fine_tune": 0, "kd": 3, "prokt": 8, "dml": 8, "metadistil": 11}[method]
+        counts = {"fine_tune": 0, "kd": 3, "prokt": 8, "dml": 8, "metadistil": 11, "ikd": 11, "lgtm": 16}
+        count = counts[method]
         assert len(used) == count
 
     def test_runs_without_a_learning_teacher_keep_their_names(self):
@@ -317,6 +352,25 @@ class TestTeachersThatLearn:
         assert names == ["mini-mnli-kd-seed0-1e586b23", "mini-mnli-fine_tune-seed0-e2d16116"]
         assert runs.teacher_config(runs.configure(method="metadistil", feedback_fraction=0.0001)).method == "fine_tune"
         assert not set(runs.OF_METHODS) & set(runs.configure(method="kd").identity)
+
+    def test_teachers_that_learn_keep_their_names_too(self):
+        """Those of MetaDistil and online distillation were there before IKD."""
+        names = [runs.configure(method=method).run_id for method in ("prokt", "dml", "metadistil")]
+        assert names == OLD_NAMES
+
+    def test_an_exam_has_data_and_a_batch_size_where_it_is_not_the_course(self):
+        found = [runs.configure(method="ikd", exam=exam, batch_size=16) for exam in ("course", "train", "feedback")]
+        assert [(c.feedback_fraction, c.feedback_batch_size) for c in found] == [(0.0, None), (0.0, 16), (0.1, 16)]
+
+    @pytest.mark.parametrize("method", ["fine_tune", "kd", "ikd"])
+    def test_without_labels_of_the_course_nobody_asks_for_any(self, method):
+        config = runs.configure(method=method, labelled_course=False)
+        assert (config.feedback_fraction, config.labelled_course) == (0.1, False)
+        assert config.alpha == (None if method == "fine_tune" else 0.0)
+        assert config.exam == ("feedback" if method == "ikd" else None)
+        if method != "fine_tune":
+            assert runs.teacher_config(config).labelled_course is False
+        assert runs.configure(method=method, labelled_course=True) == runs.configure(method=method)
 
     @pytest.mark.parametrize(
         ("parameters", "message"),
@@ -327,6 +381,37 @@ class TestTeachersThatLearn:
             ({"method": "metadistil", "micro_batches": 2}, "micro_batches is 2: the pilot step needs the whole batch"),
             ({"method": "metadistil", "inner_steps": 2, "pilot_rule": "adamw"}, "only one step of AdamW"),
             ({"method": "metadistill"}, "did you mean 'metadistil'"),
+            ({"method": "ikd", "precision": "fp16"}, "ikd needs 'bf16'"),
+            ({"method": "ikd", "micro_batches": 2}, "micro_batches is 2: the pilot step needs the whole batch"),
+            ({"method": "ikd", "exam": "feedback", "feedback_fraction": 0.0}, "feedback_fraction is 0, but labels or"),
+            (
+                {"method": "kd", "labelled_course": False, "feedback_fraction": 0.0},
+                "feedback_fraction is 0, but labels",
+            ),
+            ({"exam": "quiz"}, "exam is 'quiz'; expected one of course, train, feedback"),
+            ({"feedback_at": "first"}, "feedback_at is 'first'; expected one of before, after"),
+            ({"meta_weight": 2}, "meta_weight is 2.0; expected a number between 0 and 1"),
+            ({"method": "ikd", "labelled_course": False, "exam": "course"}, "exam is 'course', but only the feedback"),
+            ({"method": "ikd", "labelled_course": False, "alpha": 0.5}, "alpha is 0.5, a weight for the labels of a"),
+            ({"method": "kd", "labelled_course": False, "alpha": 0.5}, "alpha is 0.5, a weight for the labels of a"),
+            ({"method": "prokt", "labelled_course": False}, "labelled_course is False, but prokt reads all labels"),
+            ({"method": "lgtm", "feedback_fraction": 0.0}, "lgtm needs a feedback split"),
+            (
+                {"method": "lgtm", "feedback_fraction": 0.1, "feedback_from": "validation"},
+                "feedback_from 'validation' are",
+            ),
+            ({"method": "lgtm", "feedback_from": "test"}, "feedback_from is 'test'; expected one of validation"),
+            ({"method": "lgtm", "micro_batches": 2}, "micro_batches is 2: the pilot step needs the whole batch"),
+            ({"method": "lgtm", "alpha": 1.0}, "no teacher can influence it"),
+            ({"method": "lgtm", "influence": "wieghted"}, "did you mean 'weighted'"),
+            ({"method": "lgtm", "influence_weight": "students_rate"}, "expected a number ≥ 0 or one of student_rate"),
+            ({"method": "lgtm", "influence_weight": -1}, "influence_weight is -1.0; expected a number ≥ 0"),
+            ({"method": "lgtm", "influence_share": -1}, "influence_share is -1.0; expected 0 or more"),
+            ({"method": "lgtm", "influence_weight": 1, "influence_share": 1}, "are both given; give one"),
+            ({"method": "lgtm", "feedback_every": 0}, "feedback_every is 0; expected a positive number"),
+            ({"method": "lgtm", "feedback_layers": -1}, "feedback_layers is -1; expected 0 or more"),
+            ({"method": "kd", "objective": "dist", "micro_batches": 2}, "compares the samples of a whole batch"),
+            ({"method": "lgtm", "precision": "fp16"}, "lgtm needs 'bf16'"),
             ({"objective": "reverse_soft_cross_entropy"}, "objective is 'reverse_soft_cross_entropy'; expected one of"),
             ({"teacher_objective": "reverse_soft_crossentropy"}, "did you mean 'reverse_soft_cross_entropy'"),
             ({"first": "both"}, "first is 'both'; expected one of teacher, student, simultaneous"),
@@ -354,7 +439,17 @@ class TestTeachersThatLearn:
         [
             ("metadistil", {"observe": True, "feedback_batch_size": 4, "student": "tiny-2x32", "pkd_weight": 0.5}),
             ("metadistil", {"pilot_rule": "adamw", "pilot_update": False, "tangent": "finite-difference"}),
+            ("ikd", {"student": "tiny-2x32", "pkd_weight": 0.5}),
+            ("ikd", {"exam": "train", "feedback_at": "after", "feedback_batch_size": 4, "meta_weight": 1.0}),
+            ("ikd", {"exam": "feedback", "tangent": "finite-difference"}),
+            ("ikd", {"labelled_course": False, "feedback_fraction": 0.25}),
             ("prokt", {"teacher_objective": "reverse_soft_cross_entropy"}),
+            ("lgtm", {"observe": True, "feedback_batch_size": 4, "student": "tiny-2x32", "pkd_weight": 0.5}),
+            ("lgtm", {"influence": "released", "feedback_every": 2, "feedback_layers": 1, "precision": "bf16"}),
+            (
+                "lgtm",
+                {"influence": "meta", "influence_share": 0.2, "objective": "dist", "tangent": "forward-difference"},
+            ),
             ("dml", {"teacher_epochs": 1, "precision": "bf16"}),
         ],
     )
@@ -366,11 +461,15 @@ class TestTeachersThatLearn:
         scores = {"validation/accuracy", "teacher/validation/accuracy"}
         assert set(done.metrics) == scores | {"test/accuracy"} and done.samples["train"] <= 96
         logged = {"loss", "student_entropy", "teacher_entropy"}
-        logged |= {"feedback_loss"} if method == "metadistil" else {"teacher_loss"}
-        logged |= {"watch_better", "teacher_closer"} if config.observe else set()
+        logged |= {"feedback_loss"} if method in (*runs.FEEDBACK, "ikd") else set()
+        logged |= {"teacher_loss"} if method not in ("metadistil", "ikd") else set()
+        logged |= {"influence_mean", "influence_std", "influence_positive"} if method == "lgtm" else set()
+        if config.observe or config.influence_share is not None:
+            watched = {"watch_better", "teacher_closer"}
+            logged |= {"influence_weight", "influence_ratio", "influence_cosine"} if method == "lgtm" else watched
         assert set(done.history[-1]) == {"step", "epoch", "learning_rate", *scores, *(f"train_{n}" for n in logged)}
         assert all(np.isfinite(value) for value in done.history[-1].values())
-        if method == "metadistil":
+        if config.feedback_fraction:
             assert done.samples["feedback"] > 0 and done.samples["train"] + done.samples["feedback"] == 96
 
         data = runs.load_data(config)
@@ -384,6 +483,103 @@ class TestTeachersThatLearn:
             before = AutoModelForSequenceClassification.from_pretrained(folder / done.teacher / runs.STUDENT)
             pairs = zip(teacher.parameters(), before.parameters(), strict=True)
             assert any(not torch.equal(ours, theirs) for ours, theirs in pairs)
+
+    @pytest.mark.parametrize("exam", ["course", "train", "feedback"])
+    def test_course_and_exam_come_from_where_the_configuration_says(self, folder, monkeypatch, exam):
+        """Catches exams from the validation split, or from rows that the student trains on where it must not."""
+        config = runs.configure(
+            **{**QUICK, "teacher_epochs": 1}, method="ikd", exam=exam, feedback_batch_size=8, output_dir=str(folder)
+        )
+        seen: list[list[set[int]]] = []
+        original = runs.ikd.ikd
+
+        def watched(*arguments):
+            step = original(*arguments)
+            return lambda *data: seen.append([set(b["rows"].tolist()) for b in data]) or step(*data)
+
+        monkeypatch.setattr(runs.ikd, "ikd", watched)
+        runs.run(config)
+        data = runs.load_data(config)
+        encoded = runs.encode_all(data, models.load_tokenizer(config.teacher), config.max_length)
+        rows = {name: set(split.rows.tolist()) for name, split in encoded.items()}
+        assert len(seen) == 4 and all(data[0] <= rows["train"] for data in seen)
+        if exam == "course":
+            assert all(len(data) == 1 for data in seen)
+        else:
+            assert all(len(data[1]) <= 8 and data[1] <= rows[exam] for data in seen)
+        if exam == "feedback":
+            assert not rows["feedback"] & rows["train"]
+
+    def test_without_labels_the_teacher_is_fine_tuned_on_the_feedback_split_alone(self, folder, monkeypatch):
+        """And what is fine-tuned, taught and examined does not change when the labels of the course do."""
+        options = {**QUICK, "teacher_epochs": 1, "feedback_fraction": 0.25, "labelled_course": False}
+        original, ends, trained = runs.encode_all, [], []
+        train = runs.trainer.train
+
+        def noted(step, learners, encoded, *arguments, **more):
+            trained.append(len(encoded))
+            return train(step, learners, encoded, *arguments, **more)
+
+        def spoiled(*arguments):
+            encoded = original(*arguments)
+            return {**encoded, "train": dataclasses.replace(encoded["train"], labels=encoded["train"].labels * 0 - 7)}
+
+        monkeypatch.setattr(runs.trainer, "train", noted)
+        for name, encode in (("as they are", original), ("spoiled", spoiled)):
+            monkeypatch.setattr(runs, "encode_all", encode)
+            config = runs.configure(**options, method="ikd", output_dir=str(folder / name))
+            done = runs.run(config)
+            ends.append((done.metrics, done.history))
+        assert trained == [24, 72] * 2
+        assert ends[0] == ends[1]
+
+
+def feedback_seen(monkeypatch, **parameters) -> tuple[list[dict], dict[str, glue.Encoded]]:
+    """The feedback batches that a run's step gets, and the run's splits."""
+    seen, splits, original = [], {}, runs.lgtm.lgtm
+
+    def spying(*arguments):
+        step = original(*arguments)
+
+        def spied(batch, feedback):
+            seen.append(feedback)
+            return step(batch, feedback)
+
+        return spied
+
+    def encoding(*arguments, encode=runs.encode_all):
+        splits.update(encode(*arguments))
+        return splits
+
+    monkeypatch.setattr(runs.lgtm, "lgtm", spying)
+    monkeypatch.setattr(runs, "encode_all", encoding)
+    runs.run(runs.configure(**QUICK, method="lgtm", batch_size=8, **parameters))
+    return seen, splits
+
+
+def sentences(encoded: glue.Encoded) -> set[tuple[int, ...]]:
+    pieces = encoded.input_ids.split(encoded.lengths.tolist())
+    return {tuple(piece.tolist()) for piece in pieces}
+
+
+def shown(batches: list[dict]) -> set[tuple[int, ...]]:
+    masked = [(b["input_ids"], b["attention_mask"].bool()) for b in batches]
+    return {tuple(row[keep].tolist()) for ids, mask in masked for row, keep in zip(ids, mask, strict=True)}
+
+
+def test_the_feedback_is_never_from_the_validation_split_unless_asked_for(monkeypatch, tmp_path):
+    """Told by the sentences themselves, not by the numbers of their rows."""
+    seen, splits = feedback_seen(monkeypatch, output_dir=str(tmp_path))
+    assert shown(seen) <= sentences(splits["feedback"]) and len(shown(seen)) > 4
+    assert {row for batch in seen for row in batch["rows"].tolist()} <= set(splits["feedback"].rows.tolist())
+    assert not set(splits["feedback"].rows.tolist()) & set(splits["train"].rows.tolist())
+    assert not shown(seen) <= sentences(splits["validation"])
+
+
+def test_the_papers_way_takes_the_feedback_from_the_validation_split(monkeypatch, tmp_path):
+    seen, splits = feedback_seen(monkeypatch, output_dir=str(tmp_path), feedback_from="validation")
+    assert shown(seen) <= sentences(splits["validation"]) and len(shown(seen)) > 4
+    assert "feedback" not in splits and len(splits["train"]) == 96
 
 
 class TestResults:

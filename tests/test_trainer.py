@@ -406,11 +406,36 @@ class TestFeedback:
             ]
             assert history[name].tolist() == pytest.approx(expected)
 
+    def test_what_only_some_steps_return_is_averaged_over_those(self):
+        def step(batch, quiz):
+            step.count += 1
+            return {"loss": 1.0} | ({"sometimes": float(step.count)} if step.count % 3 == 1 else {})
+
+        step.count = 0
+        history = self.train(step, self.feedback()).history  # windows of four steps, the last one of two
+        assert history["train_loss"].tolist() == [1.0] * 5
+        assert history["train_sometimes"].tolist() == pytest.approx([2.5, 7, 10, 14.5, float("nan")], nan_ok=True)
+
     def test_rows_that_are_also_trained_on_are_refused(self):
         overlapping = self.feedback()
         overlapping.rows[3:5] = torch.tensor([1040, 1007])
         with pytest.raises(ValueError, match="2 rows are in the training set and in the feedback set, row 1007"):
             self.train(lambda *_: pytest.fail("trained"), overlapping)
+
+    def test_the_training_set_itself_may_give_the_feedback_in_an_order_of_its_own(self):
+        training, seen = toy.encoded(), []
+        who = toy.student()
+
+        def step(batch, quiz):
+            seen.append((batch["rows"].tolist(), quiz["rows"].tolist()))
+            return {"loss": 0.0}
+
+        schedule = Schedule(epochs=1, batch_size=8)
+        trainer.train(
+            step, [who], training, schedule, toy.evaluate(who, training), "validation/accuracy", who, feedback=training
+        )
+        shown, asked = ([row for pair in seen for row in pair[k]] for k in (0, 1))
+        assert sorted(shown) == sorted(asked) == training.rows.tolist() and shown != asked
 
     def test_an_empty_feedback_set_is_refused(self):
         empty = dataclasses.replace(self.feedback(), offsets=torch.zeros(1, dtype=torch.int64), rows=torch.zeros(0))

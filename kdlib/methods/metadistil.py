@@ -73,7 +73,7 @@ def metadistil(
             trial = teaching_experiment(student, batch, lesson, imitation, inner_steps, pilot_rule, rate)
             # Line 5: the quiz, and what it says about every step of the experiment.
             quizzed: list[Tensor] = []
-            direction = influence.feedback_gradient(module, trial.copy, feedback, _recorded(quizzed))
+            direction = influence.feedback_gradient(module, trial.copy, feedback, recording(quizzed))
             tangents = tangents_along(direction, module, batch, lesson, imitation, trial, tangent)
         watched = loss_on(student, trial.copy, watch) if watch is not None else 0.0
 
@@ -212,7 +212,7 @@ def passed_back(
     return {name: value - learning_rate * curved[name] for name, value in direction.items()}
 
 
-def _recorded(values: list[Tensor]) -> pilot.Loss:
+def recording(values: list[Tensor]) -> pilot.Loss:
     """The task's loss, which also puts its values, by sample, into the list."""
 
     def loss(outputs: Outputs, batch: Batch) -> Tensor:
