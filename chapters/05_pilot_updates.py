@@ -19,7 +19,7 @@
 # |---|---|
 # | Prerequisites | influence from {doc}`02_influence`, the tangent from {doc}`03_finite_differences`; eigenvalues of a 2 × 2 matrix |
 # | Time | about 75 minutes to read, 40 for the exercises; the cells run in under a minute |
-# | Papers | MetaDistil eqs. (2)-(3), Algorithm 1, Figures 2-5, Table 3 |
+# | Papers | MetaDistil eqs. (2)-(3), Algorithm 1, Figures 2-5, Table 3; LGTM eqs. (5)-(7) |
 #
 # Afterwards you will be able to
 #
@@ -88,7 +88,8 @@ torch.set_num_threads(1)
 #
 # $$\theta_t \leftarrow \theta_t - \mu\, \nabla_{\theta_t} L_{\mathrm{CE}}\bigl(e; \theta_s'(\theta_t)\bigr). $$ (eq-pilot-meta)
 #
-# These are MetaDistil's eqs. (2) and (3). Such a problem is called *bilevel*: the outer variable is judged after the inner one has moved. MAML
+# These are MetaDistil's eqs. (2) and (3). LGTM recalls them in its eqs. (5)-(7), with a difference: there the student keeps the step that the teacher
+# is judged by. That is MetaDistil *without* its pilot update, as we shall see. Such a problem is called *bilevel*: the outer variable is judged after the inner one has moved. MAML
 # is the most famous case, where the outer variable is the initial state. Autograd solves it as it stands, by a graph through the inner step.
 
 
@@ -1014,7 +1015,7 @@ for row in costs[costs["way"] == "MetaDistil, jvp"].to_dict("records"):
 #
 # | shown | here | in the paper |
 # |---|---|---|
-# | the pilot student as a function of the teacher, and the teacher's step | {eq}`eq-pilot-copy`, {eq}`eq-pilot-meta` | MetaDistil (2), (3) |
+# | the pilot student as a function of the teacher, and the teacher's step | {eq}`eq-pilot-copy`, {eq}`eq-pilot-meta` | MetaDistil (2), (3); LGTM (5)-(7) |
 # | on a quadratic the pilot update is faster by $\sqrt{1 - \mu\lambda^2}$ a step, and stable for fewer rates | {eq}`eq-pilot-matrices`, {eq}`eq-pilot-stable` | |
 # | several steps of the copy: carry the feedback gradient back by Hessian-vector products | {eq}`eq-pilot-adjoint` | mentioned in section 3.2.2 |
 # | one step of AdamW: multiply it by a diagonal first | {eq}`eq-pilot-adamw`, {eq}`eq-pilot-slopes` | |
