@@ -835,9 +835,9 @@ figure, axes = plt.subplots()
 counts, transition = range(41), step_matrix(0.1, 0.02 / 0.1**2, True)
 ways = {
     "fixed teacher": [0.9**steps for steps in counts],
-    "own, dynamic": [torch.linalg.matrix_power(transition, steps)[0, 0] for steps in counts],
-    "own, static": [frozen(1.0, steps, 0.1, 0.02) for steps in counts],
-    "another's, static": [frozen(-1.0, steps, 0.1, 0.02) for steps in counts],
+    "dynamic": [torch.linalg.matrix_power(transition, steps)[0, 0] for steps in counts],
+    "own static": [frozen(1.0, steps, 0.1, 0.02) for steps in counts],
+    "another's static": [frozen(-1.0, steps, 0.1, 0.02) for steps in counts],
 }
 for (name, ends), colour in zip(ways.items(), ("C2", "C0", "C3", "C4"), strict=True):
     axes.plot(counts, ends, label=name, color=colour)
@@ -859,7 +859,7 @@ plt.show()
 DATA = Path(runs.__file__).resolve().parents[1] / "data"
 static_records = [json.loads(path.read_text()) for path in sorted((DATA / "runs/05_static_teaching").glob("*.json"))]
 PUPILS = {"tiny-2x32": "ResNet-20", "tiny-3x32": "ResNet-32"}
-FIXED, OWN, ANOTHER, DYNAMIC = "fine-tuned", "own, static", "another's, static", "own, dynamic"
+FIXED, OWN, ANOTHER, DYNAMIC = "fine-tuned", "own static", "another's static", "dynamic"
 
 
 def kind(row):
@@ -899,9 +899,9 @@ pd.DataFrame.from_dict(table, orient="index", columns=["in the paper", *columns]
 )
 
 # %% [markdown]
-# No reading holds, and none fails: all is undecided. One size of student is as fragile as it can be, some of its seeds have hardly begun to learn when
-# the steps end. The other is steady. Still the differences that the paper prints are far below what so few seeds can tell apart. And the paper's
-# own numbers stand on single accuracies, on the 10,000 images of CIFAR-100's test set.
+# No reading holds and none fails: all of them are undecided. The smaller student is fragile, some of its seeds have hardly begun to learn when the
+# steps end. The larger is steady. But the differences that the paper prints are far below what so few seeds can tell apart, and they stand
+# on single accuracies themselves, on the 10,000 images of CIFAR-100's test set.
 
 # %%
 for pupil, twin in PUPILS.items():
@@ -917,8 +917,8 @@ print(
 )
 
 # %% [markdown]
-# Two accuracies on the same images share a part of that error, but nobody can say which without more than the table prints. Is there something at
-# least that a teacher could have made to measure? The final teachers do answer differently from the one that both started as:
+# Two accuracies on the same images share a part of that error; the table does not say how much. Is there anything at least that a teacher
+# could have made to measure? The final teachers do answer differently from the one that both started as:
 
 # %%
 apart = pd.concat([pd.DataFrame(r["distances"]) for r in static_records])
@@ -959,7 +959,7 @@ for axes, field in zip(panels, SWEEPS, strict=True):
     for name in RIVALS:
         x = sizes if field == "student" else SWEEPS[field]
         plots.band(axes, x, swept(field, name), label=name, color=COLOURS[name], marker="o", markersize=3)
-    axes.set(xlabel={"student": "weights of the student (thousands)", "alpha": r"$\alpha$"}.get(field, field))
+    axes.set(xlabel={"student": "thousands of weights", "alpha": r"$\alpha$"}.get(field, field))
 for axes, ticks in ((panels[0], sizes), (panels[2], SWEEPS["temperature"])):
     axes.set_xscale("log")
     axes.set_xticks(list(ticks), [f"{tick:.0f}" for tick in ticks])
