@@ -1,4 +1,4 @@
-"""What does a step cost whose teacher learns, too?  MetaDistil by each derivative against online distillation.
+"""What does a step cost whose teacher learns, too?  MetaDistil, LGTM and IKD against online distillation.
 
     python benchmarks/step.py [--device cuda --precision bf16] [--hidden 384] [--layers 6 3] [--tokens 64 128]
 
@@ -7,6 +7,8 @@ passes, at the worst moment ("saved"), and all tensors that a step makes, at the
 allocator sees it).  Both also as multiples of the floor, online distillation.  There are two floors: with the teacher
 first, as in LGTM eq. (4) and ProKT, which asks both networks once more for predictions, and both at once, as in mutual
 learning, which runs each network forward and backward once and no more.
+
+LGTM and IKD come with what their papers do, or their code, and with what would bring them closer to the floor.
 
 Ratios within one run are what counts: the ways take turns, and the fastest turn of each is taken.
 --write stores the table in data/benchmarks/step.csv.
@@ -30,11 +32,14 @@ from kdlib import models, pilot
 from kdlib.imitation import Imitation
 from kdlib.learner import Batch, Learner, accelerator_for, learner
 from kdlib.methods import Step
+from kdlib.methods.ikd import ikd
+from kdlib.methods.lgtm import lgtm
 from kdlib.methods.metadistil import metadistil
 from kdlib.methods.online import detached, online_distillation
 
 FLOOR, AT_ONCE = "online, teacher first", "online, both at once"
 DOUBLE, RELEASED = "MetaDistil, double backward", "LGTM, released structure"
+EVERY_OTHER = "LGTM, every second step, central difference"
 TABLE = Path(__file__).resolve().parents[1] / "data" / "benchmarks" / "step.csv"
 IMITATION = Imitation(alpha=0.5, temperature=2.0)
 
@@ -152,13 +157,24 @@ def released_structure(student: Learner, teacher: Learner, rate: float = 3e-5) -
 def ways(student: Learner, teacher: Learner) -> dict[str, Step]:
     """A step of each kind for the same two networks."""
     meta = partial(metadistil, student, teacher, IMITATION, tangent_precision="autocast")
+    good = partial(lgtm, student, teacher, IMITATION, IMITATION, tangent_precision="autocast")
+    told = partial(ikd, student, teacher, IMITATION, tangent_precision="autocast")
+    central, forward = {"tangent": "finite-difference"}, {"tangent": "forward-difference"}
     return {
         FLOOR: online_distillation(student, teacher, IMITATION, IMITATION, "teacher"),
         AT_ONCE: online_distillation(student, teacher, IMITATION, IMITATION, "simultaneous"),
         DOUBLE: double_backward(student, teacher),
         "MetaDistil, jvp": meta(),
-        "MetaDistil, central difference": meta(tangent="finite-difference"),
+        "MetaDistil, central difference": meta(**central),
+        "MetaDistil, forward difference": meta(**forward),
         RELEASED: released_structure(student, teacher),
+        "LGTM, jvp": good(),
+        "LGTM, central difference": good(**central),
+        "LGTM, forward difference": good(**forward),
+        "LGTM, last layer, forward difference": good(**forward, feedback_layers=1),
+        EVERY_OTHER: good(**central, feedback_every=2),
+        "IKD, exact, central difference": told(feedback_at="after", **central),
+        "IKD, shortcut, central difference": told(**central),
     }
 
 
@@ -174,7 +190,9 @@ def costs(layers: tuple[int, int], hidden: int, samples: int, tokens: int, devic
         del data["teacher_logits"]
     calls: dict[str, Callable[[], object]] = {}
     for name, step in ways(student, teacher).items():
-        calls[name] = partial(step, batch) if name in (FLOOR, AT_ONCE) else partial(step, batch, feedback)
+        alone = name in (FLOOR, AT_ONCE) or name.startswith("IKD")  # the course is the exam
+        call = partial(step, batch) if alone else partial(step, batch, feedback)
+        calls[name] = partial(_twice, call) if name == EVERY_OTHER else call
     rows = {}
     for call in calls.values():
         call()  # warms up, and makes the optimisers' moments
@@ -190,16 +208,21 @@ def costs(layers: tuple[int, int], hidden: int, samples: int, tokens: int, devic
         for name, call in calls.items():
             times[name].append(seconds(call, device))
     for name, row in rows.items():
-        row["seconds"] = min(times[name])
+        row["seconds"] = min(times[name]) / (2 if name == EVERY_OTHER else 1)
     return list(rows.values())
 
 
+def _twice(call: Callable[[], object]) -> None:
+    call()
+    call()
+
+
 def tidy(rows: list[dict]) -> pd.DataFrame:
-    """Costs with their ratios to both floors and to double backward."""
+    """Costs with their ratios to both floors, to double backward and to the released structure."""
     table = pd.DataFrame(rows)
     case = ["layers", "hidden", "batch", "tokens", "device", "precision"]
     keys = list(table[case].itertuples(index=False, name=None))
-    against = {"first": FLOOR, "at once": AT_ONCE, "double": DOUBLE}
+    against = {"first": FLOOR, "at once": AT_ONCE, "double": DOUBLE, "released": RELEASED}
     for column, (short, reference) in product(("seconds", "saved"), against.items()):
         name = f"{column} / {short}"
         of = table[table.way == reference].set_index(case)[column]

@@ -185,7 +185,7 @@ plt.show()
 # ## The teacher
 #
 # Vanilla distillation, MetaDistil and IKD have two stages. First the teacher is fine-tuned on the labels. The result is stored under
-# `output_dir`, so every run that needs the same teacher shares it. ProKT and mutual learning have one stage: their teacher starts as it
+# `output_dir`, so every run that needs the same teacher shares it. ProKT, mutual learning and LGTM have one stage: their teacher starts as it
 # comes, and learns the task while it teaches.
 
 
@@ -309,7 +309,8 @@ print("label:", expected if data.task.is_regression else data.task.label_names[e
 # Whatever the form says, this section shows the same runs: the methods side by side on real GLUE, *read* from `data/runs/12_glue`. MiniLM with
 # six layers teaches its first three. All methods train on the same sentences as often; a tenth of them is kept as feedback and
 # nobody trains on it. Rates and weights are each method's defaults: none of them was tuned for these tasks. There is one
-# evaluation, at the end, so the validation split selects nothing. The command below makes the records again, and can be stopped and resumed:
+# evaluation, at the end, so the validation split selects nothing. LGTM's influence term has the weight 1 that the paper prints. The command
+# below makes the records again, and can be stopped and resumed:
 #
 # ```bash
 # python -m tools.comparison ../glue
@@ -344,6 +345,9 @@ WAYS = {
     "prokt": "prokt",
     "dml": "dml",
     "metadistil": "metadistil",
+    "ikd": "ikd",
+    "weighted": "lgtm, weighted",
+    "meta": "lgtm, meta",
 }
 
 
@@ -351,7 +355,7 @@ def way(settings):
     """What a run is called in the tables."""
     if settings["method"] == "fine_tune" and settings["student_layers"] is None:
         return WAYS["teacher"]
-    return WAYS[settings["method"]]
+    return WAYS[settings.get("influence") or settings["method"]]
 
 
 def spread(values):

@@ -91,9 +91,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", help="a local copy of nyu-mll/glue, or that id")
     parser.add_argument("--tasks", nargs="*", default=list(SEEDS), choices=list(SEEDS))
+    methods = list(dict.fromkeys(arm["method"] for arm in ARMS))
+    parser.add_argument("--methods", nargs="*", default=methods, choices=methods)
     parser.add_argument("--processes", type=int, default=1, help="runs side by side, one thread each")
     arguments = parser.parse_args()
-    wanted = [c for c in comparison() if c.task in arguments.tasks and not recorded(c)]
+    chosen = [c for c in comparison() if c.task in arguments.tasks and c.method in arguments.methods]
+    wanted = [config for config in chosen if not recorded(config)]
     with get_context("spawn").Pool(arguments.processes) as pool:
         for configs in (teachers_of(wanted), wanted):
             for line in pool.imap(make, [(config, arguments.folder) for config in configs]):
