@@ -649,7 +649,7 @@ for task in TASKS:
 
 
 # %%
-def verdict(gain):
+def judged(gain):
     """What a claim's gains, one for each seed, say of it: mean, 95 % interval, seeds in favour, holds or not."""
     low, high = stats.ttest_1samp(gain, 0).confidence_interval(0.95)
     word = "holds" if low > 0 else "fails" if high < 0 else "undecided"
@@ -663,7 +663,7 @@ def verdict(gain):
 
 def compare(task, first, second):
     """The gain in test accuracy of the first way over the second, paired by seed."""
-    return verdict(scores(task, first) - scores(task, second))
+    return judged(scores(task, first) - scores(task, second))
 
 
 CLAIMS = [
@@ -754,7 +754,7 @@ print(f"with a teacher that never moves the real step is better in {share:.0%} o
 # %%
 histories = [record.history_frame for record in arm("mini-mnli", "with AdamW's pilot")]
 won = pd.Series([100 * history["train_watch_better"].mean() for history in histories])
-_, interval, _, word = verdict(won - 50)
+_, interval, _, word = judged(won - 50)
 print(f"the improved lesson beats the old one in {won.mean():.0f} % of the steps")
 print(f"that is above one half by {interval} points (95 % interval): {word}")
 
@@ -893,7 +893,7 @@ for first, second in READINGS:
     for pupil, gain in gains.items():
         twins = [PUPILS[pupil]] if pupil in PUPILS else list(PUPILS.values())
         there = sum(image[(twin, *PRINTED[first])] - image[(twin, *PRINTED[second])] for twin in twins) / len(twins)
-        table[f"{first} over {second}", pupil] = [f"{there:+.2f}", *verdict(gain)]
+        table[f"{first} over {second}", pupil] = [f"{there:+.2f}", *judged(gain)]
 pd.DataFrame.from_dict(table, orient="index", columns=["in the paper", *columns]).set_index(
     pd.MultiIndex.from_tuples(table)
 )
@@ -978,9 +978,9 @@ def width(accuracies):
 table, points = {}, []
 for field in SWEEPS:
     fixed, meta = (swept(field, name) for name in RIVALS)
-    points += [verdict(meta[value] - fixed[value])[-1] for value in SWEEPS[field]]
-    table[field, "better, on average over its values"] = verdict((meta - fixed).mean(axis=1))
-    table[field, "flatter: how much smaller its range"] = verdict(width(fixed) - width(meta))
+    points += [judged(meta[value] - fixed[value])[-1] for value in SWEEPS[field]]
+    table[field, "better, on average over its values"] = judged((meta - fixed).mean(axis=1))
+    table[field, "flatter: how much smaller its range"] = judged(width(fixed) - width(meta))
 counts = ", ".join(f"{word} at {points.count(word)}" for word in ("holds", "fails", "undecided"))
 print(f"MetaDistil better than the fixed teacher, of {len(points)} points: {counts}")
 pd.DataFrame(table, index=columns).T
@@ -993,7 +993,7 @@ pd.DataFrame(table, index=columns).T
 # %%
 for name in RIVALS:
     accuracies = swept("alpha", name)
-    gain, interval, _, word = verdict(accuracies[0.0] - accuracies[0.5])
+    gain, interval, _, word = judged(accuracies[0.0] - accuracies[0.5])
     print(f"{name}: the teacher alone over half teacher, half labels: {gain} points, 95 % interval {interval}: {word}")
 
 # %% [markdown]
