@@ -309,8 +309,9 @@ print("label:", expected if data.task.is_regression else data.task.label_names[e
 # Whatever the form says, this section shows the same runs: the methods side by side on real GLUE, *read* from `data/runs/12_glue`. MiniLM with
 # six layers teaches its first three. All methods train on the same sentences as often; a tenth of them is kept as feedback and
 # nobody trains on it. Rates and weights are each method's defaults: none of them was tuned for these tasks. There is one
-# evaluation, at the end, so the validation split selects nothing. LGTM's influence term has the weight 1 that the paper prints. The command
-# below makes the records again, and can be stopped and resumed:
+# evaluation, at the end, so the validation split selects nothing. LGTM's influence term has the weight 1 that the paper prints; its
+# variant "meta" has the student's learning rate there, which makes it the exact meta-gradient. The command below makes the records again, and can
+# be stopped and resumed:
 #
 # ```bash
 # python -m tools.comparison ../glue

@@ -50,9 +50,9 @@ ARMS: list[dict] = [
     {"method": "metadistil", **LOWERED},
     {"method": "ikd", **LOWERED},
     {"method": "lgtm", "influence": "weighted", **LOWERED},
-    {"method": "lgtm", "influence": "meta", **LOWERED},
+    {"method": "lgtm", "influence": "meta", "influence_weight": "student_rate", **LOWERED},
 ]
-"""What differs between the methods; rates and weights are the defaults of each."""
+"""What differs between the methods; rates and weights are the defaults of each, and LGTM's "meta" the exact gradient."""
 
 
 def comparison() -> Iterator[RunConfig]:
@@ -77,6 +77,8 @@ def recorded(config: RunConfig) -> bool:
 def make(job: tuple[RunConfig, str]) -> str:
     """Compute one run on the data in `folder`, keep its record under the hub's name, return a line about it."""
     config, folder = job
+    if recorded(config):  # by another process, since this one started
+        return f"{config.run_id} is there"
     record = runs.run(dataclasses.replace(config, source=folder))
     named = dataclasses.asdict(config)
     teacher = None if record.teacher is None else runs.teacher_config(config).run_id
