@@ -159,8 +159,7 @@ def online_candidates() -> Iterator[RunConfig]:
 
 
 def meta_candidates() -> Iterator[RunConfig]:
-    """Chapter 5's student at three rates with a fixed teacher and two with one that learns, whose own rate is one of
-    four; with seeds that no record uses, one for the teacher's rate and three for the student's."""
+    """Chapter 5's student at several rates, three seeds, its teacher at four, one seed; seeds that no record uses."""
     folder = {"output_dir": str(WORK / "meta_candidates")}
     for task in TEACHER_TASKS:
         for rate, seed in itertools.product((1e-3, 2e-3, 4e-3), range(100, 103)):
