@@ -413,7 +413,7 @@ def student_slope(student, teacher, data, objective):
 
 
 # %%
-def train(kind, objective=kl, units=UNITS, share=0.5, alpha=0.6, steps=100):
+def train_perceptrons(kind, objective=kl, units=UNITS, share=0.5, alpha=0.6, steps=100):
     """Train all seeds' teachers and students together; the students' test accuracy in per cent, and the end."""
     (teacher, t_moments), (student, s_moments) = stacked(64, 0), stacked(units, 1000)
     seeds = [torch.Generator().manual_seed(seed) for seed in range(SEEDS)]
@@ -439,7 +439,7 @@ def train(kind, objective=kl, units=UNITS, share=0.5, alpha=0.6, steps=100):
 # %%
 tables = {}
 for moment, steps in {"start": 0, "early": 20, "later": 100}.items():
-    _, (teachers, students, data) = train("online", steps=max(steps, 1))
+    _, (teachers, students, data) = train_perceptrons("online", steps=max(steps, 1))
     if steps == 0:
         teachers, students = stacked(64, 0)[0], stacked(UNITS, 1000)[0]
     measured = vmap(compared)(teachers, students, data)  # (seeds, methods, what)
@@ -654,7 +654,7 @@ for name in ("MetaDistil", "LGTM, weighted", "LGTM, meta, half as long"):
 
 
 # %%
-def verdict(gain):
+def compare(gain):
     """Mean and standard deviation, 95 % interval, seeds in favour and what follows, for paired gains in points."""
     gain = pd.Series(gain)
     low, high = stats.ttest_1samp(gain, 0).confidence_interval(0.95)
@@ -677,7 +677,7 @@ CLAIMS = [
     ("LGTM, released", "online distillation"),
 ]
 columns = ["gain (points)", "95 % interval", "seeds in favour", "verdict"]
-rows = [verdict(scores(first) - scores(second)) for first, second in CLAIMS]
+rows = [compare(scores(first) - scores(second)) for first, second in CLAIMS]
 pd.DataFrame(rows, index=[f"{first} over {second}" for first, second in CLAIMS], columns=columns)
 
 # %%
@@ -831,6 +831,8 @@ from kdlib.losses import logit_mse
 z, target = torch.randn(2, 6, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
 torch.testing.assert_close(library_dist(z, target, reduction="none"), dist(z, target))
 torch.testing.assert_close(logit_mse(z, target, reduction="none"), mse(z, target))
+for dim in (0, 1):
+    torch.testing.assert_close(losses.correlation_distance(z, target, dim), correlation_distance(z, target, dim))
 p, q = z.softmax(-1).numpy(), target.softmax(-1).numpy()
 rows = [1 - stats.pearsonr(a, b).statistic for a, b in zip(p, q, strict=True)]
 columns = [1 - stats.pearsonr(a, b).statistic for a, b in zip(p.T, q.T, strict=True)]
@@ -889,7 +891,7 @@ check_two_class_correlation(two_class_correlation)
 # %%
 OBJECTIVES = {"KL": kl, "squared error": mse, "DIST": dist}
 runs_of = {
-    (name, kind): train(kind, objective)[0]
+    (name, kind): train_perceptrons(kind, objective)[0]
     for name, objective in OBJECTIVES.items()
     for kind in ("fixed", "online", "weighted", "meta")
 }
@@ -898,7 +900,7 @@ runs_of = {
 def against(kind, rival, table):
     """Rows of verdicts on kind over rival, by the first part of the table's keys."""
     names = list(dict.fromkeys(name for name, _ in table))
-    rows = [verdict((table[name, kind] - table[name, rival]).tolist()) for name in names]
+    rows = [compare((table[name, kind] - table[name, rival]).tolist()) for name in names]
     return pd.DataFrame(rows, index=[f"{name}: {kind} over {rival}" for name in names], columns=columns_of_verdicts)
 
 
@@ -914,7 +916,7 @@ pd.concat([against(*claim, runs_of) for claim in claims])
 
 # %%
 sizes = {(f"{UNITS} units", kind): runs_of["KL", kind] for kind in ("fixed", "online", "weighted", "meta")}
-sizes |= {("4 units", kind): train(kind, units=4)[0] for kind in ("fixed", "online", "weighted", "meta")}
+sizes |= {("4 units", kind): train_perceptrons(kind, units=4)[0] for kind in ("fixed", "online", "weighted", "meta")}
 pd.concat([against(*claim, sizes) for claim in claims])
 
 # %% [markdown]
@@ -922,9 +924,12 @@ pd.concat([against(*claim, sizes) for claim in claims])
 
 # %%
 ALPHAS = (1.0, 0.8, 0.6, 0.4)
-by_alpha = {alpha: runs_of["KL", "weighted"] if alpha == 0.6 else train("weighted", alpha=alpha)[0] for alpha in ALPHAS}
+by_alpha = {
+    alpha: runs_of["KL", "weighted"] if alpha == 0.6 else train_perceptrons("weighted", alpha=alpha)[0]
+    for alpha in ALPHAS
+}
 best = max(ALPHAS, key=lambda alpha: by_alpha[alpha].mean())
-rows = [verdict((by_alpha[0.6] - by_alpha[alpha]).tolist()) for alpha in ALPHAS if alpha != 0.6]
+rows = [compare((by_alpha[0.6] - by_alpha[alpha]).tolist()) for alpha in ALPHAS if alpha != 0.6]
 print(
     "test accuracy (%):",
     ", ".join(f"α = {alpha}: {by_alpha[alpha].mean():.2f}" for alpha in ALPHAS),
@@ -946,7 +951,7 @@ def leak(first, second):
     """The counterpart of LGTM's Table 6: gains of the first over the second in test and in validation accuracy, and how much larger the latter is."""
     gains = {split: pd.Series(first[split]) - pd.Series(second[split]) for split in ("test", "validation")}
     gains["leak: validation − test"] = gains["validation"] - gains["test"]
-    return {split: verdict(gain) for split, gain in gains.items()}
+    return {split: compare(gain) for split, gain in gains.items()}
 
 
 def both_splits(name):

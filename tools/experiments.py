@@ -22,7 +22,7 @@ os.environ.setdefault("KDLIB_PROGRESS", "0")
 
 from kdlib import models, runs
 from kdlib.runs import RunConfig
-from tools import influence_records
+from tools import influence_records, static_records
 
 ROOT = Path(__file__).resolve().parents[1]
 RECORDS, TEACHERS = ROOT / "data" / "runs", ROOT / "data" / "teachers"
@@ -76,7 +76,7 @@ def online_run(task: str, method: str, seed: int, start: str = "one-stage", **ch
 
 
 def chapter_05() -> Iterator[RunConfig]:
-    """A teacher with feedback, five seeds: with the pilot update, without, and a fixed one; then two variants."""
+    """A teacher with feedback, five seeds: with pilot update, without, a fixed one; two variants; three sweeps."""
     for task, seed in itertools.product(TEACHER_TASKS, range(5)):
         yield meta_run(task, "kd", seed)
         yield meta_run(task, "metadistil", seed, observe=True)
@@ -84,6 +84,9 @@ def chapter_05() -> Iterator[RunConfig]:
     for seed in range(5):
         yield meta_run("mini-mnli", "metadistil", seed, pilot_rule="adamw", observe=True)
         yield meta_run("mini-mnli", "kd", seed, feedback_fraction=0.0)
+    for (field, values), seed in itertools.product(META_SWEEPS.items(), range(5)):
+        for value, method in itertools.product(values, ("kd", "metadistil")):
+            yield meta_run("mini-mnli", method, seed, **{field: value})
 
 
 def meta_run(task: str, method: str, seed: int, **changes) -> RunConfig:
@@ -135,6 +138,12 @@ META_SETTINGS = {
     "alpha": 0.5,
     "temperature": 2.0,
 }
+META_SWEEPS = {
+    "student": ("tiny-1x32", "tiny-2x64"),
+    "alpha": (0.0, 0.9),
+    "temperature": (1.0, 8.0),
+}
+"""What chapter 5 changes in META_SETTINGS, one field at a time."""
 META_RATE = 1e-4
 """Of the teacher while it teaches, in chapter 5; see `meta_candidates`."""
 LGTM_RATE = 3e-4
@@ -171,13 +180,15 @@ def online_candidates() -> Iterator[RunConfig]:
 
 
 def meta_candidates() -> Iterator[RunConfig]:
-    """Chapter 5's student at two rates and its teacher at four, with seeds that no record uses."""
+    """Chapter 5's student at several rates, three seeds, its teacher at four, one seed; seeds that no record uses."""
     folder = {"output_dir": str(WORK / "meta_candidates")}
-    for task, seed in itertools.product(TEACHER_TASKS, (100,)):
-        for rate in (1e-3, 2e-3):
+    for task in TEACHER_TASKS:
+        for rate, seed in itertools.product((1e-3, 2e-3, 4e-3), range(100, 103)):
             yield meta_run(task, "kd", seed, learning_rate=rate, **folder)
-        for rate in (3e-5, 1e-4, 3e-4, 1e-3):
-            yield meta_run(task, "metadistil", seed, teaching_rate=rate, **folder)
+        for rate, seed in itertools.product((2e-3, 4e-3), range(100, 103)):
+            yield meta_run(task, "metadistil", seed, learning_rate=rate, **folder)
+        for rate in (3e-5, 3e-4, 1e-3):
+            yield meta_run(task, "metadistil", 100, teaching_rate=rate, **folder)
 
 
 def lgtm_candidates() -> Iterator[RunConfig]:
@@ -242,8 +253,9 @@ def make_records(pool: Pool) -> None:
     ]
     for line in pool.imap_unordered(make_record, jobs):
         print(line, flush=True)
-    for line in pool.imap_unordered(influence_records.make, influence_records.missing()):
-        print(line, flush=True)
+    for module in (influence_records, static_records):
+        for line in pool.imap_unordered(module.make, module.missing()):
+            print(line, flush=True)
 
 
 def main() -> None:
