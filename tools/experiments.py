@@ -97,6 +97,24 @@ def meta_run(task: str, method: str, seed: int, **changes) -> RunConfig:
     return runs.configure(task=task, method=method, **{**settings, **changes})
 
 
+def chapter_07() -> Iterator[RunConfig]:
+    """Chapter 5's runs go on, five seeds: online distillation, LGTM in its variants, and with the papers' feedback."""
+    for seed in range(5):
+        yield lgtm_run("prokt", seed)
+        yield lgtm_run("lgtm", seed, influence="weighted", observe=seed == 0)
+        yield lgtm_run("lgtm", seed, influence="meta", influence_share=0.5)
+        yield lgtm_run("lgtm", seed, influence="printed", observe=seed == 0)
+        yield lgtm_run("lgtm", seed, influence="released", observe=seed == 0)
+        yield lgtm_run("lgtm", seed, feedback_from="validation", feedback_fraction=0.0)
+    yield lgtm_run("lgtm", 0, influence="meta", observe=True)  # one, to see how large its term is at a weight of 1
+
+
+def lgtm_run(method: str, seed: int, **changes) -> RunConfig:
+    """A run of chapter 7: data, steps and teacher at the start as in chapter 5, whose records it reads as well."""
+    settings = {**META_SETTINGS, "teacher_epochs": 12, "teacher_alpha": 0.6, "teaching_rate": LGTM_RATE}
+    return runs.configure(task="mini-mnli", method=method, seed=seed, **{**settings, **changes})
+
+
 SHARED_SETTINGS = {"device": "cpu", "output_dir": str(WORK)}
 TEACHER_SETTINGS = {**SHARED_SETTINGS, "epochs": 12, "batch_size": 32, "learning_rate": 5e-4}
 STUDENT_SETTINGS = {**SHARED_SETTINGS, "student": "tiny-2x32", "epochs": 8, "batch_size": 64, "learning_rate": 2e-3}
@@ -129,10 +147,13 @@ META_SWEEPS = {
 META_STUDENT_RATES = {"mini-sst2": 4e-3, "mini-mnli": 2e-3}
 META_RATES = {"mini-sst2": 3e-5, "mini-mnli": 1e-4}
 """Of the students, and of the teacher while it teaches, in chapter 5; see `meta_candidates`."""
+LGTM_RATE = 3e-4
+"""Of an online teacher and of all LGTM's teachers in chapter 7; see `lgtm_candidates`."""
 EXPERIMENTS = {
     "01_distillation": chapter_01,
     "04_online_distillation": chapter_04,
     "05_pilot_updates": chapter_05,
+    "07_good_teachers": chapter_07,
 }
 
 
@@ -171,14 +192,22 @@ def meta_candidates() -> Iterator[RunConfig]:
             yield meta_run(task, "metadistil", seed, teaching_rate=rate, **folder)
 
 
+def lgtm_candidates() -> Iterator[RunConfig]:
+    """Chapter 7's teacher at three rates, chosen for online distillation alone, with a seed that no record uses."""
+    for rate in (1e-4, 3e-4, 1e-3):
+        yield lgtm_run("prokt", 100, teaching_rate=rate, output_dir=str(WORK / "lgtm_candidates"))
+
+
 def choose(pool: Pool) -> None:
     """Print what the validation split says of each candidate; the test split is not looked at."""
-    for _ in pool.imap_unordered(runs.run, (*candidates(), *online_candidates(), *meta_candidates())):
+    all_candidates = (*candidates(), *online_candidates(), *meta_candidates(), *lgtm_candidates())
+    for _ in pool.imap_unordered(runs.run, all_candidates):
         pass
     for folder, by in (
         ("candidates", ("task", "learning_rate")),
         ("online_candidates", ("method", "learning_rate", "teaching_rate")),
         ("meta_candidates", ("task", "method", "learning_rate", "teaching_rate")),
+        ("lgtm_candidates", ("task", "method", "teaching_rate")),
     ):
         table = runs.results(WORK / folder, by=by)
         print(table[table["metric"] == "validation/accuracy"].to_string(index=False))
