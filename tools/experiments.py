@@ -106,6 +106,8 @@ def chapter_07() -> Iterator[RunConfig]:
         yield lgtm_run("lgtm", seed, influence="printed", observe=seed == 0)
         yield lgtm_run("lgtm", seed, influence="released", observe=seed == 0)
         yield lgtm_run("lgtm", seed, feedback_from="validation", feedback_fraction=0.0)
+        for saving in SAVINGS:
+            yield lgtm_run("lgtm", seed, influence="meta", influence_share=0.5, **saving)
     yield lgtm_run("lgtm", 0, influence="meta", observe=True)  # one, to see how large its term is at a weight of 1
 
 
@@ -147,6 +149,8 @@ META_SWEEPS = {
 META_STUDENT_RATES = {"mini-sst2": 4e-3, "mini-mnli": 2e-3}
 META_RATES = {"mini-sst2": 3e-5, "mini-mnli": 1e-4}
 """Of the students, and of the teacher while it teaches, in chapter 5; see `meta_candidates`."""
+SAVINGS = ({"tangent": "forward-difference"}, {"feedback_every": 2}, {"feedback_layers": 1})
+"""What makes a step of LGTM cheaper; chapter 7 compares each with the same runs without it."""
 LGTM_RATE = 3e-4
 """Of an online teacher and of all LGTM's teachers in chapter 7; see `lgtm_candidates`."""
 EXPERIMENTS = {
