@@ -91,9 +91,9 @@ def chapter_05() -> Iterator[RunConfig]:
 
 def meta_run(task: str, method: str, seed: int, **changes) -> RunConfig:
     """A run of chapter 5: the same data, steps and teacher at the start for every method."""
-    settings = {**META_SETTINGS, "seed": seed}
+    settings = {**META_SETTINGS, "learning_rate": META_STUDENT_RATES[task], "seed": seed}
     if method == "metadistil":
-        settings |= {"teaching_rate": META_RATE}
+        settings |= {"teaching_rate": META_RATES[task]}
     return runs.configure(task=task, method=method, **{**settings, **changes})
 
 
@@ -106,6 +106,8 @@ def chapter_07() -> Iterator[RunConfig]:
         yield lgtm_run("lgtm", seed, influence="printed", observe=seed == 0)
         yield lgtm_run("lgtm", seed, influence="released", observe=seed == 0)
         yield lgtm_run("lgtm", seed, feedback_from="validation", feedback_fraction=0.0)
+        for saving in SAVINGS:
+            yield lgtm_run("lgtm", seed, influence="meta", influence_share=0.5, **saving)
     yield lgtm_run("lgtm", 0, influence="meta", observe=True)  # one, to see how large its term is at a weight of 1
 
 
@@ -144,8 +146,11 @@ META_SWEEPS = {
     "temperature": (1.0, 8.0),
 }
 """What chapter 5 changes in META_SETTINGS, one field at a time."""
-META_RATE = 1e-4
-"""Of the teacher while it teaches, in chapter 5; see `meta_candidates`."""
+META_STUDENT_RATES = {"mini-sst2": 4e-3, "mini-mnli": 2e-3}
+META_RATES = {"mini-sst2": 3e-5, "mini-mnli": 1e-4}
+"""Of the students, and of the teacher while it teaches, in chapter 5; see `meta_candidates`."""
+SAVINGS = ({"tangent": "forward-difference"}, {"feedback_every": 2}, {"feedback_layers": 1})
+"""What makes a step of LGTM cheaper; chapter 7 compares each with the same runs without it."""
 LGTM_RATE = 3e-4
 """Of an online teacher and of all LGTM's teachers in chapter 7; see `lgtm_candidates`."""
 EXPERIMENTS = {
@@ -180,15 +185,15 @@ def online_candidates() -> Iterator[RunConfig]:
 
 
 def meta_candidates() -> Iterator[RunConfig]:
-    """Chapter 5's student at several rates, three seeds, its teacher at four, one seed; seeds that no record uses."""
+    """Chapter 5's student at several rates and its teacher at four, three seeds that no record uses."""
     folder = {"output_dir": str(WORK / "meta_candidates")}
     for task in TEACHER_TASKS:
-        for rate, seed in itertools.product((1e-3, 2e-3, 4e-3), range(100, 103)):
+        for rate, seed in itertools.product((1e-3, 2e-3, 4e-3, 8e-3), range(100, 103)):
             yield meta_run(task, "kd", seed, learning_rate=rate, **folder)
         for rate, seed in itertools.product((2e-3, 4e-3), range(100, 103)):
             yield meta_run(task, "metadistil", seed, learning_rate=rate, **folder)
-        for rate in (3e-5, 3e-4, 1e-3):
-            yield meta_run(task, "metadistil", 100, teaching_rate=rate, **folder)
+        for rate, seed in itertools.product((3e-5, 1e-4, 3e-4, 1e-3), range(100, 103)):
+            yield meta_run(task, "metadistil", seed, teaching_rate=rate, **folder)
 
 
 def lgtm_candidates() -> Iterator[RunConfig]:
