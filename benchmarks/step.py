@@ -1,4 +1,4 @@
-"""What does a step cost whose teacher learns, too?  MetaDistil by each derivative against online distillation.
+"""What does a step cost whose teacher learns, too?  MetaDistil, LGTM and IKD against online distillation.
 
     python benchmarks/step.py [--device cuda --precision bf16] [--hidden 384] [--layers 6 3] [--tokens 64 128]
 
@@ -8,11 +8,14 @@ allocator sees it).  Both also as multiples of the floor, online distillation.  
 first, as in LGTM eq. (4) and ProKT, which asks both networks once more for predictions, and both at once, as in mutual
 learning, which runs each network forward and backward once and no more.
 
+LGTM and IKD come with what their papers do, or their code, and with what would bring them closer to the floor.
+
 Ratios within one run are what counts: the ways take turns, and the fastest turn of each is taken.
 --write stores the table in data/benchmarks/step.csv.
 """
 
 import argparse
+import copy
 import weakref
 from collections.abc import Callable
 from functools import partial
@@ -29,11 +32,14 @@ from kdlib import models, pilot
 from kdlib.imitation import Imitation
 from kdlib.learner import Batch, Learner, accelerator_for, learner
 from kdlib.methods import Step
+from kdlib.methods.ikd import ikd
+from kdlib.methods.lgtm import lgtm
 from kdlib.methods.metadistil import metadistil
-from kdlib.methods.online import online_distillation
+from kdlib.methods.online import detached, online_distillation
 
 FLOOR, AT_ONCE = "online, teacher first", "online, both at once"
-DOUBLE = "MetaDistil, double backward"
+DOUBLE, RELEASED = "MetaDistil, double backward", "LGTM, released structure"
+EVERY_OTHER = "LGTM, every second step, central difference"
 TABLE = Path(__file__).resolve().parents[1] / "data" / "benchmarks" / "step.csv"
 IMITATION = Imitation(alpha=0.5, temperature=2.0)
 
@@ -104,15 +110,71 @@ def double_backward(student: Learner, teacher: Learner) -> Step:
     return step
 
 
+def released_structure(student: Learner, teacher: Learner, rate: float = 3e-5) -> Step:
+    """LGTM in the passes of the code released with it: four forward and three backward passes of the teacher, five and
+    three of the student, a copy of the student and of its optimiser's state, weights moved in place.
+    """
+
+    def shifted_gradient(batch: Batch, direction: dict[str, Tensor], distance: float) -> list[Tensor]:
+        """The gradient of the teacher's loss beside a student that was moved along `direction`."""
+        for name, parameter in student.module.named_parameters():
+            parameter.data.add_(direction[name], alpha=distance)
+        with models.evaluating(student.module), models.evaluating(teacher.module):
+            ours = models.targets(student.module, batch)
+            loss = IMITATION(models.outputs(teacher.module, batch), ours, batch["labels"]).mean()
+        return list(torch.autograd.grad(loss, list(teacher.module.parameters())))
+
+    def step(batch: Batch, feedback: Batch) -> dict[str, float]:
+        autocast, named = student.accelerator.autocast, dict(student.module.named_parameters())
+        with autocast():
+            ours, theirs = (models.outputs(who.module, batch) for who in (student, teacher))
+            lesson = IMITATION(ours, detached(theirs), batch["labels"]).mean()
+            slopes = dict(zip(named, torch.autograd.grad(lesson, list(named.values())), strict=True))
+            IMITATION(theirs, detached(ours), batch["labels"]).mean().backward()
+            unrolled = copy.deepcopy(student.module)
+            state = copy.deepcopy(pilot.adamw_state(student.optimizer, named))
+            unrolled.load_state_dict(pilot.adamw(named, slopes, state), strict=False)
+            quiz = pilot.task_loss(models.outputs(unrolled, feedback), feedback).mean()
+            values = torch.autograd.grad(quiz, list(unrolled.parameters()))
+            direction = dict(zip(named, values, strict=True))
+            radius = 0.01 / torch.stack([value.norm() for value in values]).norm().item()
+            ahead = shifted_gradient(batch, direction, radius)
+            behind = shifted_gradient(batch, direction, -2 * radius)
+            for name, parameter in named.items():
+                parameter.data.add_(direction[name], alpha=radius)
+        for parameter, one, other in zip(teacher.module.parameters(), ahead, behind, strict=True):
+            parameter.grad.sub_(one - other, alpha=rate / (2 * radius))
+        teacher.optimizer.step()
+        teacher.optimizer.zero_grad()
+        taught = lambda piece: IMITATION(  # noqa: E731
+            models.outputs(student.module, piece), models.targets(teacher.module, piece), piece["labels"]
+        )
+        return {"loss": student.minimise(taught, batch), "feedback_loss": quiz.item()}
+
+    return step
+
+
 def ways(student: Learner, teacher: Learner) -> dict[str, Step]:
     """A step of each kind for the same two networks."""
     meta = partial(metadistil, student, teacher, IMITATION, tangent_precision="autocast")
+    good = partial(lgtm, student, teacher, IMITATION, IMITATION, tangent_precision="autocast")
+    told = partial(ikd, student, teacher, IMITATION, tangent_precision="autocast")
+    central, forward = {"tangent": "finite-difference"}, {"tangent": "forward-difference"}
     return {
         FLOOR: online_distillation(student, teacher, IMITATION, IMITATION, "teacher"),
         AT_ONCE: online_distillation(student, teacher, IMITATION, IMITATION, "simultaneous"),
         DOUBLE: double_backward(student, teacher),
         "MetaDistil, jvp": meta(),
-        "MetaDistil, central difference": meta(tangent="finite-difference"),
+        "MetaDistil, central difference": meta(**central),
+        "MetaDistil, forward difference": meta(**forward),
+        RELEASED: released_structure(student, teacher),
+        "LGTM, jvp": good(),
+        "LGTM, central difference": good(**central),
+        "LGTM, forward difference": good(**forward),
+        "LGTM, last layer, forward difference": good(**forward, feedback_layers=1),
+        EVERY_OTHER: good(**central, feedback_every=2),
+        "IKD, exact, central difference": told(feedback_at="after", **central),
+        "IKD, shortcut, central difference": told(**central),
     }
 
 
@@ -128,7 +190,9 @@ def costs(layers: tuple[int, int], hidden: int, samples: int, tokens: int, devic
         del data["teacher_logits"]
     calls: dict[str, Callable[[], object]] = {}
     for name, step in ways(student, teacher).items():
-        calls[name] = partial(step, batch) if name in (FLOOR, AT_ONCE) else partial(step, batch, feedback)
+        alone = name in (FLOOR, AT_ONCE) or name.startswith("IKD")  # the course is the exam
+        call = partial(step, batch) if alone else partial(step, batch, feedback)
+        calls[name] = partial(_twice, call) if name == EVERY_OTHER else call
     rows = {}
     for call in calls.values():
         call()  # warms up, and makes the optimisers' moments
@@ -144,16 +208,21 @@ def costs(layers: tuple[int, int], hidden: int, samples: int, tokens: int, devic
         for name, call in calls.items():
             times[name].append(seconds(call, device))
     for name, row in rows.items():
-        row["seconds"] = min(times[name])
+        row["seconds"] = min(times[name]) / (2 if name == EVERY_OTHER else 1)
     return list(rows.values())
 
 
+def _twice(call: Callable[[], object]) -> None:
+    call()
+    call()
+
+
 def tidy(rows: list[dict]) -> pd.DataFrame:
-    """Costs with their ratios to both floors and to double backward."""
+    """Costs with their ratios to both floors, to double backward and to the released structure."""
     table = pd.DataFrame(rows)
     case = ["layers", "hidden", "batch", "tokens", "device", "precision"]
     keys = list(table[case].itertuples(index=False, name=None))
-    against = {"first": FLOOR, "at once": AT_ONCE, "double": DOUBLE}
+    against = {"first": FLOOR, "at once": AT_ONCE, "double": DOUBLE, "released": RELEASED}
     for column, (short, reference) in product(("seconds", "saved"), against.items()):
         name = f"{column} / {short}"
         of = table[table.way == reference].set_index(case)[column]

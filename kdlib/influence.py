@@ -15,7 +15,7 @@ second time, and nothing in the book needs that.  What depends on the teacher ca
 
 import difflib
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -32,7 +32,7 @@ from kdlib.models import Outputs, Parameters
 from kdlib.pilot import Loss, task_loss
 
 Batch = Mapping[str, Tensor]
-TangentMethod = Literal["jvp", "finite-difference", "double-backward"]
+TangentMethod = Literal["jvp", "finite-difference", "forward-difference", "double-backward"]
 
 RADIUS = 0.01
 """How far a finite difference moves the parameters, ε‖v‖: the rule ε = 0.01/‖v‖ of DARTS and of LGTM's code."""
@@ -59,6 +59,7 @@ def student_tangent(
     * "jvp": one forward-mode pass; exact.
     * "finite-difference": (f(θ + εv) − f(θ − εv)) / 2ε with ε = `radius`/‖v‖, and one more pass for the outputs,
       unless they are known already and given as `outputs`.
+    * "forward-difference": (f(θ + εv) − f(θ)) / ε, one pass fewer, and an error of the order of ε in place of ε².
     * "double-backward": two reverse passes; exact, and keeps a graph of the first.
 
     Dropout is off.  The module, its mode and its attention are as before afterwards, and no number in it is touched.
@@ -79,15 +80,16 @@ def student_tangent(
     with torch.no_grad(), models.evaluating(student), _attention(student, method, wanted):
         if method == "jvp":
             return jvp(network, (here,), (along,))
-        if method == "finite-difference":
+        if method.endswith("difference"):
             known = network(here) if outputs is None else outputs
-            return known, _central_difference(network, here, along, radius)
+            behind = None if method == "finite-difference" else known
+            return known, _difference(network, here, along, radius, behind)
         return _double_backward(network, here, along)
 
 
 def _attention(student: nn.Module, method: str, wanted: Mapping[str, bool]) -> AbstractContextManager:
     """Plain passes, as a finite difference takes, can use the fast attention, unless its weights are asked for."""
-    fast = method == "finite-difference" and not wanted.get("attentions")
+    fast = method.endswith("difference") and not wanted.get("attentions")
     return nullcontext() if fast else models.exact_attention(student)
 
 
@@ -97,19 +99,23 @@ def _at_and_along(parameters: Parameters, direction: Parameters) -> tuple[Parame
     return here, {name: direction[name].detach().to(value.dtype) for name, value in here.items()}
 
 
-def _central_difference(
-    function: Callable[[Parameters], Any], here: Parameters, along: Parameters, radius: float
+def _difference(
+    function: Callable[[Parameters], Any], here: Parameters, along: Parameters, radius: float, behind: Any = None
 ) -> Any:
-    """(f(θ + εv) − f(θ − εv)) / 2ε with ε = radius/‖v‖: two passes; zero along a zero direction."""
+    """(f(θ + εv) − f(θ − εv)) / 2ε with ε = radius/‖v‖; zero along a zero direction.
+
+    With f(θ) known and given as `behind` the one-sided quotient, one pass in place of two.
+    """
     size = torch.stack([value.abs().max() for value in along.values()]).max().item()
     if size == 0:
-        return tree_map(torch.zeros_like, function(here))
+        return tree_map(torch.zeros_like, function(here) if behind is None else behind)
     # Divided by its largest entry first, so that squares neither overflow nor vanish.
     norm = size * math.sqrt(torch.stack([(value / size).square().sum() for value in along.values()]).sum().item())
-    step = {name: radius * (value / norm) for name, value in along.items()}
+    step, length = {name: radius * (value / norm) for name, value in along.items()}, radius
     ahead = function({name: value + step[name] for name, value in here.items()})
-    behind = function({name: value - step[name] for name, value in here.items()})
-    return tree_map(lambda a, b: (a - b) * (norm / (2 * radius)), ahead, behind)
+    if behind is None:
+        behind, length = function({name: value - step[name] for name, value in here.items()}), 2 * radius
+    return tree_map(lambda a, b: (a - b) * (norm / length), ahead, behind)
 
 
 def _double_backward(
@@ -156,16 +162,24 @@ def check_direction(parameters: Parameters, direction: Parameters) -> float:
 
 
 def feedback_gradient(
-    student: nn.Module, parameters: Parameters, batch: Batch, loss: Loss = task_loss, **wanted: bool
+    student: nn.Module,
+    parameters: Parameters,
+    batch: Batch,
+    loss: Loss = task_loss,
+    among: Collection[str] | None = None,
+    **wanted: bool,
 ) -> Parameters:
     """g = ∇L(e; θ), the gradient of the mean feedback loss at the parameters given: those of the *pilot* student.
+
+    With `among` only its part in the parameters of these names, for example `models.last_layers`: the backward pass
+    then ends where they do.
 
     Raises what `pilot.gradient` raises.
 
     Source: LGTM eq. (5), and the second factor of eq. (8); MetaDistil Algorithm 1, the quiz.
     Derived in: chapters/02_influence.
     """
-    return pilot.gradient(student, parameters, batch, loss, **wanted)
+    return pilot.gradient(student, parameters, batch, loss, among=among, **wanted)
 
 
 def distillation_influence(
@@ -248,7 +262,7 @@ def influence_along(
         return _per_sample(loss(models.apply(student, values, batch, **wanted), batch), len(next(iter(batch.values()))))
 
     with torch.no_grad(), models.evaluating(student), _attention(student, method, wanted):
-        return _central_difference(losses_at, here, along, RADIUS)
+        return _difference(losses_at, here, along, RADIUS)
 
 
 def per_sample_gradients(

@@ -186,6 +186,52 @@ def probability_mse(
     return reduce(temperature**2 * (difference**2).mean(-1), reduction)
 
 
+def dist(
+    student_logits: Float[Tensor, "batch classes"],
+    teacher_logits: Float[Tensor, "batch classes"],
+    temperature: float = 1.0,
+    reduction: Reduction = "mean",
+    inter: float = 1.0,
+    intra: float = 1.0,
+) -> Tensor:
+    """DIST: one minus Pearson's correlation of the softened probabilities, within samples and within classes.
+
+    `inter` weighs the correlation of each sample's probabilities over the classes, `intra` that of each class's over
+    the batch, so samples do not stand alone here: a value is the sample's part of the batch's loss, their mean the
+    loss, and another batch gives another value.  There is no factor T²: a correlation does not shrink with its
+    arguments, so its gradient hardly depends on a high temperature as it is.
+
+    With two classes the inter part is left out.  Two probabilities that add up to one have a correlation of ±1,
+    whatever they are, and no gradient.
+
+    Raises as `kl_divergence` does.
+
+    Source: DIST (Huang et al., 2022), used in LGTM Table 2.  Derived in: chapters/07_good_teachers.
+    """
+    _check_pair(student_logits, teacher_logits, temperature, softmax=True)
+    p, q = (F.softmax(logits / temperature, dim=-1) for logits in (student_logits, teacher_logits))
+    samples, classes = p.shape
+    values = intra * samples * correlation_distance(p, q, dim=0).mean(1)
+    if classes > 2:
+        values = values + inter * correlation_distance(p, q, dim=1).sum(1)
+    return reduce(values, reduction)
+
+
+def correlation_distance(a: Float[Tensor, "rows columns"], b: Float[Tensor, "rows columns"], dim: int) -> Tensor:
+    """One minus Pearson's correlation along `dim`, entry by entry: the sum over `dim` is the distance.
+
+    Half the squared difference of the values made to have mean zero and length one.  Values that do not vary have no
+    correlation; they become zeros.
+    """
+
+    def standard(values: Tensor) -> Tensor:
+        centred = values - values.mean(dim, keepdim=True)
+        # The small number keeps the derivative finite where all values are equal, as at a classifier of zeros.
+        return centred / (centred.square().sum(dim, keepdim=True) + 1e-8).sqrt()
+
+    return (standard(a) - standard(b)).square() / 2
+
+
 Objective = Callable[..., Tensor]
 
 OBJECTIVES: dict[str, Objective] = {
@@ -194,12 +240,16 @@ OBJECTIVES: dict[str, Objective] = {
     "soft_cross_entropy": soft_cross_entropy,
     "logit_mse": logit_mse,
     "probability_mse": probability_mse,
+    "dist": dist,
 }
 """Distillation objectives by the name used in run configurations; each is called as
 `objective(student_logits, teacher_logits, temperature=T, reduction=…)`."""
 
 TEACHER_OBJECTIVES = {**OBJECTIVES, "reverse_soft_cross_entropy": reverse_soft_cross_entropy}
 """What a teacher may imitate in its student; the last is no distance, for it is not smallest where the two agree."""
+
+BATCH_OBJECTIVES = ("dist",)
+"""The objectives that compare whole batches, so that a batch cannot be cut into pieces."""
 
 REGRESSION_OBJECTIVES = ("logit_mse",)
 """The objectives that make sense for a head with a single output."""

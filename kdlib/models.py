@@ -174,10 +174,7 @@ def first_layers(model: PreTrainedModel, layers: int, seed: int = 0) -> PreTrain
 
     Source: IKD section 3.2 (students initialised from the first k layers); PKD starts the same way.
     """
-    encoder = getattr(model.base_model, "encoder", None)
-    if not isinstance(getattr(encoder, "layer", None), nn.ModuleList):
-        raise ValueError(f"{type(model).__name__} has no list of encoder layers to cut; use an independent student")
-    depth = len(encoder.layer)
+    depth = len(_layers(model))
     if not 1 <= layers <= depth:
         raise ValueError(f"student_layers is {layers}, but the teacher has {depth} layers: choose 1 … {depth}")
     student = copy.deepcopy(model)
@@ -188,6 +185,27 @@ def first_layers(model: PreTrainedModel, layers: int, seed: int = 0) -> PreTrain
         nn.init.normal_(student.classifier.weight, std=student.config.initializer_range)
         nn.init.zeros_(student.classifier.bias)
     return student.eval()
+
+
+def last_layers(model: PreTrainedModel, layers: int) -> list[str]:
+    """The names of the trainable parameters above all but the last `layers` encoder layers: theirs, pooler and head.
+
+    Raises ValueError if `layers` is negative or larger than the depth, or if `model` has no BERT-like encoder.
+    """
+    depth = len(_layers(model))
+    if not 0 <= layers <= depth:
+        raise ValueError(f"layers is {layers}, but the network has {depth}: choose 0 (pooler and head) … {depth}")
+    below = [model.base_model.embeddings, *_layers(model)[: depth - layers]]
+    fixed = {id(parameter) for module in below for parameter in module.parameters()}
+    return [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in fixed]
+
+
+def _layers(model: nn.Module) -> nn.ModuleList:
+    """The encoder layers, the first one first."""
+    found = getattr(getattr(getattr(model, "base_model", None), "encoder", None), "layer", None)
+    if not isinstance(found, nn.ModuleList):
+        raise ValueError(f"{type(model).__name__} has no list of encoder layers to cut; use an independent student")
+    return found
 
 
 def check_pair(teacher: PreTrainedModel, student: PreTrainedModel) -> None:

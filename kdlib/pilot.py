@@ -8,7 +8,7 @@ is the rule at the gradient.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -34,9 +34,12 @@ def gradient(
     batch: Mapping[str, Tensor],
     loss: Loss = task_loss,
     create_graph: bool = False,
+    among: Collection[str] | None = None,
     **wanted: bool,
 ) -> Parameters:
     """The gradient of the mean loss at `parameters`, by name; zero for a parameter that plays no part.
+
+    With `among` only that of the parameters of these names; the others are constants.
 
     With `create_graph=True` it can be differentiated in whatever the loss contains, for example the teacher's logits.
     `wanted` is passed on to `models.apply`: `hidden_states=True`, `attentions=True`.
@@ -45,14 +48,15 @@ def gradient(
 
     Source: LGTM eq. (2), the gradient in it.  Derived in: chapters/01_distillation.
     """
-    leaves = {name: value.detach().requires_grad_() for name, value in parameters.items()}
+    values = {name: value.detach() for name, value in parameters.items()}
+    leaves = {name: value.requires_grad_() for name, value in values.items() if among is None or name in among}
     # Second derivatives need the slower attention, and so do those who ask for its weights.
     slow = create_graph or wanted.get("attentions")
     attention = models.exact_attention(student) if slow else nullcontext()
     with torch.enable_grad(), models.evaluating(student), attention:
-        mean = loss(models.apply(student, leaves, batch, **wanted), batch).mean()
-        values = torch.autograd.grad(mean, list(leaves.values()), create_graph=create_graph, materialize_grads=True)
-    return dict(zip(leaves, values, strict=True))
+        mean = loss(models.apply(student, values, batch, **wanted), batch).mean()
+        slopes = torch.autograd.grad(mean, list(leaves.values()), create_graph=create_graph, materialize_grads=True)
+    return dict(zip(leaves, slopes, strict=True))
 
 
 def sgd(parameters: Parameters, gradient: Parameters, learning_rate: float) -> Parameters:

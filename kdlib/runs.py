@@ -36,11 +36,13 @@ from kdlib import checkpoints, glue, losses, metrics, models, trainer
 from kdlib.imitation import Imitation
 from kdlib.influence import TangentMethod
 from kdlib.learner import PRECISIONS, Batch, Learner, accelerator_for, learner
-from kdlib.methods import Step, ikd, kd, metadistil, online
+from kdlib.methods import Step, ikd, kd, lgtm, metadistil, online
 
 RECORD, STUDENT, TEACHER_FOLDER = "record.json", "student", "teacher"
 ONLINE = ("prokt", "dml")
-LEARNING_TEACHER = (*ONLINE, "metadistil", "ikd")
+FEEDBACK = ("metadistil", "lgtm")
+"""The methods that need feedback data."""
+LEARNING_TEACHER = (*ONLINE, "ikd", *FEEDBACK)
 """The methods whose teacher changes while it teaches."""
 METHODS = ("fine_tune", "kd", *LEARNING_TEACHER)
 WATCHED = 128
@@ -72,7 +74,7 @@ class RunConfig:
     """for a data set of your own: whether its labels are scores"""
     method: str = "kd"
     """"fine_tune" (the student alone), "kd" (a fixed teacher), and those whose teacher learns: "prokt", "dml",
-    "metadistil", "ikd\""""
+    "metadistil", "ikd", "lgtm\""""
     teacher: str | None = None
     """"tiny-<layers>x<hidden>", "book-teacher", "minilm", a hub id or a folder; None: tiny-2x64"""
     student: str | None = None
@@ -81,7 +83,7 @@ class RunConfig:
     """instead of a student: cut the teacher's checkpoint after so many layers"""
     teacher_epochs: int | None = None
     """epochs of fine-tuning before the teacher teaches; 0: take it as it is, fine-tuned elsewhere or not at all;
-    None: 0 for prokt and dml, else 12 if tiny, else as the student's"""
+    None: 0 for prokt, dml and lgtm, else 12 if tiny, else as the student's"""
     epochs: int | None = None
     """passes over the training set; None: 8 for tiny networks, 3 for pretrained ones"""
     batch_size: int = 32
@@ -114,29 +116,31 @@ class RunConfig:
     teaching_rate: float | None = None
     """learning rate of a teacher while it teaches; None: teacher_learning_rate, for metadistil and ikd a tenth of it"""
     teacher_alpha: float | None = None
-    """prokt, dml: weight of the labels for the teacher, 1 − this that of the student; None: alpha"""
+    """prokt, dml, lgtm: weight of the labels for the teacher, 1 − this that of the student; None: alpha"""
     teacher_objective: str | None = None
-    """prokt, dml: what the teacher imitates in the student; None: the student's objective, roles exchanged"""
+    """prokt, dml, lgtm: what the teacher imitates in the student; None: the student's objective, roles exchanged"""
     first: str | None = None
     """prokt, dml: who is updated first, "teacher", "student" or "simultaneous"; None: teacher, for dml simultaneous"""
     zero_classifiers: bool | None = None
-    """prokt, dml: start both classifiers at zero; None: where the teacher is not fine-tuned"""
+    """prokt, dml, lgtm: start both classifiers at zero; None: where the teacher is not fine-tuned, dist aside"""
     pilot_update: bool | None = None
     """metadistil: the student learns from the teacher that its pilot copy has improved; None: True"""
     inner_steps: int | None = None
     """metadistil: steps of the pilot copy, differentiated through; None: 1"""
     pilot_rule: str | None = None
-    """metadistil: the pilot copy's step, "sgd" or "adamw"; None: "sgd\""""
+    """metadistil, lgtm: the pilot copy's step, "sgd" or "adamw"; None: "sgd", for influence "released" "adamw\""""
     pilot_learning_rate: float | None = None
-    """metadistil, ikd: its learning rate; None: the student's, as it is at that step"""
+    """metadistil, ikd, lgtm: its learning rate; None: the student's, as it is at that step"""
     tangent: str | None = None
-    """metadistil, ikd: derivative of the student by "jvp", "finite-difference" or "double-backward"; None: "jvp\""""
+    """metadistil, ikd, lgtm: derivative of the student by "jvp", "finite-difference" (central), "forward-difference" or
+    "double-backward"; None: "jvp\""""
     tangent_precision: str | None = None
-    """metadistil, ikd: pilot step and derivative in "fp32" or, with mixed precision, in "autocast"; None: "fp32\""""
+    """metadistil, ikd, lgtm: pilot step and derivative in "fp32" or, with mixed precision, "autocast"; None: "fp32\""""
     feedback_batch_size: int | None = None
     """samples of a feedback batch; None: batch_size"""
     observe: bool | None = None
-    """metadistil: measure at every step what the pilot update is worth (four more passes); None: False"""
+    """metadistil: measure at every step what the pilot update is worth (four more passes); lgtm: how large the
+    influence term is beside the auxiliary loss (two more backward passes); None: False"""
     meta_weight: float | None = None
     """ikd: weight γ of the student's exam in the teacher's loss, 1 − this that of the labels; None: 0.5"""
     feedback_at: str | None = None
@@ -144,6 +148,20 @@ class RunConfig:
     exam: str | None = None
     """ikd: the "course" batch again, another batch of "train", or of "feedback"; None: "course", without labels
     "feedback\""""
+    influence: str | None = None
+    """lgtm: the influence term, "weighted" (eq. 9), "printed" (eq. 10), "meta" (its sign turned) or "released" (as in
+    the code); None: "weighted\""""
+    influence_weight: float | str | None = None
+    """lgtm: its weight, a number, "student_rate" or "teacher_rate"; None: 1, for "released" "teacher_rate\""""
+    influence_share: float | None = None
+    """lgtm: in place of a weight, the length of its gradient over that of the auxiliary loss's; None: no"""
+    feedback_every: int | None = None
+    """lgtm: steps from one influence term to the next; None: 1"""
+    feedback_layers: int | None = None
+    """lgtm: influence through the student's last so many layers, pooler and head only; None: through all weights"""
+    feedback_from: str | None = None
+    """metadistil, lgtm: "validation" takes the feedback from the validation split, as the papers do, whose scores then
+    mean nothing; None: from the training set"""
     max_length: int = 128
     """word pieces kept of an example"""
     feedback_fraction: float | None = None
@@ -210,10 +228,11 @@ _META = (
     *("feedback_batch_size", "observe"),
 )
 _IKD = ("meta_weight", "feedback_at", "exam")
-OF_METHODS = (*_PATIENT, "teaching_rate", "labelled_course", *_ONLINE, *_META, *_IKD)
+_LGTM = ("influence", "influence_weight", "influence_share", "feedback_every", "feedback_layers")
+OF_METHODS = (*_PATIENT, "teaching_rate", "labelled_course", *_ONLINE, *_META, "feedback_from", *_IKD, *_LGTM)
 """Fields that are None wherever a method does not use them, and no part of a run's identity there."""
 _POSITIVE = (
-    *("teaching_rate", "inner_steps", "pilot_learning_rate", "feedback_batch_size"),
+    *("teaching_rate", "inner_steps", "pilot_learning_rate", "feedback_batch_size", "feedback_every"),
     *("student_layers", "epochs", "batch_size", "micro_batches", "teacher_learning_rate", "learning_rate"),
     *("temperature", "max_length", "max_train", "max_evaluation", "max_steps", "evaluate_every", "checkpoint_every"),
 )
@@ -235,7 +254,7 @@ def configure(**parameters: Any) -> RunConfig:
         elif not _has_type(value, hints[name]):
             problems.append(f"{name} is {value!r} ({type(value).__name__}); expected {_type_name(hints[name])}")
     known = {n: v for n, v in parameters.items() if n in hints and _has_type(v, hints[n])}
-    known = {name: float(v) if _is_float(hints[name]) and v is not None else v for name, v in known.items()}
+    known = {name: float(v) if _is_float(hints[name]) and isinstance(v, int) else v for name, v in known.items()}
     config = RunConfig(**known)
     problems += _range_problems(config)
     task = None
@@ -287,7 +306,8 @@ def _complete(config: RunConfig) -> RunConfig:
 def _labels(config: RunConfig) -> dict[str, Any]:
     """Which labels may be read, and how much is carved out as feedback data."""
     few = config.labelled_course is False
-    carved = few or config.method == "metadistil" or (config.method == "ikd" and config.exam == "feedback")
+    carved = few or config.method in FEEDBACK or (config.method == "ikd" and config.exam == "feedback")
+    carved = carved and config.feedback_from is None
     fraction = _default(config.feedback_fraction, 0.1 if carved else 0.0)
     return {"labelled_course": False if few else None, "feedback_fraction": fraction}
 
@@ -299,29 +319,46 @@ def _rates(network: str) -> tuple[float, float]:
 
 def _of_the_teacher(config: RunConfig) -> dict[str, Any]:
     """The fields of methods whose teacher learns: a default for those in use, None for the others."""
-    filled: dict[str, Any] = dict.fromkeys(("teaching_rate", *_ONLINE, *_META, *_IKD))
+    filled: dict[str, Any] = dict.fromkeys(set(OF_METHODS) - {*_PATIENT, "labelled_course"})
     if config.method in LEARNING_TEACHER:
-        rate = config.teacher_learning_rate * (1 if config.method in ONLINE else 0.1)
+        rate = config.teacher_learning_rate * (0.1 if config.method in ("metadistil", "ikd") else 1)
         filled["teaching_rate"] = _default(config.teaching_rate, rate)
-    if config.method in ONLINE:
+    if config.method in (*ONLINE, "lgtm"):
         filled |= {
             "teacher_alpha": _default(config.teacher_alpha, config.alpha),
             "teacher_objective": config.teacher_objective or config.objective,
-            "first": config.first or ("simultaneous" if config.method == "dml" else "teacher"),
             "zero_classifiers": _default(
-                config.zero_classifiers, config.teacher_epochs == 0 and config.teacher != models.BOOK_TEACHER
+                config.zero_classifiers,
+                config.teacher_epochs == 0 and config.teacher != models.BOOK_TEACHER and config.objective != "dist",
             ),
         }
-    if config.method == "metadistil":
+    if config.method in ONLINE:
+        filled["first"] = config.first or ("simultaneous" if config.method == "dml" else "teacher")
+    if config.method in FEEDBACK:
         filled |= {
-            "pilot_update": _default(config.pilot_update, True),
-            "inner_steps": _default(config.inner_steps, 1),
-            "pilot_rule": config.pilot_rule or "sgd",
+            "pilot_rule": config.pilot_rule or ("adamw" if config.influence == "released" else "sgd"),
             "pilot_learning_rate": config.pilot_learning_rate,
             "tangent": config.tangent or "jvp",
             "tangent_precision": config.tangent_precision or "fp32",
             "feedback_batch_size": _default(config.feedback_batch_size, config.batch_size),
             "observe": _default(config.observe, False),
+            "feedback_from": config.feedback_from,
+        }
+    if config.method == "metadistil":
+        filled |= {
+            "pilot_update": _default(config.pilot_update, True),
+            "inner_steps": _default(config.inner_steps, 1),
+        }
+    if config.method == "lgtm":
+        weight = None if config.influence_share is not None else config.influence_weight
+        if weight is None and config.influence_share is None:
+            weight = "teacher_rate" if config.influence == "released" else 1.0
+        filled |= {
+            "influence": config.influence or "weighted",
+            "influence_weight": weight,
+            "influence_share": config.influence_share,
+            "feedback_every": _default(config.feedback_every, 1),
+            "feedback_layers": config.feedback_layers,
         }
     if config.method == "ikd":
         exam = config.exam or ("course" if config.labelled_course is None else "feedback")
@@ -340,7 +377,7 @@ def _of_the_teacher(config: RunConfig) -> dict[str, Any]:
 
 
 def _teacher_epochs(method: str, teacher: str, student_epochs: int) -> int:
-    if teacher == models.BOOK_TEACHER or method in ONLINE:
+    if teacher == models.BOOK_TEACHER or method in (*ONLINE, "lgtm"):
         return 0
     return 12 if models.is_tiny(teacher) else student_epochs
 
@@ -359,7 +396,8 @@ def _range_problems(config: RunConfig) -> list[str]:
         value = getattr(config, name)
         if value is not None and not 0 <= value <= 1:
             problems.append(f"{name} is {value}; expected a number between 0 and 1")
-    for name in ("teacher_epochs", "seed", "teacher_seed", "weight_decay", "pkd_weight"):
+    at_least_zero = ("teacher_epochs", "seed", "teacher_seed", "weight_decay", "pkd_weight", "influence_share")
+    for name in (*at_least_zero, "feedback_layers"):
         value = getattr(config, name)
         if value is not None and not value >= 0:
             problems.append(f"{name} is {value}; expected 0 or more")
@@ -382,6 +420,8 @@ def _choice_problems(config: RunConfig, task: glue.Task | None) -> list[str]:
         "tangent_precision": ("fp32", "autocast"),
         "feedback_at": ikd.FEEDBACK_AT,
         "exam": ikd.EXAMS,
+        "influence": lgtm.VARIANTS,
+        "feedback_from": ("validation",),
     }
     for name, valid in choices.items():
         value = getattr(config, name)
@@ -417,13 +457,29 @@ def _teaching_problems(config: RunConfig) -> list[str]:
         problems.append(
             f"precision 'fp16' has one loss scale for two networks that learn; {config.method} needs 'bf16'"
         )
-    if config.method == "metadistil":
-        if config.feedback_fraction == 0:
-            problems.append("feedback_fraction is 0, but metadistil needs a feedback split; leave it out, or give 0.1")
-        try:
+    if config.objective in losses.BATCH_OBJECTIVES and config.micro_batches > 1 and config.method not in FEEDBACK:
+        problems.append(
+            f"micro_batches is {config.micro_batches}: objective {config.objective!r} compares the samples of a whole "
+            "batch; take 1 and a smaller batch_size"
+        )
+    if config.method in FEEDBACK:
+        if config.feedback_fraction == 0 and config.feedback_from is None:
+            problems.append(
+                f"feedback_fraction is 0, but {config.method} needs a feedback split; leave it out, or give 0.1"
+            )
+        if config.feedback_fraction and config.feedback_from is not None:
+            problems.append("feedback_fraction and feedback_from 'validation' are both given; give one")
+    try:
+        if config.method == "metadistil":
             metadistil.check_settings(config.inner_steps or 1, config.pilot_rule or "sgd", config.micro_batches)
-        except ValueError as error:
-            problems.append(str(error))
+        if config.method == "lgtm":
+            if config.influence_weight is not None and config.influence_share is not None:
+                problems.append("influence_weight and influence_share are both given; give one")
+            imitation = Imitation(1.0 if config.alpha == 1 else 0.5)  # of alpha only this matters here
+            weight = _default(config.influence_weight, 1.0)
+            lgtm.check_settings(imitation, None, weight=weight, micro_batches=config.micro_batches)
+    except ValueError as error:
+        problems.append(str(error))
     return problems + _ikd_problems(config)
 
 
@@ -536,7 +592,7 @@ def run(config: RunConfig) -> RunRecord:
         folder=folder,
         identity=config.identity,
         resume=config.resume,
-        feedback=encoded.get("feedback" if config.method == "metadistil" else config.exam),
+        feedback=feedback_data(config, data, encoded),
         feedback_batch_size=config.feedback_batch_size,
     )
     if teacher is not None:
@@ -654,13 +710,14 @@ def _method(
         looked_up = trainer.teacher_logits(network, encoded["train"], accelerator, cache=cache)
         return record, None, kd.distillation(student, lambda b: models.Outputs(looked_up(b)), imitation)
     teacher = _learner("teacher", network, config, accelerator, len(encoded["train"]))
-    if config.method in ONLINE:
-        if config.zero_classifiers:
-            for module in (student.module, network):
-                online.zero_classifier(module)
+    if config.zero_classifiers:
+        for module in (student.module, network):
+            online.zero_classifier(module)
+    if config.method in (*ONLINE, "lgtm"):
         learned = Imitation(
             config.teacher_alpha, config.temperature, losses.TEACHER_OBJECTIVES[config.teacher_objective]
         )
+    if config.method in ONLINE:
         return record, teacher, online.online_distillation(student, teacher, imitation, learned, config.first)
     if config.method == "ikd":
         return (
@@ -678,6 +735,24 @@ def _method(
                 config.tangent_precision,
             ),
         )
+    if config.method == "lgtm":
+        step = lgtm.lgtm(
+            student,
+            teacher,
+            imitation,
+            learned,
+            config.influence,
+            _default(config.influence_weight, 1.0),
+            config.influence_share,
+            config.pilot_rule,
+            config.pilot_learning_rate,
+            config.tangent,
+            config.tangent_precision,
+            config.feedback_every,
+            config.feedback_layers,
+            config.observe,
+        )
+        return record, teacher, step
     watch = watched_batch(next(iter(data.evaluation)), encoded, accelerator) if config.observe else None
     step = metadistil.metadistil(
         student,
@@ -704,6 +779,17 @@ def imitation_of(config: RunConfig) -> Imitation:
         config.pkd_layers or "skip",
         config.pkd_normalisation or "sum",
     )
+
+
+def feedback_data(config: RunConfig, data: glue.TaskData, encoded: dict[str, glue.Encoded]) -> glue.Encoded | None:
+    """What the teacher gets its feedback from, if it does: the split carved out of the training set, as a rule."""
+    if config.method not in FEEDBACK:
+        return encoded.get(config.exam)  # an exam of "train" or "feedback"; nothing for the course itself
+    if config.feedback_from is None:
+        return encoded["feedback"]
+    leaking = encoded[next(iter(data.evaluation))]
+    # Rows are numbered within their split; these must not be taken for rows of the training set.
+    return dataclasses.replace(leaking, rows=-1 - leaking.rows)
 
 
 def watched_batch(split: str, encoded: dict[str, glue.Encoded], accelerator: Accelerator) -> Batch:

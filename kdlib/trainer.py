@@ -166,7 +166,7 @@ def train(
         "identity": identity,
         "step": 0,
         "sums": {},
-        "count": 0,
+        "counts": {},
         "history": [],
         "best_step": -1,
         "best_metrics": {},
@@ -203,19 +203,21 @@ def train(
             except NonFiniteLossError as error:
                 raise _located(error, state["step"] + 1, folder) from error
             state["step"] += 1
-            state["sums"] = {name: state["sums"].get(name, 0.0) + value for name, value in values.items()}
-            state["count"] += 1
+            sums = {name: state["sums"].get(name, 0.0) + value for name, value in values.items()}
+            state["sums"] = state["sums"] | sums
+            # A step need not report everything: LGTM does not where it leaves the feedback out.
+            state["counts"] = state["counts"] | {name: state["counts"].get(name, 0) + 1 for name in values}
             if _due(state["step"], schedule, len(encoded), total):
                 row = {
                     "step": state["step"],
                     "epoch": state["step"] / math.ceil(len(encoded) / schedule.batch_size),
                     "learning_rate": keep.optimizer.param_groups[0]["lr"],
-                    **{f"train_{name}": value / state["count"] for name, value in state["sums"].items()},
+                    **{f"train_{name}": value / state["counts"][name] for name, value in state["sums"].items()},
                     **evaluate(),
                 }
                 state["history"].append(row)
                 line(f"{keep.name}: epoch {row['epoch']:.2f}, loss {row['train_loss']:.4f}, {select} {row[select]:.4f}")
-                state["sums"], state["count"] = {}, 0
+                state["sums"], state["counts"] = {}, {}
                 if not state["best_metrics"] or row[select] > state["best_metrics"][select]:
                     state["best_step"] = state["step"]
                     state["best_metrics"] = {name: value for name, value in row.items() if "/" in name}

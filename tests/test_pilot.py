@@ -54,6 +54,21 @@ class TestSgdStep:
         assert exact.error(two, one) > 1e-4
 
 
+def test_the_gradient_among_some_parameters_is_a_part_of_the_whole_and_ends_its_backward_pass_there():
+    student, batch = exact.bert(), exact.batch()
+    parameters = pilot.sgd_step(student, models.trainable(student), batch, pilot.task_loss, 0.3)  # not the module's own
+    whole = pilot.gradient(student, parameters, batch)
+    some = models.last_layers(student, 1)
+    part = pilot.gradient(student, parameters, batch, among=some)
+    assert list(part) == some and 0 < len(some) < len(whole)
+    assert all(torch.equal(part[name], whole[name]) for name in some)
+    graphs = []
+    student.bert.embeddings.register_forward_hook(lambda module, _, output: graphs.append(output.requires_grad))
+    pilot.gradient(student, parameters, batch)
+    pilot.gradient(student, parameters, batch, among=some)
+    assert graphs == [True, False]
+
+
 def test_the_module_is_restored_after_an_error():
     student, batch = exact.bert(), exact.batch()
     student.bert.eval()  # a part in another mode than the whole

@@ -41,6 +41,8 @@ TEACHING = {
 
 # Both networks in one step; the exams are other batches of the training set.
 JOINT = {**CONFIG, "method": "ikd", "teacher_epochs": 1, "exam": "train", "feedback_batch_size": 8}
+# Looks at the feedback at every second step: which ones must not depend on where the run began.
+GOOD_TEACHING = {**TEACHING, "method": "lgtm", "feedback_every": 2}
 
 # A place is a function and the number of the call to it that does not return: (holder, name, call, before or after).
 # Teacher and student train in the same process, 9 steps each, so calls 10 to 18 of `minimise` are the student's.
@@ -67,6 +69,7 @@ JOINT_PLACES = {
     "both-stepped-between-checkpoints": (ikd, "minimise_together", 7, "after"),
     "examined-not-stepped": (ikd, "minimise_together", 6, "before"),
 }
+GOOD_TEACHING_PLACES = {"between-two-looks": (Learner, "minimise", 15, "after")}
 
 
 def run(folder: str, place: str | None, places_hit, parameters: dict) -> None:
@@ -75,7 +78,8 @@ def run(folder: str, place: str | None, places_hit, parameters: dict) -> None:
 
     torch.set_num_threads(1)
     if place is not None:
-        holder, name, call, when = {**PLACES, **TEACHING_PLACES, **JOINT_PLACES}[place]
+        places = {**PLACES, **TEACHING_PLACES, **JOINT_PLACES, **GOOD_TEACHING_PLACES}
+        holder, name, call, when = places[place]
         original = getattr(holder, name)
         count = 0
 
@@ -166,6 +170,15 @@ def test_killed_while_the_teacher_learns_both_networks_end_the_same(
     assert hit and code == -signal.SIGKILL
     assert start(processes, tmp_path, None, parameters)[0] == 0
     assert ending(tmp_path, parameters) == undisturbed_teaching[parameters["method"]]
+
+
+@pytest.mark.parametrize("place", GOOD_TEACHING_PLACES)
+def test_killed_between_two_looks_at_the_feedback_it_looks_at_the_same_steps(processes, tmp_path, place):
+    assert start(processes, tmp_path / "undisturbed", None, GOOD_TEACHING) == (0, False)
+    code, hit = start(processes, tmp_path / "killed", place, GOOD_TEACHING)
+    assert hit and code == -signal.SIGKILL
+    assert start(processes, tmp_path / "killed", None, GOOD_TEACHING)[0] == 0
+    assert ending(tmp_path / "killed", GOOD_TEACHING) == ending(tmp_path / "undisturbed", GOOD_TEACHING)
 
 
 def test_killed_again_and_again(processes, undisturbed, tmp_path):

@@ -279,6 +279,14 @@ OTHERS = {
     "meta_weight": 0.25,
     "feedback_at": "after",
     "exam": "train",
+    "influence": "meta",
+    "influence_weight": "student_rate",
+    "feedback_every": 2,
+    "feedback_layers": 1,
+}
+WEIGHTED = {"influence": "weighted", "influence_weight": 1.0, "influence_share": None, "feedback_every": 1}
+LGTM = {
+    name: value for name, value in {**ONLINE, **PILOT}.items() if name not in ("first", "pilot_update", "inner_steps")
 }
 
 
@@ -294,6 +302,7 @@ class TestTeachersThatLearn:
             ),
             ("metadistil", {"teacher_epochs": 12, "teaching_rate": 1e-4, "feedback_fraction": 0.1, **PILOT}),
             ("ikd", {"teacher_epochs": 12, "teaching_rate": 1e-4, "feedback_fraction": 0.0, **IKD}),
+            ("lgtm", {"teacher_epochs": 0, "teaching_rate": 1e-3, "feedback_fraction": 0.1, **LGTM, **WEIGHTED}),
         ],
     )
     def test_defaults_by_method(self, method, expected):
@@ -309,6 +318,16 @@ class TestTeachersThatLearn:
         config = runs.configure(method="metadistil", teacher_learning_rate=1e-2, batch_size=16, pkd_weight=0.5)
         assert (config.teaching_rate, config.feedback_batch_size) == (pytest.approx(1e-3), 16)
         assert (config.pkd_layers, config.pkd_normalisation) == ("skip", "sum")
+        for method, fraction in (("lgtm", 0.1), ("prokt", 0.0)):
+            config = runs.configure(method=method, objective="dist")
+            assert (config.zero_classifiers, config.teacher_objective) == (False, "dist")
+            assert config.feedback_fraction == fraction
+        config = runs.configure(method="lgtm", influence="released")
+        assert (config.influence_weight, config.pilot_rule) == ("teacher_rate", "adamw")
+        config = runs.configure(method="lgtm", influence="meta", influence_share=0.3)
+        assert (config.influence_weight, config.influence_share, config.pilot_rule) == (None, 0.3, "sgd")
+        config = runs.configure(method="lgtm", feedback_from="validation")
+        assert (config.feedback_from, config.feedback_fraction) == ("validation", 0.0)
         config = runs.configure(task="mini-stsb", method="prokt")
         assert (config.objective, config.teacher_objective) == ("logit_mse", "logit_mse")
 
@@ -319,11 +338,12 @@ class TestTeachersThatLearn:
         patient = {"pkd_weight", "pkd_layers", "pkd_normalisation"}
         config = runs.configure(method=method, **OTHERS)
         used = {name for name in OTHERS if getattr(config, name) is not None}
-        assert used <= own | patient | {"pilot_learning_rate", "feedback_batch_size"}
+        assert used <= own | patient | {"pilot_learning_rate", "feedback_batch_size", "feedback_layers"}
         assert all(getattr(config, name) == OTHERS[name] for name in used)
         ignored = {name: value for name, value in OTHERS.items() if name not in used}
         assert runs.configure(method=method, **ignored).run_id == runs.configure(method=method).run_id
-        count = {"fine_tune": 0, "kd": 3, "prokt": 8, "dml": 8, "metadistil": 11, "ikd": 11}[method]
+        counts = {"fine_tune": 0, "kd": 3, "prokt": 8, "dml": 8, "metadistil": 11, "ikd": 11, "lgtm": 16}
+        count = counts[method]
         assert len(used) == count
 
     def test_runs_without_a_learning_teacher_keep_their_names(self):
@@ -375,6 +395,23 @@ class TestTeachersThatLearn:
             ({"method": "ikd", "labelled_course": False, "alpha": 0.5}, "alpha is 0.5, a weight for the labels of a"),
             ({"method": "kd", "labelled_course": False, "alpha": 0.5}, "alpha is 0.5, a weight for the labels of a"),
             ({"method": "prokt", "labelled_course": False}, "labelled_course is False, but prokt reads all labels"),
+            ({"method": "lgtm", "feedback_fraction": 0.0}, "lgtm needs a feedback split"),
+            (
+                {"method": "lgtm", "feedback_fraction": 0.1, "feedback_from": "validation"},
+                "feedback_from 'validation' are",
+            ),
+            ({"method": "lgtm", "feedback_from": "test"}, "feedback_from is 'test'; expected one of validation"),
+            ({"method": "lgtm", "micro_batches": 2}, "micro_batches is 2: the pilot step needs the whole batch"),
+            ({"method": "lgtm", "alpha": 1.0}, "no teacher can influence it"),
+            ({"method": "lgtm", "influence": "wieghted"}, "did you mean 'weighted'"),
+            ({"method": "lgtm", "influence_weight": "students_rate"}, "expected a number ≥ 0 or one of student_rate"),
+            ({"method": "lgtm", "influence_weight": -1}, "influence_weight is -1.0; expected a number ≥ 0"),
+            ({"method": "lgtm", "influence_share": -1}, "influence_share is -1.0; expected 0 or more"),
+            ({"method": "lgtm", "influence_weight": 1, "influence_share": 1}, "are both given; give one"),
+            ({"method": "lgtm", "feedback_every": 0}, "feedback_every is 0; expected a positive number"),
+            ({"method": "lgtm", "feedback_layers": -1}, "feedback_layers is -1; expected 0 or more"),
+            ({"method": "kd", "objective": "dist", "micro_batches": 2}, "compares the samples of a whole batch"),
+            ({"method": "lgtm", "precision": "fp16"}, "lgtm needs 'bf16'"),
             ({"objective": "reverse_soft_cross_entropy"}, "objective is 'reverse_soft_cross_entropy'; expected one of"),
             ({"teacher_objective": "reverse_soft_crossentropy"}, "did you mean 'reverse_soft_cross_entropy'"),
             ({"first": "both"}, "first is 'both'; expected one of teacher, student, simultaneous"),
@@ -407,6 +444,12 @@ class TestTeachersThatLearn:
             ("ikd", {"exam": "feedback", "tangent": "finite-difference"}),
             ("ikd", {"labelled_course": False, "feedback_fraction": 0.25}),
             ("prokt", {"teacher_objective": "reverse_soft_cross_entropy"}),
+            ("lgtm", {"observe": True, "feedback_batch_size": 4, "student": "tiny-2x32", "pkd_weight": 0.5}),
+            ("lgtm", {"influence": "released", "feedback_every": 2, "feedback_layers": 1, "precision": "bf16"}),
+            (
+                "lgtm",
+                {"influence": "meta", "influence_share": 0.2, "objective": "dist", "tangent": "forward-difference"},
+            ),
             ("dml", {"teacher_epochs": 1, "precision": "bf16"}),
         ],
     )
@@ -418,11 +461,15 @@ class TestTeachersThatLearn:
         scores = {"validation/accuracy", "teacher/validation/accuracy"}
         assert set(done.metrics) == scores | {"test/accuracy"} and done.samples["train"] <= 96
         logged = {"loss", "student_entropy", "teacher_entropy"}
-        logged |= {"feedback_loss"} if method in ("metadistil", "ikd") else {"teacher_loss"}
-        logged |= {"watch_better", "teacher_closer"} if config.observe else set()
+        logged |= {"feedback_loss"} if method in (*runs.FEEDBACK, "ikd") else set()
+        logged |= {"teacher_loss"} if method not in ("metadistil", "ikd") else set()
+        logged |= {"influence_mean", "influence_std", "influence_positive"} if method == "lgtm" else set()
+        if config.observe or config.influence_share is not None:
+            watched = {"watch_better", "teacher_closer"}
+            logged |= {"influence_weight", "influence_ratio", "influence_cosine"} if method == "lgtm" else watched
         assert set(done.history[-1]) == {"step", "epoch", "learning_rate", *scores, *(f"train_{n}" for n in logged)}
         assert all(np.isfinite(value) for value in done.history[-1].values())
-        if method == "metadistil" or config.feedback_fraction:
+        if config.feedback_fraction:
             assert done.samples["feedback"] > 0 and done.samples["train"] + done.samples["feedback"] == 96
 
         data = runs.load_data(config)
@@ -485,6 +532,54 @@ class TestTeachersThatLearn:
             ends.append((done.metrics, done.history))
         assert trained == [24, 72] * 2
         assert ends[0] == ends[1]
+
+
+def feedback_seen(monkeypatch, **parameters) -> tuple[list[dict], dict[str, glue.Encoded]]:
+    """The feedback batches that a run's step gets, and the run's splits."""
+    seen, splits, original = [], {}, runs.lgtm.lgtm
+
+    def spying(*arguments):
+        step = original(*arguments)
+
+        def spied(batch, feedback):
+            seen.append(feedback)
+            return step(batch, feedback)
+
+        return spied
+
+    def encoding(*arguments, encode=runs.encode_all):
+        splits.update(encode(*arguments))
+        return splits
+
+    monkeypatch.setattr(runs.lgtm, "lgtm", spying)
+    monkeypatch.setattr(runs, "encode_all", encoding)
+    runs.run(runs.configure(**QUICK, method="lgtm", batch_size=8, **parameters))
+    return seen, splits
+
+
+def sentences(encoded: glue.Encoded) -> set[tuple[int, ...]]:
+    pieces = encoded.input_ids.split(encoded.lengths.tolist())
+    return {tuple(piece.tolist()) for piece in pieces}
+
+
+def shown(batches: list[dict]) -> set[tuple[int, ...]]:
+    masked = [(b["input_ids"], b["attention_mask"].bool()) for b in batches]
+    return {tuple(row[keep].tolist()) for ids, mask in masked for row, keep in zip(ids, mask, strict=True)}
+
+
+def test_the_feedback_is_never_from_the_validation_split_unless_asked_for(monkeypatch, tmp_path):
+    """Told by the sentences themselves, not by the numbers of their rows."""
+    seen, splits = feedback_seen(monkeypatch, output_dir=str(tmp_path))
+    assert shown(seen) <= sentences(splits["feedback"]) and len(shown(seen)) > 4
+    assert {row for batch in seen for row in batch["rows"].tolist()} <= set(splits["feedback"].rows.tolist())
+    assert not set(splits["feedback"].rows.tolist()) & set(splits["train"].rows.tolist())
+    assert not shown(seen) <= sentences(splits["validation"])
+
+
+def test_the_papers_way_takes_the_feedback_from_the_validation_split(monkeypatch, tmp_path):
+    seen, splits = feedback_seen(monkeypatch, output_dir=str(tmp_path), feedback_from="validation")
+    assert shown(seen) <= sentences(splits["validation"]) and len(shown(seen)) > 4
+    assert "feedback" not in splits and len(splits["train"]) == 96
 
 
 class TestResults:

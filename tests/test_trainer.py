@@ -406,6 +406,16 @@ class TestFeedback:
             ]
             assert history[name].tolist() == pytest.approx(expected)
 
+    def test_what_only_some_steps_return_is_averaged_over_those(self):
+        def step(batch, quiz):
+            step.count += 1
+            return {"loss": 1.0} | ({"sometimes": float(step.count)} if step.count % 3 == 1 else {})
+
+        step.count = 0
+        history = self.train(step, self.feedback()).history  # windows of four steps, the last one of two
+        assert history["train_loss"].tolist() == [1.0] * 5
+        assert history["train_sometimes"].tolist() == pytest.approx([2.5, 7, 10, 14.5, float("nan")], nan_ok=True)
+
     def test_rows_that_are_also_trained_on_are_refused(self):
         overlapping = self.feedback()
         overlapping.rows[3:5] = torch.tensor([1040, 1007])

@@ -32,7 +32,7 @@ def chapter_table(root: Path = ROOT) -> str:
 
 
 def result_table(root: Path = ROOT) -> str:
-    """Test accuracy of every setting on record: mean and standard deviation over seeds, in per cent.
+    """Test accuracy of every setting on record for MiniGLUE: mean and standard deviation over seeds, in per cent.
 
     Of the distilled students, and of each network alone, only the settings with the most seeds: the sweeps with fewer
     belong to their chapters.
@@ -40,7 +40,7 @@ def result_table(root: Path = ROOT) -> str:
     settings: dict[str, list[runs.RunRecord]] = {}
     for path in sorted((root / "data" / "runs").rglob("*.json")):
         record = runs.read_record(path) if runs.is_record(path) else None
-        if record is not None and "test/accuracy" in record.metrics:
+        if record is not None and "test/accuracy" in record.metrics and record.config["source"] == "miniglue":
             identity = {n: v for n, v in runs.configure(**record.config).identity.items() if n != "seed"}
             settings.setdefault(json.dumps(identity), []).append(record)
     most: dict[tuple[str, str], int] = {}
@@ -80,7 +80,47 @@ def _lesson(config: dict[str, Any]) -> str:
     return ", ".join(words + ([config["objective"]] if config["objective"] != "kl" else []))
 
 
-TABLES: dict[str, Callable[[Path], str]] = {"chapters": chapter_table, "results": result_table}
+def glue_table(root: Path = ROOT) -> str:
+    """Validation accuracy on real GLUE, in per cent, by method: a column for each task, from `tools.comparison`.
+
+    The teacher's row is that of its fine-tuning, before it teaches.
+    """
+    scores: dict[str, dict[str, list[float]]] = {}
+    for path in sorted((root / "data" / "runs" / "12_glue").glob("*.json")):
+        record = runs.read_record(path)
+        alone = record.config["method"] == "fine_tune"
+        teacher = alone and record.config["student_layers"] is None
+        who = "the teacher alone" if teacher else "the student alone" if alone else _method(record.config)
+        task = f"{record.config['task']}, {record.samples['train']:,} rows"
+        scores.setdefault(who, {}).setdefault(task, []).append(100 * record.metrics["validation/accuracy"])
+    tasks = sorted({task for row in scores.values() for task in row}, reverse=True)
+    if not tasks:
+        return "No runs are on record: `python -m tools.comparison FOLDER` makes them."
+    head = [f"| learns by | {' | '.join(tasks)} |", f"|---|{'---:|' * len(tasks)}"]
+    order = sorted(scores, key=lambda who: (not who.startswith("the "), who))
+    rows = [f"| {who} | {' | '.join(_spread(scores[who].get(task, [])) for task in tasks)} |" for who in order]
+    return "\n".join(head + rows)
+
+
+def _method(config: dict[str, Any]) -> str:
+    """The name of a method, with its variant where it has some."""
+    variant = config.get("influence")
+    return config["method"] + (f", {variant}" if variant else "")
+
+
+def _spread(scores: list[float]) -> str:
+    """Mean ± standard deviation (number of seeds)."""
+    if not scores:
+        return ""
+    several = f" ± {stdev(scores):.1f} ({len(scores)} seeds)" if len(scores) > 1 else " (1 seed)"
+    return f"{mean(scores):.1f}{several}"
+
+
+TABLES: dict[str, Callable[[Path], str]] = {
+    "chapters": chapter_table,
+    "results": result_table,
+    "glue": glue_table,
+}
 
 
 def rendered(text: str, root: Path = ROOT) -> str:

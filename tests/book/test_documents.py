@@ -30,16 +30,16 @@ def small(tmp_path, root):
     shutil.copy(root / "book.yml", tmp_path)
     (tmp_path / "README.md").write_text(
         "# Book\n<!-- chapters -->\n<!-- end of chapters -->\ntext\n"
-        "<!-- results -->\nold\n<!-- end of results -->\nend\n"
+        "<!-- results -->\nold\n<!-- end of results -->\n<!-- glue -->\n<!-- end of glue -->\nend\n"
     )
     path = next((root / "data" / "runs" / "01_distillation").glob("mini-mnli-kd-*.json"))
     template = json.loads(path.read_text())
 
-    def record(seed, score, **changes):
+    def record(seed, score, chapter="99_small", **changes):
         fields = json.loads(json.dumps(template))
         fields["config"] |= {"seed": seed, "alpha": 0.5, "temperature": 2.0, **changes}
-        fields["metrics"]["test/accuracy"] = score
-        folder = tmp_path / "data" / "runs" / "99_small"
+        fields["metrics"] |= {"test/accuracy": score, "validation/accuracy": score}
+        folder = tmp_path / "data" / "runs" / chapter
         folder.mkdir(parents=True, exist_ok=True)
         (folder / f"{len(list(folder.iterdir()))}.json").write_text(json.dumps(fields))
 
@@ -52,7 +52,7 @@ def test_the_command_writes_between_the_markers_only(small, capsys):
     record(1, 0.6)
     assert readme.main(root) == 0
     text = (root / "README.md").read_text()
-    assert text.startswith("# Book\n<!-- chapters -->\n") and text.endswith("<!-- end of results -->\nend\n")
+    assert text.startswith("# Book\n<!-- chapters -->\n") and text.endswith("<!-- end of glue -->\nend\n")
     assert "\ntext\n" in text and "old" not in text
     assert "| mini-mnli | tiny-2x32 | the book's tiny-4x128 by kd, α = 0.5, T = 2 | 55.0 ± 7.1 | 2 |" in text
     assert "| 1 | [What is distilled, and why?](chapters/01_distillation.ipynb) | Distillation |" in text
@@ -101,6 +101,27 @@ def test_another_objective_is_named(small):
 
 def test_without_records_it_is_said(small):
     assert "make experiments" in readme.result_table(small[0])
+    assert "tools.comparison" in readme.glue_table(small[0])
+
+
+def test_runs_on_real_glue_have_a_table_of_their_own(small):
+    root, record = small
+    real = {"chapter": "12_glue", "source": "nyu-mll/glue", "task": "sst2", "student": None, "student_layers": 3}
+    record(0, 0.7, method="fine_tune", **real)
+    record(0, 0.8, method="fine_tune", **{**real, "student": "minilm", "student_layers": None})
+    for seed in range(2):
+        record(seed, 0.5 + seed / 10, method="metadistil", **real)
+        record(seed, 0.6, method="lgtm", influence="meta", **real)
+    record(0, 0.65, method="metadistil", **{**real, "task": "mrpc"})
+    rows = readme.glue_table(root).splitlines()
+    assert rows[0].startswith("| learns by | sst2, ") and "| mrpc, " in rows[0]
+    assert rows[2:] == [
+        "| the student alone | 70.0 (1 seed) |  |",
+        "| the teacher alone | 80.0 (1 seed) |  |",
+        "| lgtm, meta | 60.0 ± 0.0 (2 seeds) |  |",
+        "| metadistil | 55.0 ± 7.1 (2 seeds) | 65.0 (1 seed) |",
+    ]
+    assert "make experiments" in readme.result_table(root), "none of them is a run on MiniGLUE"
 
 
 @pytest.mark.parametrize("lost", ["<!-- chapters -->\n", "<!-- end of results -->\n"])

@@ -11,11 +11,13 @@ from kdlib.imitation import Imitation
 from kdlib.learner import accelerator_for, learner
 from kdlib.methods import kd
 from kdlib.methods.ikd import ikd
+from kdlib.methods.lgtm import VARIANTS, lgtm
 from kdlib.methods.metadistil import metadistil
 from kdlib.methods.online import ORDERS, online_distillation
 from tests import toy
 
-RULES = ["kd", *ORDERS, "metadistil", "ikd"]
+LGTM = {f"lgtm {variant}": variant for variant in VARIANTS}
+RULES = ["kd", *ORDERS, "metadistil", "ikd", *LGTM]
 OUTPUTS = {"two-way": 2, "three-way": 3, "regression": 1}
 PAIRS = [
     (rule, objective, weight, task)
@@ -51,9 +53,14 @@ def step_of(rule: str, student, teacher, imitation: Imitation):
         return metadistil(student, teacher, imitation)
     if rule == "ikd":
         return ikd(student, teacher, imitation)
-    return online_distillation(
-        student, teacher, imitation, Imitation(0.5, imitation.temperature, imitation.objective), rule
-    )
+    theirs = Imitation(0.5, imitation.temperature, imitation.objective)
+    if rule in LGTM:
+        return lgtm(student, teacher, imitation, theirs, LGTM[rule])
+    return online_distillation(student, teacher, imitation, theirs, rule)
+
+
+def asks_for_feedback(rule: str) -> bool:
+    return rule == "metadistil" or rule in LGTM
 
 
 def weights(who) -> list[torch.Tensor]:
@@ -72,7 +79,7 @@ def test_two_steps(rule, objective, pkd_weight, task):
     step = step_of(rule, student, teacher, Imitation(0.4, 2.0, losses.OBJECTIVES[objective], pkd_weight))
     before = weights(student), weights(teacher)
     for number in range(2):
-        data = [batch(number, task)] + ([batch(number + 2, task)] if rule == "metadistil" else [])
+        data = [batch(number, task)] + ([batch(number + 2, task)] if asks_for_feedback(rule) else [])
         values = step(*data)
         assert "loss" in values and all(math.isfinite(value) for value in values.values()), values
     assert moved(student, before[0])
@@ -85,5 +92,5 @@ def test_a_softmax_over_one_output_is_refused_before_anything_moves(rule):
     step = step_of(rule, student, teacher, Imitation(0.4, 2.0, losses.kl_divergence))
     before = weights(student), weights(teacher)
     with pytest.raises(ValueError, match="for regression use objective 'logit_mse'"):
-        step(*[batch(0, "regression")] * (2 if rule == "metadistil" else 1))
+        step(*[batch(0, "regression")] * (2 if asks_for_feedback(rule) else 1))
     assert not moved(student, before[0]) and not moved(teacher, before[1])

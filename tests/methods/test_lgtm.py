@@ -1,0 +1,516 @@
+"""One step of LGTM against Algorithm 1 as written, by plain autograd; what a step must not touch; its relatives."""
+
+from copy import deepcopy
+from functools import partial
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from kdlib import influence, losses, models, pilot
+from kdlib.imitation import Imitation
+from kdlib.learner import accelerator_for
+from kdlib.methods import lgtm as module
+from kdlib.methods.lgtm import lgtm, released
+from kdlib.methods.metadistil import metadistil
+from kdlib.methods.online import online_distillation
+from tests import exact, pairs
+
+BATCH, FEEDBACK = exact.batch(6, 0), exact.batch(6, 1)
+MIXTURE, TEACHERS = Imitation(0.3, 2.0), Imitation(0.6, 2.0)
+IMITATIONS = {
+    "kl with labels": MIXTURE,
+    "soft cross entropy": Imitation(0.0, 1.0, losses.soft_cross_entropy),
+    "probability mse with pkd": Imitation(0.2, 3.0, losses.probability_mse, pkd_weight=1.0),
+    "logit mse": Imitation(0.5, 1.0, losses.logit_mse),
+    "dist": Imitation(0.3, 1.0, losses.dist),
+}
+FAR = 0.5  # of the pilot's plain steps: large enough that the place where the feedback is taken matters
+
+
+def inner(first, second) -> torch.Tensor:
+    return sum((a * b).sum() for a, b in zip(first, second, strict=True))
+
+
+class Lesson:
+    """Lines 2 to 7 of Algorithm 1 for one batch, written out: double backward passes, sample by sample."""
+
+    def __init__(self, student: pairs.Plain, teacher: pairs.Plain, imitation: Imitation, rule="sgd", rate=FAR):
+        self.imitation, self.rate, self.labels = imitation, rate, BATCH["labels"]
+        self.theirs, self.ours = teacher.answers(BATCH), student.answers(BATCH)
+        self.weights = list(student.parameters.values())
+        gradient = self.gradient(imitation(self.ours, self.theirs, self.labels).mean())
+        state = pilot.adamw_state(student.optimizer, student.parameters, rate)
+
+        def moved(gradient):
+            named = dict(zip(student.parameters, gradient, strict=True))
+            if rule == "adamw":
+                return pilot.adamw(student.parameters, named, state)
+            return {name: value - rate * named[name] for name, value in student.parameters.items()}
+
+        def feedback_loss(copy):
+            return F.cross_entropy(student.answers(FEEDBACK, copy).logits, FEEDBACK["labels"])
+
+        self.feedback_loss = feedback_loss(moved(gradient))
+        copy = {name: value.detach().requires_grad_() for name, value in moved(gradient).items()}
+        self.g = torch.autograd.grad(feedback_loss(copy), list(copy.values()), materialize_grads=True)
+        leaves = [value.detach().requires_grad_() for value in gradient]
+        slope = torch.autograd.grad(inner(moved(leaves).values(), self.g), leaves)
+        self.g_of_the_rule = [torch.nan_to_num(-value / rate) for value in slope]
+
+    def gradient(self, value):
+        return torch.autograd.grad(value, self.weights, create_graph=True, materialize_grads=True)
+
+    def distillation(self):
+        """ℓ: the student's loss without its labels, over 1 − α."""
+        alpha, hard = self.imitation.alpha, F.cross_entropy(self.ours.logits, self.labels, reduction="none")
+        return (self.imitation(self.ours, self.theirs, self.labels) - alpha * hard) / (1 - alpha)
+
+    def influences(self, values, g):
+        return torch.stack([inner(self.gradient(value), g) for value in values])
+
+    def term(self, variant: str, weight: float, teachers: Imitation | None):
+        if variant == "meta":  # as the derivative of the pilot's feedback loss, whatever influences may be
+            return weight / ((1 - self.imitation.alpha) * self.rate) * self.feedback_loss
+        if variant == "released":
+            loss = teachers(self.theirs, self.ours, self.labels)
+            return -weight * self.influences(loss, self.g).mean()
+        influences = self.influences(self.distillation(), self.g_of_the_rule)
+        if variant == "printed":
+            return weight * influences.mean()
+        return weight * (influences.detach() * self.distillation()).mean()
+
+
+def algorithm_1(student, teacher, imitation, teachers, variant, weight=1.0, share=None, rule="sgd", rate=FAR):
+    """The paper's lines 2 to 9."""
+    lesson = Lesson(student, teacher, imitation, rule, rate)
+    auxiliary = teachers(lesson.theirs, pairs.constants(lesson.ours), BATCH["labels"]).mean() if teachers else 0.0
+    term = lesson.term(variant, weight, teachers)
+    if share is not None:
+        weights = list(teacher.parameters.values())
+        sizes = [
+            torch.cat(
+                [v.flatten() for v in torch.autograd.grad(part, weights, retain_graph=True, materialize_grads=True)]
+            )
+            .nan_to_num()
+            .norm()
+            for part in (auxiliary, term)
+        ]
+        term = share * (sizes[0] / sizes[1]).detach() * term
+    teacher.descend(auxiliary + term)
+    example = pairs.constants(teacher.answers(BATCH))
+    student.descend(imitation(student.answers(BATCH), example, BATCH["labels"]).mean())
+
+
+def start(warm: int = 0, **options):
+    """Two learners, and the same in plain torch, after some steps that fill AdamW's moments."""
+    student, teacher = pairs.pair(**options)
+    for number in range(warm):
+        for who in (student, teacher):
+            loss = lambda batch, who=who: pilot.task_loss(models.outputs(who.module, batch), batch)  # noqa: E731
+            who.minimise(loss, exact.batch(6, 10 + number))
+    for who in (student, teacher):  # the schedule moves the rate between steps; the plain ones have none
+        for group in who.optimizer.param_groups:
+            group["lr"] = pairs.RATE
+    return (student, teacher), (pairs.Plain(student), pairs.Plain(teacher))
+
+
+def both(variant, imitation=MIXTURE, teachers=TEACHERS, warm=0, rule="sgd", weight=1.0, share=None, **settings):
+    """A step of ours and of the algorithm, from the same start."""
+    ours, plain = start(warm)
+    rate = pairs.RATE if rule == "adamw" else FAR
+    options = {"pilot_rule": rule, "pilot_learning_rate": rate, **settings}
+    values = lgtm(*ours, imitation, teachers, variant, weight, share, **options)(BATCH, FEEDBACK)
+    number = {"student_rate": (1 - imitation.alpha) * rate, "teacher_rate": pairs.RATE}.get(weight, weight)
+    algorithm_1(*plain, imitation, teachers, variant, number, share, rule, rate)
+    return values, ours, plain
+
+
+def agree(result, tolerance=1e-9) -> bool:
+    _, ours, plain = result
+    return all(pairs.difference(*two) < tolerance for two in zip(ours, plain, strict=True))
+
+
+def teachers_gradient(variant, settings=None, imitation=MIXTURE, teachers=None):
+    """The gradient that the teacher of `lgtm` would descend, and the lesson that it comes from."""
+    (student, teacher), plain = start()
+    kept = []
+
+    def keep(loss, batch):
+        weights = list(models_of(teacher))
+        kept.extend(torch.autograd.grad(loss(batch).mean(), weights, materialize_grads=True))
+
+    teacher.minimise = keep
+    lgtm(student, teacher, imitation, teachers, variant, pilot_learning_rate=FAR, **(settings or {}))(BATCH, FEEDBACK)
+    return kept, Lesson(*plain, imitation), list(plain[1].parameters.values())
+
+
+def models_of(who):
+    return [parameter for parameter in who.module.parameters() if parameter.requires_grad]
+
+
+# --- Exactness -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("imitation", IMITATIONS.values(), ids=IMITATIONS)
+@pytest.mark.parametrize("variant", module.VARIANTS)
+def test_a_step_is_that_of_algorithm_1(variant, imitation):
+    assert agree(both(variant, imitation))
+
+
+@pytest.mark.parametrize("imitation", IMITATIONS.values(), ids=IMITATIONS)
+@pytest.mark.parametrize("variant", module.VARIANTS)
+def test_with_the_pilot_step_of_adamw_too(variant, imitation):
+    assert agree(both(variant, imitation, warm=2, rule="adamw"))
+
+
+@pytest.mark.parametrize("variant", module.VARIANTS)
+@pytest.mark.parametrize(
+    "options",
+    [{"weight": 0.3}, {"weight": "student_rate"}, {"weight": "teacher_rate"}, {"share": 0.5}, {"share": 0.0}],
+    ids=str,
+)
+def test_every_weight_is_what_it_says(variant, options):
+    assert agree(both(variant, **options))
+
+
+@pytest.mark.parametrize("variant", ["weighted", "printed", "meta"])
+def test_without_an_auxiliary_loss_too(variant):
+    assert agree(both(variant, teachers=None))
+
+
+def test_double_backward_is_exact_and_differences_are_close():
+    """In float64 a difference at the radius that suits float32; the one-sided one is off by the first order."""
+    exact_one = teachers_gradient("weighted")[0]
+    ways = ("double-backward", "finite-difference", "forward-difference")
+    errors = {way: exact.error(teachers_gradient("weighted", {"tangent": way})[0], exact_one) for way in ways}
+    assert errors["double-backward"] < 1e-12
+    assert 1e-9 < errors["finite-difference"] < 1e-3
+    assert errors["finite-difference"] < errors["forward-difference"] < 0.1
+
+
+def test_the_released_preset_is_the_released_code():
+    """Two students moved by ±R along v, and the difference of the teacher's losses there, as the code has it."""
+    ours, (student, teacher) = start(warm=3)
+    released(*ours)(BATCH, FEEDBACK)
+    loss_of_teacher = lambda theirs, logits: 0.4 * losses.kl_divergence(theirs.logits, logits)  # noqa: E731
+    with torch.no_grad():
+        lesson = teacher.answers(BATCH)
+    loss = losses.kl_divergence(student.answers(BATCH).logits, lesson.logits)
+    gradient = torch.autograd.grad(loss, list(student.parameters.values()), materialize_grads=True)
+    state = pilot.adamw_state(student.optimizer, student.parameters, pairs.RATE)
+    copy = pilot.adamw(student.parameters, dict(zip(student.parameters, gradient, strict=True)), state)
+    copy = {name: value.detach().requires_grad_() for name, value in copy.items()}
+    held = F.cross_entropy(student.answers(FEEDBACK, copy).logits, FEEDBACK["labels"])
+    v = torch.autograd.grad(held, list(copy.values()), materialize_grads=True)
+    r = 0.01 / torch.cat([value.flatten() for value in v]).norm()
+
+    theirs, differences = teacher.answers(BATCH), []
+    for sign in (1, -1):
+        steps = zip(student.parameters.items(), v, strict=True)
+        moved = {name: (value + sign * r * slope).detach() for (name, value), slope in steps}
+        differences.append(loss_of_teacher(theirs, student.answers(BATCH, moved).logits))
+    own = loss_of_teacher(theirs, student.answers(BATCH).logits.detach())
+    own = own + 0.6 * F.cross_entropy(theirs.logits, BATCH["labels"])
+    teacher.descend(own - pairs.RATE * (differences[0] - differences[1]) / (2 * r))
+    student.descend(losses.kl_divergence(student.answers(BATCH).logits, teacher.answers(BATCH).logits.detach()))
+    assert all(pairs.difference(*two) < 1e-5 for two in zip(ours, (student, teacher), strict=True))
+    ratio = released(*start(warm=3)[0], observe=True)(BATCH, FEEDBACK)["influence_ratio"]
+    assert ratio > 1e-4  # else the last lines would compare nothing
+
+
+# --- Planted mistakes ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("variant", "falls"), [("meta", True), ("printed", False)])
+def test_descending_meta_lowers_the_pilots_feedback_loss_and_printed_raises_it(variant, falls):
+    """The sign: the same lesson again, from the new teacher."""
+    student, teacher = pairs.pair(rate=1e-4)
+    beginning = pairs.weights(student)
+    step = lgtm(student, teacher, MIXTURE, None, variant, pilot_learning_rate=FAR)
+    values = []
+    for _ in range(4):
+        student.module.load_state_dict(beginning)
+        values.append(step(BATCH, FEEDBACK)["feedback_loss"])
+    assert values == sorted(values, reverse=falls)
+
+
+def test_the_weights_of_eq_9_are_held_fixed():
+    """A forgotten detach would add the mean of ℓ_i ∇I_i."""
+    actual, lesson, weights = teachers_gradient("weighted")
+    influences, values = lesson.influences(lesson.distillation(), lesson.g), lesson.distillation()
+    gradients = [
+        torch.autograd.grad((part * values).mean(), weights, retain_graph=True, materialize_grads=True)
+        for part in (influences.detach(), influences)
+    ]
+    assert exact.error(actual, gradients[0]) < 1e-9
+    assert exact.error(gradients[1], gradients[0]) > 0.1
+
+
+def test_every_sample_has_its_own_weight():
+    """The batch's mean as the one weight, as in the reading of eq. (19), is something else."""
+    actual, lesson, weights = teachers_gradient("weighted")
+    influences, values = lesson.influences(lesson.distillation(), lesson.g).detach(), lesson.distillation()
+    expected = sum(
+        (weight / len(values))
+        * torch.cat([v.flatten() for v in torch.autograd.grad(value, weights, retain_graph=True)])
+        for weight, value in zip(influences, values, strict=True)
+    )
+    assert exact.error(torch.cat([v.flatten() for v in actual]), expected) < 1e-9
+    shared = torch.autograd.grad((influences.mean() * values).mean(), weights)
+    assert exact.error(torch.cat([v.flatten() for v in shared]), expected) > 0.1
+
+
+def seen_by(imitation=MIXTURE, **settings):
+    """Influences and answers that `watch` was told of, and the plain networks from before the step."""
+    ours, plain = start()
+    seen = []
+    options = {"pilot_learning_rate": FAR, **settings}
+    values = lgtm(*ours, imitation, TEACHERS, watch=lambda *what: seen.append(what), **options)(BATCH, FEEDBACK)
+    (batch, influences, own, lesson), *others = seen
+    assert batch is BATCH and not others and not influences.requires_grad
+    return influences, own, lesson, values, plain
+
+
+def test_influence_is_that_of_the_student_before_the_pilot_step_along_the_feedback_gradient_after_it():
+    influences, own, lesson, values, (student, teacher) = seen_by()
+    weights = models.trainable(student.module)
+    taught = lambda outputs, batch: MIXTURE(outputs, pairs.constants(teacher.answers(BATCH)), batch["labels"])  # noqa: E731
+    copy = pilot.sgd_step(student.module, weights, BATCH, taught, FAR)
+    places = {"before": weights, "after": copy}
+
+    def expected(place, slope_at):
+        g = influence.feedback_gradient(student.module, places[slope_at], FEEDBACK)
+        loss = lambda outputs, batch: losses.kl_divergence(outputs.logits, batch["lesson"], 2.0, reduction="none")  # noqa: E731
+        gradients = influence.per_sample_gradients(
+            student.module, places[place], BATCH | {"lesson": teacher.answers(BATCH).logits.detach()}, loss
+        )
+        return sum(gradients[name].flatten(1) @ g[name].flatten() for name in g)
+
+    assert exact.error(influences, expected("before", "after")) < 1e-10
+    for wrong in (("before", "before"), ("after", "after")):
+        assert exact.error(influences, expected(*wrong)) > 1e-3
+    assert values["influence_mean"] == pytest.approx(influences.mean().item(), rel=1e-5)
+    assert values["influence_std"] == pytest.approx(influences.std(correction=0).item(), rel=1e-5)
+    assert values["influence_positive"] == pytest.approx((influences > 0).double().mean().item())
+    quizzed = pilot.task_loss(models.apply(student.module, copy, FEEDBACK), FEEDBACK).mean()
+    assert values["feedback_loss"] == pytest.approx(quizzed.item(), rel=1e-10)
+    assert exact.error(own.logits, student.answers(BATCH).logits) < 1e-12
+    assert exact.error(lesson.logits, teacher.answers(BATCH).logits) < 1e-12
+
+
+def test_the_influence_of_dist_is_that_of_the_samples_part_of_the_batchs_loss():
+    """Its samples do not stand alone, so a gradient of one sample's batch would not do."""
+    influences, *_, (student, teacher) = seen_by(IMITATIONS["dist"])
+    lesson = Lesson(student, teacher, IMITATIONS["dist"])
+    assert exact.error(influences, lesson.influences(lesson.distillation(), lesson.g)) < 1e-9
+
+
+# --- Relatives -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("imitation", [MIXTURE, IMITATIONS["probability mse with pkd"]], ids=["kl", "mse with pkd"])
+@pytest.mark.parametrize("rule", ["sgd", "adamw"])
+def test_meta_at_the_students_rate_and_nothing_else_is_metadistil(imitation, rule):
+    ends = []
+    for method in (lgtm, metadistil):
+        student, teacher = start(warm=2)[0]
+        if method is lgtm:
+            step = lgtm(student, teacher, imitation, None, "meta", "student_rate", pilot_rule=rule)
+        else:
+            step = metadistil(student, teacher, imitation, pilot_rule=rule)
+        for _ in range(2):
+            step(BATCH, FEEDBACK)
+        ends.append((pairs.weights(student), pairs.weights(teacher)))
+    assert exact.error(*(end[0] for end in ends)) < 1e-10
+    assert exact.error(*(end[1] for end in ends)) < 1e-10
+
+
+@pytest.mark.parametrize("off", [{"weight": 0.0}, {"share": 0.0}], ids=str)
+@pytest.mark.parametrize("variant", module.VARIANTS)
+def test_at_weight_zero_it_is_online_distillation_dropout_included(variant, off):
+    ends = []
+    for method in ("lgtm", "online"):
+        student, teacher = start(dropout=0.3)[0]
+        torch.manual_seed(0)
+        step = online_distillation(student, teacher, MIXTURE, TEACHERS, "teacher")
+        if method == "lgtm":
+            step = partial(lgtm(student, teacher, MIXTURE, TEACHERS, variant, **off), feedback=FEEDBACK)
+        for _ in range(2):
+            step(BATCH)
+        ends.append((pairs.weights(student), pairs.weights(teacher)))
+    assert exact.error(*(end[0] for end in ends)) < 1e-10
+    assert exact.error(*(end[1] for end in ends)) < 1e-10
+
+
+# --- What saves time -------------------------------------------------------------------------------------------------
+
+
+def test_between_two_looks_at_the_feedback_a_step_is_that_of_online_distillation():
+    """feedback_every=3: the first and the fourth step have an influence term, the others have none."""
+    student, teacher = start(dropout=0.3)[0]
+    step = lgtm(student, teacher, MIXTURE, TEACHERS, feedback_every=3)
+    looked = []
+    for number in range(5):
+        twins = start(dropout=0.3)[0]
+        for who, twin in zip((student, teacher), twins, strict=True):
+            twin.module.load_state_dict(who.module.state_dict())
+            twin.optimizer.load_state_dict(deepcopy(who.optimizer.state_dict()))
+        torch.manual_seed(number)
+        values = step(BATCH, FEEDBACK)
+        looked.append("feedback_loss" in values and "influence_mean" in values)
+        torch.manual_seed(number)
+        online_distillation(*twins, MIXTURE, TEACHERS, "teacher")(BATCH)
+        gap = exact.error(models.trainable(teacher.module), models.trainable(twins[1].module))
+        assert (gap > 1e-6) if looked[-1] else (gap < 1e-10)
+    assert looked == [True, False, False, True, False]
+
+
+@pytest.mark.parametrize("layers", [0, 1, 2])
+@pytest.mark.parametrize("rule", ["sgd", "adamw"])
+def test_the_influence_through_the_last_layers_is_the_part_of_the_inner_product_there(layers, rule):
+    settings = {"pilot_rule": rule, "pilot_learning_rate": pairs.RATE if rule == "adamw" else FAR}
+    influences, *_, (student, teacher) = seen_by(feedback_layers=layers, **settings)
+    lesson = Lesson(student, teacher, MIXTURE, rule, settings["pilot_learning_rate"])
+    kept = set(models.last_layers(student.module, layers))
+    parts = zip(student.parameters, lesson.g_of_the_rule, strict=True)
+    g = [value if name in kept else torch.zeros_like(value) for name, value in parts]
+    assert 0 < len(kept) < len(g)
+    assert exact.error(influences, lesson.influences(lesson.distillation(), g)) < 1e-9
+
+
+def passes(**settings) -> dict[str, int]:
+    """How often a step runs the teacher and the student forward, and the teacher backward."""
+    student, teacher = start()[0]
+    calls = {"teacher": 0, "student": 0, "backward": 0}
+
+    def count(name):
+        calls[name] += 1
+
+    for who in (student, teacher):
+        who.module.register_forward_hook(lambda *_, name=who.name: count(name))
+    teacher.module.classifier.weight.register_hook(lambda _: count("backward"))
+    lgtm(student, teacher, MIXTURE, TEACHERS, **settings)(BATCH, FEEDBACK)
+    return calls
+
+
+def test_one_backward_pass_of_the_teacher_does_for_all():
+    """The teacher: its answers before and after its step.  The student: pilot, feedback, tangent, its own step."""
+    assert passes() == {"teacher": 2, "student": 4, "backward": 1}
+    assert passes(share=0.1) == {"teacher": 2, "student": 4, "backward": 3}
+
+
+def test_the_forward_difference_reuses_the_pilots_pass():
+    assert passes(tangent="finite-difference") == {"teacher": 2, "student": 5, "backward": 1}
+    assert passes(tangent="forward-difference") == {"teacher": 2, "student": 4, "backward": 1}
+
+
+# --- What a step leaves alone -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("settings", [{}, {"pilot_rule": "adamw"}, {"influence": "released"}], ids=str)
+def test_the_pilot_leaves_student_optimiser_schedule_and_random_state_alone(settings):
+    student, teacher = pairs.pair(dropout=0.5)
+    step = lgtm(student, teacher, MIXTURE, TEACHERS, **settings)
+    step(BATCH, FEEDBACK)
+    before, seen = pairs.state(student), []
+    original = teacher.minimise
+
+    def look(loss, batch):
+        seen.append(pairs.same(pairs.state(student), before))
+        return original(loss, batch)
+
+    teacher.minimise = look
+    torch.manual_seed(3)
+    teacher.module(**{name: BATCH[name] for name in ("input_ids", "attention_mask", "token_type_ids")})
+    random = torch.get_rng_state()
+    torch.manual_seed(3)
+    teacher.minimise = lambda loss, batch: (look(loss, batch), seen.append(torch.equal(torch.get_rng_state(), random)))
+    step(BATCH, FEEDBACK)  # the teacher's one pass draws its dropout, nothing else draws anything
+    assert seen == [True, True]
+    assert all(part.training for who in (student, teacher) for part in who.module.modules())
+
+
+def test_observing_changes_nothing_and_measures():
+    ends = []
+    for observe in (False, True):
+        torch.manual_seed(0)
+        student, teacher = pairs.pair(dropout=0.3)
+        step = lgtm(student, teacher, MIXTURE, TEACHERS, "meta", 0.2, observe=observe)
+        values = [step(BATCH, FEEDBACK) for _ in range(2)]
+        ends.append((pairs.weights(student), pairs.weights(teacher)))
+    assert pairs.same(*ends)
+    assert values[-1]["influence_weight"] == 0.2 and values[-1]["influence_ratio"] > 0
+    assert -1 <= values[-1]["influence_cosine"] <= 1
+
+
+def test_a_share_is_the_ratio_that_is_measured():
+    student, teacher = pairs.pair()
+    values = lgtm(student, teacher, MIXTURE, TEACHERS, share=0.25)(BATCH, FEEDBACK)
+    assert values["influence_ratio"] == pytest.approx(0.25)
+    at_one = lgtm(*pairs.pair(), MIXTURE, TEACHERS, observe=True)(BATCH, FEEDBACK)
+    assert values["influence_weight"] == pytest.approx(0.25 / at_one["influence_ratio"])
+
+
+def test_a_student_without_gradient_has_no_share():
+    """Zero over zero is none: where the feedback asks for nothing the term is nothing."""
+    student, teacher = pairs.pair()
+    torch.nn.init.zeros_(student.module.classifier.weight)
+    for parameter in student.module.bert.parameters():
+        parameter.requires_grad_(False)
+    for parameter in student.module.classifier.parameters():
+        parameter.requires_grad_(False)
+    student.module.classifier.bias.requires_grad_(True)
+    quiet = FEEDBACK | {"labels": torch.tensor([0, 1, 2, 0, 1, 2])}
+    with torch.no_grad():
+        student.module.classifier.bias.zero_()
+    values = lgtm(student, teacher, MIXTURE, TEACHERS, share=0.5, pilot_learning_rate=0.0)(BATCH, quiet)
+    assert values["influence_weight"] < 1e15 and values["influence_mean"] == pytest.approx(0, abs=1e-12)
+
+
+@pytest.mark.parametrize("where", ["fp32", "autocast"])
+def test_mixed_precision_changes_the_teachers_gradient_a_little(where):
+    gradients = []
+    for precision in ("fp32", "bf16"):
+        student, teacher = pairs.pair()
+        for who in (student, teacher):
+            who.module.float()
+            who.accelerator = accelerator_for("cpu", precision)
+
+        def keep(loss, batch, teacher=teacher):
+            gradients.append(torch.autograd.grad(loss(batch).mean(), models_of(teacher), materialize_grads=True))
+
+        teacher.minimise = keep
+        lgtm(student, teacher, MIXTURE, None, "meta", tangent_precision=where)(BATCH, FEEDBACK)
+    error = exact.error(gradients[1], gradients[0])
+    print(f"tangent in {where}: {error:.1e}")
+    assert 0 < error < 0.2
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"influence": "wieghted"}, "influence is 'wieghted'; expected one of weighted, printed, meta, released"),
+        ({"weight": "student"}, "influence_weight is 'student'; expected a number ≥ 0 or one of student_rate"),
+        ({"weight": -1.0}, "influence_weight is -1.0"),
+        ({"weight": float("nan")}, "influence_weight is nan"),
+        ({"share": -0.1}, "influence_share is -0.1"),
+        ({"pilot_rule": "adam"}, "pilot_rule is 'adam'; expected one of sgd, adamw"),
+        ({"feedback_every": 0}, "feedback_every is 0"),
+        ({"imitation": Imitation(1.0)}, "no teacher can influence it"),
+        ({"teacher_imitation": None, "share": 0.1}, "nothing to take a share of"),
+        ({"teacher_imitation": None, "influence": "released"}, "nor a loss of the teacher"),
+        ({"teacher_imitation": Imitation(pkd_weight=1.0)}, "predictions only"),
+        ({"feedback_layers": 3}, "layers is 3, but the network has 2"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_settings_without_meaning_are_refused(settings, message):
+    arguments = {"imitation": MIXTURE, "teacher_imitation": TEACHERS, **settings}
+    with pytest.raises(ValueError, match=message):
+        lgtm(*pairs.pair(), **arguments)
+
+
+def test_pieces_of_a_batch_are_refused():
+    with pytest.raises(ValueError, match="micro_batches is 2"):
+        lgtm(*pairs.pair(micro_batches=2), MIXTURE, TEACHERS)
