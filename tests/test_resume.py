@@ -42,7 +42,7 @@ TEACHING = {
 # Both networks in one step; the exams are other batches of the training set.
 JOINT = {**CONFIG, "method": "ikd", "teacher_epochs": 1, "exam": "train", "feedback_batch_size": 8}
 # Looks at the feedback at every second step: which ones must not depend on where the run began.
-GOOD_TEACHING = {**TEACHING, "method": "lgtm", "feedback_every": 2}
+GOOD_TEACHING = {**TEACHING, "method": "lgtm", "feedback_every": 2, "checkpoint_every": 3}
 
 # A place is a function and the number of the call to it that does not return: (holder, name, call, before or after).
 # Teacher and student train in the same process, 9 steps each, so calls 10 to 18 of `minimise` are the student's.
@@ -69,7 +69,7 @@ JOINT_PLACES = {
     "both-stepped-between-checkpoints": (ikd, "minimise_together", 7, "after"),
     "examined-not-stepped": (ikd, "minimise_together", 6, "before"),
 }
-GOOD_TEACHING_PLACES = {"between-two-looks": (Learner, "minimise", 15, "after")}
+GOOD_TEACHING_PLACES = {"between-two-looks": (Learner, "minimise", 13, "after")}
 
 
 def run(folder: str, place: str | None, places_hit, parameters: dict) -> None:

@@ -22,7 +22,7 @@ os.environ.setdefault("KDLIB_PROGRESS", "0")
 
 from kdlib import models, runs
 from kdlib.runs import RunConfig
-from tools import influence_records
+from tools import influence_records, static_records
 
 ROOT = Path(__file__).resolve().parents[1]
 RECORDS, TEACHERS = ROOT / "data" / "runs", ROOT / "data" / "teachers"
@@ -76,7 +76,7 @@ def online_run(task: str, method: str, seed: int, start: str = "one-stage", **ch
 
 
 def chapter_05() -> Iterator[RunConfig]:
-    """A teacher with feedback, five seeds: with the pilot update, without, and a fixed one; then two variants."""
+    """A teacher with feedback, five seeds: with pilot update, without, a fixed one; two variants; three sweeps."""
     for task, seed in itertools.product(TEACHER_TASKS, range(5)):
         yield meta_run(task, "kd", seed)
         yield meta_run(task, "metadistil", seed, observe=True)
@@ -84,13 +84,16 @@ def chapter_05() -> Iterator[RunConfig]:
     for seed in range(5):
         yield meta_run("mini-mnli", "metadistil", seed, pilot_rule="adamw", observe=True)
         yield meta_run("mini-mnli", "kd", seed, feedback_fraction=0.0)
+    for (field, values), seed in itertools.product(META_SWEEPS.items(), range(5)):
+        for value, method in itertools.product(values, ("kd", "metadistil")):
+            yield meta_run("mini-mnli", method, seed, **{field: value})
 
 
 def meta_run(task: str, method: str, seed: int, **changes) -> RunConfig:
     """A run of chapter 5: the same data, steps and teacher at the start for every method."""
-    settings = {**META_SETTINGS, "seed": seed}
+    settings = {**META_SETTINGS, "learning_rate": META_STUDENT_RATES[task], "seed": seed}
     if method == "metadistil":
-        settings |= {"teaching_rate": META_RATE}
+        settings |= {"teaching_rate": META_RATES[task]}
     return runs.configure(task=task, method=method, **{**settings, **changes})
 
 
@@ -112,6 +115,24 @@ def feedback_run(task: str, method: str, seed: int, **changes) -> RunConfig:
     if method == "ikd":
         settings |= {"meta_weight": 0.5, "teaching_rate": FEEDBACK_RATES[changes.get("meta_weight", 0.5)]}
     return runs.configure(task=task, method=method, **{**settings, **changes})
+
+
+def chapter_07() -> Iterator[RunConfig]:
+    """Chapter 5's runs go on, five seeds: online distillation, LGTM in its variants, and with the papers' feedback."""
+    for seed in range(5):
+        yield lgtm_run("prokt", seed)
+        yield lgtm_run("lgtm", seed, influence="weighted", observe=seed == 0)
+        yield lgtm_run("lgtm", seed, influence="meta", influence_share=0.5)
+        yield lgtm_run("lgtm", seed, influence="printed", observe=seed == 0)
+        yield lgtm_run("lgtm", seed, influence="released", observe=seed == 0)
+        yield lgtm_run("lgtm", seed, feedback_from="validation", feedback_fraction=0.0)
+    yield lgtm_run("lgtm", 0, influence="meta", observe=True)  # one, to see how large its term is at a weight of 1
+
+
+def lgtm_run(method: str, seed: int, **changes) -> RunConfig:
+    """A run of chapter 7: data, steps and teacher at the start as in chapter 5, whose records it reads as well."""
+    settings = {**META_SETTINGS, "teacher_epochs": 12, "teacher_alpha": 0.6, "teaching_rate": LGTM_RATE}
+    return runs.configure(task="mini-mnli", method=method, seed=seed, **{**settings, **changes})
 
 
 SHARED_SETTINGS = {"device": "cpu", "output_dir": str(WORK)}
@@ -137,16 +158,26 @@ META_SETTINGS = {
     "alpha": 0.5,
     "temperature": 2.0,
 }
-META_RATE = 1e-4
-"""Of the teacher while it teaches, in chapter 5; see `meta_candidates`."""
 FEEDBACK_RATES = {0.0: 1e-4, 0.5: 1e-4, 1.0: 1e-4}
 """Of the teacher while it teaches, in chapter 6, for each weight γ of the exam; see `feedback_candidates`."""
 PKD_WEIGHT = 3.0
+META_SWEEPS = {
+    "student": ("tiny-1x32", "tiny-2x64"),
+    "alpha": (0.0, 0.9),
+    "temperature": (1.0, 8.0),
+}
+"""What chapter 5 changes in META_SETTINGS, one field at a time."""
+META_STUDENT_RATES = {"mini-sst2": 4e-3, "mini-mnli": 2e-3}
+META_RATES = {"mini-sst2": 3e-5, "mini-mnli": 1e-4}
+"""Of the students, and of the teacher while it teaches, in chapter 5; see `meta_candidates`."""
+LGTM_RATE = 3e-4
+"""Of an online teacher and of all LGTM's teachers in chapter 7; see `lgtm_candidates`."""
 EXPERIMENTS = {
     "01_distillation": chapter_01,
     "04_online_distillation": chapter_04,
     "05_pilot_updates": chapter_05,
     "06_student_feedback": chapter_06,
+    "07_good_teachers": chapter_07,
 }
 
 
@@ -174,12 +205,14 @@ def online_candidates() -> Iterator[RunConfig]:
 
 
 def meta_candidates() -> Iterator[RunConfig]:
-    """Chapter 5's student at two rates and its teacher at four, with seeds that no record uses."""
+    """Chapter 5's student at several rates and its teacher at four, three seeds that no record uses."""
     folder = {"output_dir": str(WORK / "meta_candidates")}
-    for task, seed in itertools.product(TEACHER_TASKS, (100,)):
-        for rate in (1e-3, 2e-3):
+    for task in TEACHER_TASKS:
+        for rate, seed in itertools.product((1e-3, 2e-3, 4e-3, 8e-3), range(100, 103)):
             yield meta_run(task, "kd", seed, learning_rate=rate, **folder)
-        for rate in (3e-5, 1e-4, 3e-4, 1e-3):
+        for rate, seed in itertools.product((2e-3, 4e-3), range(100, 103)):
+            yield meta_run(task, "metadistil", seed, learning_rate=rate, **folder)
+        for rate, seed in itertools.product((3e-5, 1e-4, 3e-4, 1e-3), range(100, 103)):
             yield meta_run(task, "metadistil", seed, teaching_rate=rate, **folder)
 
 
@@ -195,9 +228,15 @@ def feedback_candidates() -> Iterator[RunConfig]:
         yield feedback_run("mini-sst2", "kd", 100, teacher="tiny-4x32", pkd_weight=weight, **folder)
 
 
+def lgtm_candidates() -> Iterator[RunConfig]:
+    """Chapter 7's teacher at three rates, chosen for online distillation alone, with a seed that no record uses."""
+    for rate in (1e-4, 3e-4, 1e-3):
+        yield lgtm_run("prokt", 100, teaching_rate=rate, output_dir=str(WORK / "lgtm_candidates"))
+
+
 def all_candidates() -> Iterator[RunConfig]:
     """Everything that `choose` looks at."""
-    for some in (candidates, online_candidates, meta_candidates, feedback_candidates):
+    for some in (candidates, online_candidates, meta_candidates, feedback_candidates, lgtm_candidates):
         yield from some()
 
 
@@ -209,10 +248,8 @@ def choose(pool: Pool) -> None:
         ("candidates", ("task", "learning_rate")),
         ("online_candidates", ("method", "learning_rate", "teaching_rate")),
         ("meta_candidates", ("task", "method", "learning_rate", "teaching_rate")),
-        (
-            "feedback_candidates",
-            ("task", "method", "meta_weight", "teaching_rate", "pkd_weight"),
-        ),
+        ("feedback_candidates", ("task", "method", "meta_weight", "teaching_rate", "pkd_weight")),
+        ("lgtm_candidates", ("task", "method", "teaching_rate")),
     ):
         table = runs.results(WORK / folder, by=by)
         print(table[table["metric"] == "validation/accuracy"].to_string(index=False))
@@ -259,8 +296,9 @@ def make_records(pool: Pool) -> None:
     ]
     for line in pool.imap_unordered(make_record, jobs):
         print(line, flush=True)
-    for line in pool.imap_unordered(influence_records.make, influence_records.missing()):
-        print(line, flush=True)
+    for module in (influence_records, static_records):
+        for line in pool.imap_unordered(module.make, module.missing()):
+            print(line, flush=True)
 
 
 def main() -> None:

@@ -3,7 +3,8 @@
 The derivative of the pilot student's loss in the teacher needs no second backward pass: one tangent of the student and
 one backward pass of the teacher give it exactly (chapters/03_finite_differences).
 
-Source: MetaDistil Algorithm 1, eqs. (2)-(3).  Derived in: chapters/05_pilot_updates.
+Source: MetaDistil Algorithm 1, eqs. (2)-(3); LGTM eqs. (5)-(7), the same without the pilot update.
+Derived in: chapters/05_pilot_updates.
 """
 
 from contextlib import nullcontext
