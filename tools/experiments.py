@@ -97,6 +97,26 @@ def meta_run(task: str, method: str, seed: int, **changes) -> RunConfig:
     return runs.configure(task=task, method=method, **{**settings, **changes})
 
 
+def chapter_06() -> Iterator[RunConfig]:
+    """A teacher that hears from its student, five seeds: what it listens to, when it asks, on top of PKD."""
+    for task, seed in itertools.product(TEACHER_TASKS, range(5)):
+        yield feedback_run(task, "kd", seed)
+        for weight in (0.0, 0.5, 1.0):
+            yield feedback_run(task, "ikd", seed, meta_weight=weight)
+    for seed in range(5):
+        yield feedback_run("mini-sst2", "ikd", seed, meta_weight=1.0, feedback_at="after")
+        for method in ("kd", "ikd"):
+            yield feedback_run("mini-sst2", method, seed, teacher="tiny-4x32", pkd_weight=PKD_WEIGHT)
+
+
+def feedback_run(task: str, method: str, seed: int, **changes) -> RunConfig:
+    """A run of chapter 6: the same data, steps and teacher at the start for every method."""
+    settings = {**META_SETTINGS, "feedback_fraction": 0.0, "seed": seed, "teacher_seed": seed + 50}
+    if method == "ikd":
+        settings |= {"meta_weight": 0.5, "teaching_rate": FEEDBACK_RATES[changes.get("meta_weight", 0.5)]}
+    return runs.configure(task=task, method=method, **{**settings, **changes})
+
+
 def chapter_07() -> Iterator[RunConfig]:
     """Chapter 5's runs go on, five seeds: online distillation, LGTM in its variants, and with the papers' feedback."""
     for seed in range(5):
@@ -140,6 +160,9 @@ META_SETTINGS = {
     "alpha": 0.5,
     "temperature": 2.0,
 }
+FEEDBACK_RATES = {0.0: 1e-4, 0.5: 1e-4, 1.0: 1e-4}
+"""Of the teacher while it teaches, in chapter 6, for each weight γ of the exam; see `feedback_candidates`."""
+PKD_WEIGHT = 3.0
 META_SWEEPS = {
     "student": ("tiny-1x32", "tiny-2x64"),
     "alpha": (0.0, 0.9),
@@ -157,6 +180,7 @@ EXPERIMENTS = {
     "01_distillation": chapter_01,
     "04_online_distillation": chapter_04,
     "05_pilot_updates": chapter_05,
+    "06_student_feedback": chapter_06,
     "07_good_teachers": chapter_07,
 }
 
@@ -196,21 +220,39 @@ def meta_candidates() -> Iterator[RunConfig]:
             yield meta_run(task, "metadistil", seed, teaching_rate=rate, **folder)
 
 
+def feedback_candidates() -> Iterator[RunConfig]:
+    """Chapter 6's teacher at three rates with and without labels, with a seed that no record uses; then PKD's weight.
+
+    Without the exam, γ = 0, the teacher takes the rate of γ = 0.5, from which it hardly differs.
+    """
+    folder = {"output_dir": str(WORK / "feedback_candidates")}
+    for task, weight, rate in itertools.product(TEACHER_TASKS, (1.0, 0.5), (3e-5, 1e-4, 3e-4)):
+        yield feedback_run(task, "ikd", 100, meta_weight=weight, teaching_rate=rate, **folder)
+    for weight in (0.3, 1.0, 3.0):
+        yield feedback_run("mini-sst2", "kd", 100, teacher="tiny-4x32", pkd_weight=weight, **folder)
+
+
 def lgtm_candidates() -> Iterator[RunConfig]:
     """Chapter 7's teacher at three rates, chosen for online distillation alone, with a seed that no record uses."""
     for rate in (1e-4, 3e-4, 1e-3):
         yield lgtm_run("prokt", 100, teaching_rate=rate, output_dir=str(WORK / "lgtm_candidates"))
 
 
+def all_candidates() -> Iterator[RunConfig]:
+    """Everything that `choose` looks at."""
+    for some in (candidates, online_candidates, meta_candidates, feedback_candidates, lgtm_candidates):
+        yield from some()
+
+
 def choose(pool: Pool) -> None:
     """Print what the validation split says of each candidate; the test split is not looked at."""
-    all_candidates = (*candidates(), *online_candidates(), *meta_candidates(), *lgtm_candidates())
-    for _ in pool.imap_unordered(runs.run, all_candidates):
+    for _ in pool.imap_unordered(runs.run, all_candidates()):
         pass
     for folder, by in (
         ("candidates", ("task", "learning_rate")),
         ("online_candidates", ("method", "learning_rate", "teaching_rate")),
         ("meta_candidates", ("task", "method", "learning_rate", "teaching_rate")),
+        ("feedback_candidates", ("task", "method", "meta_weight", "teaching_rate", "pkd_weight")),
         ("lgtm_candidates", ("task", "method", "teaching_rate")),
     ):
         table = runs.results(WORK / folder, by=by)

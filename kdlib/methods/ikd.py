@@ -4,7 +4,7 @@ The feedback is the student's tangent: one number for each sample and class, com
 fixed.  The teacher then lowers its own soft targets weighted by it, so its gradient needs one backward pass through the
 teacher and none through the student's step (chapters/03_finite_differences).
 
-Source: IKD eqs. (5)-(15).
+Source: IKD eqs. (5)-(15).  Derived in: chapters/06_student_feedback.
 """
 
 from contextlib import nullcontext
@@ -60,7 +60,7 @@ def ikd(
 
     Raises ValueError for settings that `check_settings` refuses, and for a course without labels that is its own exam.
 
-    Source: IKD eqs. (5)-(14).
+    Source: IKD eqs. (5)-(14).  Derived in: chapters/06_student_feedback.
     """
     micro_batches = max(student.micro_batches, teacher.micro_batches)
     check_settings(meta_weight, feedback_at, labelled_course, imitation.alpha, micro_batches)
@@ -130,7 +130,7 @@ def feedback(
     the gradient of mean_i Σ_c fb_ic p^t_ic in the teacher is the meta-gradient.  For each sample the mean over classes
     under the student's own prediction is zero: whatever pleases one class displeases the others.
 
-    Source: IKD eqs. (13), (15), (16).
+    Source: IKD eqs. (13), (15), (16).  Derived in: chapters/06_student_feedback.
     """
     p = F.softmax(logits / temperature, dim=-1)
     change = (tangent - (p * tangent).sum(-1, keepdim=True)) / temperature
