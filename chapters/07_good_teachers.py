@@ -1019,8 +1019,8 @@ pd.DataFrame({name: passes(make) for name, make in WAYS.items()}).T
 # %%
 costs = pd.read_csv(Path(runs.__file__).resolve().parents[1] / "data" / "benchmarks" / "step.csv")
 floors = ["seconds / first", "seconds / at once", "seconds / released"]
-for size in costs[["layers", "hidden", "batch", "precision"]].drop_duplicates().itertuples():
-    print(f"teacher and student: {size.layers} layers of {size.hidden} units; batch {size.batch}; {size.precision}")
+for shape in costs[["layers", "hidden", "batch", "precision"]].drop_duplicates().itertuples():
+    print(f"teacher and student: {shape.layers} layers of {shape.hidden} units; batch {shape.batch}; {shape.precision}")
 costs = costs[costs["way"].str.startswith(("LGTM", "IKD"))]
 costs.pivot_table(floors, "way", "tokens", sort=False).swaplevel(axis=1).sort_index(axis=1)
 
@@ -1077,7 +1077,7 @@ rows = {
     for name in SAVINGS
     for metric, network in METRICS.items()
 }
-pd.DataFrame(rows, index=columns).T
+pd.DataFrame(rows, index=columns_of_verdicts).T
 
 # %% [markdown]
 # ## What of the story held here
