@@ -30,7 +30,7 @@ from transformers import BertForSequenceClassification
 
 from kdlib import influence, losses, models, pilot
 
-CLASSES, WORDS, LAYERS = 3, 1000, 3
+CLASSES, WORDS, LAYERS = 3, 30522, 3  # BERT's vocabulary: a gradient has as many rows, whatever the sentence
 OBJECTIVE = partial(losses.kl_divergence, temperature=2.0, reduction="none")
 STEP = "training step"
 TABLE = Path(__file__).resolve().parents[1] / "data" / "benchmarks" / "influence.csv"
@@ -97,13 +97,13 @@ def network(hidden: int, device: str) -> BertForSequenceClassification:
     return student.to(device).train()
 
 
-def random_batch(samples: int, tokens: int, device: str, seed: int) -> dict[str, Tensor]:
+def random_batch(samples: int, tokens: int, device: str, seed: int, words: int = WORDS) -> dict[str, Tensor]:
     """Sequences of half to all of `tokens` random words, padded, with labels and a teacher's logits."""
     generator = torch.Generator().manual_seed(seed)
     lengths = torch.randint(tokens // 2, tokens + 1, (samples, 1), generator=generator)
     lengths[0] = tokens
     batch = {
-        "input_ids": torch.randint(5, WORDS, (samples, tokens), generator=generator),
+        "input_ids": torch.randint(5, words, (samples, tokens), generator=generator),
         "attention_mask": (torch.arange(tokens) < lengths).long(),
         "labels": torch.randint(0, CLASSES, (samples,), generator=generator),
         "teacher_logits": torch.randn(samples, CLASSES, generator=generator),

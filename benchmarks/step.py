@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 from transformers import BertForSequenceClassification
 
-from benchmarks.influence import CLASSES, WORDS, peak_bytes, random_batch, seconds
+from benchmarks.influence import CLASSES, peak_bytes, random_batch, seconds
 from kdlib import models, pilot
 from kdlib.imitation import Imitation
 from kdlib.learner import Batch, Learner, accelerator_for, learner
@@ -37,6 +37,7 @@ from kdlib.methods.lgtm import lgtm
 from kdlib.methods.metadistil import metadistil
 from kdlib.methods.online import detached, online_distillation
 
+WORDS = 1000  # few, so that the layers are what is measured
 FLOOR, AT_ONCE = "online, teacher first", "online, both at once"
 DOUBLE, RELEASED = "MetaDistil, double backward", "LGTM, released structure"
 EVERY_OTHER = "LGTM, every second step, central difference"
@@ -183,7 +184,7 @@ def costs(layers: tuple[int, int], hidden: int, samples: int, tokens: int, devic
     student, teacher = learners(layers, hidden, device, precision)
     device = str(student.accelerator.device)
     batch, feedback = (
-        {**random_batch(samples, tokens, device, seed), "rows": torch.arange(samples)} for seed in (0, 1)
+        {**random_batch(samples, tokens, device, seed, WORDS), "rows": torch.arange(samples)} for seed in (0, 1)
     )
     for data in (batch, feedback):
         data["token_type_ids"] = torch.zeros_like(data["input_ids"])

@@ -756,7 +756,7 @@ for count, (table, _) in measured.items():
 # part of a pass over many. `vmap` removes that overhead and pays in memory, one gradient for each sample; writing and reading those is what
 # takes it beyond its prediction.
 #
-# Other sentences, widths and batches were measured once, by `benchmarks/influence.py` (*read*):
+# Other sentences, widths and batches were measured once, by `benchmarks/influence.py`, for three layers and BERT's vocabulary (*read*):
 
 # %%
 path = Path(models.__file__).resolve().parents[1] / "data" / "benchmarks" / "influence.csv"
@@ -769,8 +769,8 @@ faster = benchmark.pivot_table("faster than loop", ["tokens", "hidden", "way"], 
 faster.rename_axis(columns="times faster than the loop, at batch")
 
 # %% [markdown]
-# The factor grows with the batch. It shrinks with longer sentences and wider networks: once a single sample keeps the processor busy, a
-# batch saves nothing but overhead. The difference takes only two passes here, since nobody asks for the logits in the middle. It holds a
+# The factor grows with the batch. A gradient has a row for each word of the vocabulary, however short the sentence, and the loop makes one such gradient for every sample. It
+# shrinks with longer sentences: once a single sample keeps the processor busy, a batch saves nothing but overhead. The difference takes only two passes here, since nobody asks for the logits in the middle. It holds a
 # second set of weights, which for few samples is more than all that a training step keeps.
 #
 # > **Paper, code, exact.** LGTM says that the difference needs "two forward passes" and that the naive way is memory intensive because it

@@ -58,6 +58,7 @@ except (ImportError, AttributeError):
 
 # %%
 from functools import partial
+from pathlib import Path
 
 import matplotlib.pyplot as plt
 import pandas as pd
@@ -548,6 +549,7 @@ check_smallest_influence(smallest_influence)
 records = [*runs.book_records("05_pilot_updates"), *runs.book_records("07_good_teachers")]
 COMMON = {"task": "mini-mnli", "student": "tiny-2x32", "objective": "kl", "feedback_fraction": 0.1}
 AS_PRINTED = {"method": "lgtm", "influence_weight": 1.0}
+HALF_AS_LONG = {"method": "lgtm", "influence": "meta", "influence_share": 0.5}
 ARMS = {
     "fixed teacher": {"method": "kd"},
     "online distillation": {"method": "prokt"},
@@ -555,7 +557,7 @@ ARMS = {
     "LGTM, weighted": {**AS_PRINTED, "influence": "weighted"},
     "LGTM, printed": {**AS_PRINTED, "influence": "printed"},
     "LGTM, meta": {**AS_PRINTED, "influence": "meta"},
-    "LGTM, meta, half as long": {"method": "lgtm", "influence": "meta", "influence_share": 0.5},
+    "LGTM, meta, half as long": {**HALF_AS_LONG, "tangent": "jvp", "feedback_every": 1, "feedback_layers": None},
     "LGTM, released": {"method": "lgtm", "influence": "released"},
     "feedback from validation": {"method": "lgtm", "feedback_from": "validation", "feedback_fraction": 0.0},
 }
@@ -1010,6 +1012,72 @@ pd.DataFrame({name: passes(make) for name, make in WAYS.items()}).T
 # A pass by `jvp` carries a tangent along and costs more than a plain one. All ways of LGTM here need one backward pass of the teacher, since both terms share it, but for the
 # last, which has to know two lengths first. With `feedback_every=4` three of four steps are online distillation; `feedback_layers` shortens passes instead of
 # leaving them out.
+#
+# What is that in seconds? `benchmarks/step.py` measured whole steps of networks of BERT's kind (*read*). The columns are multiples of three others: online distillation with the
+# teacher *first*, as in chapter 4; both *at once*, the least that trains two networks; and LGTM in the passes of the *released* code.
+
+# %%
+costs = pd.read_csv(Path(runs.__file__).resolve().parents[1] / "data" / "benchmarks" / "step.csv")
+floors = ["seconds / first", "seconds / at once", "seconds / released"]
+for size in costs[["layers", "hidden", "batch", "precision"]].drop_duplicates().itertuples():
+    print(f"teacher and student: {size.layers} layers of {size.hidden} units; batch {size.batch}; {size.precision}")
+costs = costs[costs["way"].str.startswith(("LGTM", "IKD"))]
+costs.pivot_table(floors, "way", "tokens", sort=False).swaplevel(axis=1).sort_index(axis=1)
+
+# %% [markdown]
+# ### What saves time, and what it costs
+#
+# Three options make a step cheaper. Each is exact about something else. Their errors, in float32, on one batch of the small BERTs, as relative errors of the eight
+# influences and as their correlation with the exact ones:
+
+
+# %%
+from kdlib import influence as influence_of
+from kdlib import pilot
+
+
+def found_by(method, layers=None):
+    """The influences of one batch along the feedback gradient at the pilot, in float32."""
+    student, teacher = tiny_bert(2, seed=0).float(), tiny_bert(3, seed=1).float()
+    batch, feedback, weights = random_batch(0), random_batch(100), models.trainable(student)
+    lesson = answer(teacher, {}, batch).detach()
+    copy = pilot.sgd_step(student, weights, batch, lambda outputs, _: kl(outputs.logits, lesson), 0.5)
+    names = None if layers is None else models.last_layers(student, layers)
+    g = influence_of.feedback_gradient(student, copy, feedback, among=names)
+    here = {name: weights[name] for name in g}
+    own, moving = influence_of.student_tangent(student, here, batch, g, method)
+    return influence_of.distillation_influence(kl, own.logits, moving.logits, lesson)
+
+
+exact, rows = found_by("jvp"), {}
+for name, options in {
+    "central difference": ("finite-difference",),
+    "forward difference": ("forward-difference",),
+    "last layer, jvp": ("jvp", 1),
+    "pooler and head, jvp": ("jvp", 0),
+}.items():
+    other = found_by(*options)
+    error, correlation = (other - exact).norm() / exact.norm(), torch.corrcoef(torch.stack([other, exact]))[0, 1]
+    rows[name] = {"relative error": f"{error:.1e}", "correlation": f"{correlation:.3f}"}
+pd.DataFrame(rows).T
+
+# %% [markdown]
+# A difference is a matter of rounding and $\varepsilon$. Leaving layers out is another quantity: it asks what the sample does to the upper layers. `feedback_every=2` has no
+# error in the steps that it takes, and none of the term in the others. What does each do to the result? The same runs of "meta", half as long, with each option, five seeds (*read*):
+
+# %%
+SAVINGS = {
+    "forward difference": {"tangent": "forward-difference"},
+    "feedback every second step": {"feedback_every": 2},
+    "last layer": {"feedback_layers": 1},
+}
+ARMS |= {name: {**HALF_AS_LONG, **options} for name, options in SAVINGS.items()}
+rows = {
+    (name, network): compare(scores(name, metric) - scores("LGTM, meta, half as long", metric))
+    for name in SAVINGS
+    for metric, network in METRICS.items()
+}
+pd.DataFrame(rows, index=columns).T
 
 # %% [markdown]
 # ## What of the story held here

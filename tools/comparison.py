@@ -52,7 +52,7 @@ ARMS: list[dict] = [
     {"method": "lgtm", "influence": "weighted", **LOWERED},
     {"method": "lgtm", "influence": "meta", "influence_weight": "student_rate", **LOWERED},
 ]
-"""What differs between the methods; rates and weights are the defaults of each, and LGTM's "meta" the exact gradient."""
+"""What differs between the methods; rates and weights are the defaults of each, LGTM's "meta" has the exact gradient."""
 
 
 def comparison() -> Iterator[RunConfig]:

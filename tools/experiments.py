@@ -98,7 +98,7 @@ def meta_run(task: str, method: str, seed: int, **changes) -> RunConfig:
 
 
 def chapter_06() -> Iterator[RunConfig]:
-    """A teacher that hears from its student, five seeds: what it listens to, when it asks, on top of PKD."""
+    """A teacher that hears from its student, five seeds: what it listens to, when, on top of PKD, with few labels."""
     for task, seed in itertools.product(TEACHER_TASKS, range(5)):
         yield feedback_run(task, "kd", seed)
         for weight in (0.0, 0.5, 1.0):
@@ -107,6 +107,9 @@ def chapter_06() -> Iterator[RunConfig]:
         yield feedback_run("mini-sst2", "ikd", seed, meta_weight=1.0, feedback_at="after")
         for method in ("kd", "ikd"):
             yield feedback_run("mini-sst2", method, seed, teacher="tiny-4x32", pkd_weight=PKD_WEIGHT)
+        yield feedback_run("mini-sst2", "fine_tune", seed, **{**FEW_LABELS, "epochs": 12})  # as many steps
+        for method in ("kd", "ikd"):
+            yield feedback_run("mini-sst2", method, seed, **FEW_LABELS)
 
 
 def feedback_run(task: str, method: str, seed: int, **changes) -> RunConfig:
@@ -126,6 +129,8 @@ def chapter_07() -> Iterator[RunConfig]:
         yield lgtm_run("lgtm", seed, influence="printed", observe=seed == 0)
         yield lgtm_run("lgtm", seed, influence="released", observe=seed == 0)
         yield lgtm_run("lgtm", seed, feedback_from="validation", feedback_fraction=0.0)
+        for saving in SAVINGS:
+            yield lgtm_run("lgtm", seed, influence="meta", influence_share=0.5, **saving)
     yield lgtm_run("lgtm", 0, influence="meta", observe=True)  # one, to see how large its term is at a weight of 1
 
 
@@ -161,6 +166,15 @@ META_SETTINGS = {
 FEEDBACK_RATES = {0.0: 1e-4, 0.5: 1e-4, 1.0: 1e-4}
 """Of the teacher while it teaches, in chapter 6, for each weight γ of the exam; see `feedback_candidates`."""
 PKD_WEIGHT = 3.0
+FEW_LABELS = {
+    "labelled_course": False,
+    "alpha": 0.0,
+    "max_train": 4000,
+    "feedback_fraction": 0.25,
+    "teacher_epochs": 24,
+    "epochs": 4,
+}
+"""Only the feedback split has labels, a quarter of the sentences; the teacher learns them, the student its answers."""
 META_SWEEPS = {
     "student": ("tiny-1x32", "tiny-2x64"),
     "alpha": (0.0, 0.9),
@@ -170,6 +184,8 @@ META_SWEEPS = {
 META_STUDENT_RATES = {"mini-sst2": 4e-3, "mini-mnli": 2e-3}
 META_RATES = {"mini-sst2": 3e-5, "mini-mnli": 1e-4}
 """Of the students, and of the teacher while it teaches, in chapter 5; see `meta_candidates`."""
+SAVINGS = ({"tangent": "forward-difference"}, {"feedback_every": 2}, {"feedback_layers": 1})
+"""What makes a step of LGTM cheaper; chapter 7 compares each with the same runs without it."""
 LGTM_RATE = 3e-4
 """Of an online teacher and of all LGTM's teachers in chapter 7; see `lgtm_candidates`."""
 EXPERIMENTS = {
