@@ -1029,7 +1029,8 @@ names = [name for name in ARMS if name.startswith("few")]
 pd.DataFrame([shown("mini-sst2", name) for name in names], index=names, columns=columns.get_level_values(1)[:2])
 
 # %% [markdown]
-# PLACEHOLDER few
+# Undecided once more, all three. With a quarter of the labels the lessons of a teacher that has seen no more of them are as good as the labels, and where the exam is
+# the only thing with labels, feedback from it does not add anything that five seeds can see.
 #
 # ## What the paper says, and what holds
 #

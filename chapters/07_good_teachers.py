@@ -560,6 +560,7 @@ ARMS = {
     "LGTM, meta, half as long": {**HALF_AS_LONG, "tangent": "jvp", "feedback_every": 1, "feedback_layers": None},
     "LGTM, released": {"method": "lgtm", "influence": "released"},
     "feedback from validation": {"method": "lgtm", "feedback_from": "validation", "feedback_fraction": 0.0},
+    "feedback from 5 %": {**AS_PRINTED, "influence": "weighted", "feedback_fraction": 0.05},
 }
 
 
@@ -685,7 +686,7 @@ pd.DataFrame(rows, index=[f"{first} over {second}" for first, second in CLAIMS],
 # %%
 METRICS = {"test/accuracy": "student, test (%)", "teacher/validation/accuracy": "teacher, validation (%)"}
 rows = {}
-for name in (name for name in ARMS if name not in ("LGTM, meta", "feedback from validation")):
+for name in (name for name in ARMS if name != "LGTM, meta" and not name.startswith("feedback")):
     known = [metric for metric in METRICS if metric in arm(name)[0].metrics]
     rows[name] = {METRICS[m]: f"{scores(name, m).mean():.1f} ± {scores(name, m).std():.1f}" for m in known}
 pd.DataFrame(rows).T.fillna("")
@@ -960,12 +961,17 @@ def both_splits(name):
     return {split: scores(name, f"{split}/accuracy") for split in ("test", "validation")}
 
 
-rows = leak(both_splits("feedback from validation"), both_splits("LGTM, weighted"))
-pd.DataFrame(rows, index=columns_of_verdicts).T.rename_axis("validation feedback over 10 % of the training set")
+others = {"validation feedback": "feedback from validation", "5 % of the training set": "feedback from 5 %"}
+rows = {
+    (name, split): row
+    for name, way in others.items()
+    for split, row in leak(both_splits(way), both_splits("LGTM, weighted")).items()
+}
+pd.DataFrame(rows, index=columns_of_verdicts).T.rename_axis(["over 10 % of the training set", ""])
 
 # %% [markdown]
-# These are the two BERTs of before, LGTM "weighted" at the paper's weight. With validation feedback they also have 2,000 pairs to train on instead of 1,800, so the comparison
-# flatters it. The paper's 5 % has no counterpart here.
+# These are the two BERTs of before, LGTM "weighted" at the paper's weight. With validation feedback they also have 2,000 pairs to train on instead of 1,800, with 5 % feedback 1,900, so the
+# comparison flatters both. The last row is no leak, of course: it says how far such a difference goes by chance.
 #
 # ## Time
 #

@@ -129,6 +129,7 @@ def chapter_07() -> Iterator[RunConfig]:
         yield lgtm_run("lgtm", seed, influence="printed", observe=seed == 0)
         yield lgtm_run("lgtm", seed, influence="released", observe=seed == 0)
         yield lgtm_run("lgtm", seed, feedback_from="validation", feedback_fraction=0.0)
+        yield lgtm_run("lgtm", seed, feedback_fraction=0.05)
         for saving in SAVINGS:
             yield lgtm_run("lgtm", seed, influence="meta", influence_share=0.5, **saving)
     yield lgtm_run("lgtm", 0, influence="meta", observe=True)  # one, to see how large its term is at a weight of 1
