@@ -548,6 +548,7 @@ check_smallest_influence(smallest_influence)
 # %%
 records = [*runs.book_records("05_pilot_updates"), *runs.book_records("07_good_teachers")]
 COMMON = {"task": "mini-mnli", "student": "tiny-2x32", "objective": "kl", "feedback_fraction": 0.1}
+COMMON |= {"teacher": "tiny-2x64", "alpha": 0.5, "temperature": 2.0}  # chapter 5 varies these
 AS_PRINTED = {"method": "lgtm", "influence_weight": 1.0}
 HALF_AS_LONG = {"method": "lgtm", "influence": "meta", "influence_share": 0.5}
 ARMS = {
