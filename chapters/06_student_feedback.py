@@ -765,6 +765,7 @@ def schooled(task, gamma, teaching_rate, epochs=4, rate=2e-3, seed=0):
     return pd.DataFrame([row for number, step in enumerate(steps) for row in flat(step, number, total, rate)]), pulls
 
 
+# %%
 def pull(teacher, batch, fb):
     """‖∇ L_meta‖ / ‖∇ L_CE‖ in the teacher."""
     sizes = []
@@ -784,6 +785,7 @@ def flat(step, number, total, top):
             yield {**values, "on label": c == label, "step": number, "stage": 4 * number // total, "rate": rate}
 
 
+# %%
 said, pulls = {}, {}
 for task, gamma, teaching_rate in (("mini-sst2", 0.5, 1e-4), ("mini-mnli", 1.0, 5e-4)):
     said[task], pulls[task] = schooled(task, gamma, teaching_rate)
