@@ -756,7 +756,8 @@ for count, (table, _) in measured.items():
 # part of a pass over many. `vmap` removes that overhead and pays in memory, one gradient for each sample; writing and reading those is what
 # takes it beyond its prediction.
 #
-# Other sentences, widths and batches were measured once, by `benchmarks/influence.py`, for three layers and BERT's vocabulary (*read*):
+# Other sentences, widths and batches were measured once, by `benchmarks/influence.py`, for three layers and BERT's vocabulary (*read*). An
+# earlier version had a vocabulary of a thousand words; there the factors were smaller for the wider network, since the loop wrote smaller gradients:
 
 # %%
 path = Path(models.__file__).resolve().parents[1] / "data" / "benchmarks" / "influence.csv"
