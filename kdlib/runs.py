@@ -246,15 +246,7 @@ def configure(**parameters: Any) -> RunConfig:
 
     Raises ConfigurationError with one message that lists all problems and, for names, the nearest valid ones.
     """
-    problems: list[str] = []
-    hints = typing.get_type_hints(RunConfig)
-    for name, value in parameters.items():
-        if name not in hints:
-            problems.append(f"unknown parameter {name!r}{_nearest(name, hints)}")
-        elif not _has_type(value, hints[name]):
-            problems.append(f"{name} is {value!r} ({type(value).__name__}); expected {_type_name(hints[name])}")
-    known = {n: v for n, v in parameters.items() if n in hints and _has_type(v, hints[n])}
-    known = {name: float(v) if _is_float(hints[name]) and isinstance(v, int) else v for name, v in known.items()}
+    known, problems = typed(RunConfig, parameters)
     config = RunConfig(**known)
     problems += _range_problems(config)
     task = None
@@ -263,9 +255,27 @@ def configure(**parameters: Any) -> RunConfig:
     except ValueError as error:
         problems.append(str(error))
     problems += _choice_problems(config, task)
+    refuse(problems)
+    return _complete(config)
+
+
+def typed(kind: type, parameters: typing.Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """The parameters that are fields of the dataclass `kind` and have its type, and what is wrong with the others."""
+    problems: list[str] = []
+    hints = typing.get_type_hints(kind)
+    for name, value in parameters.items():
+        if name not in hints:
+            problems.append(f"unknown parameter {name!r}{nearest(name, hints)}")
+        elif not _has_type(value, hints[name]):
+            problems.append(f"{name} is {value!r} ({type(value).__name__}); expected {_type_name(hints[name])}")
+    known = {n: v for n, v in parameters.items() if n in hints and _has_type(v, hints[n])}
+    return {n: float(v) if _is_float(hints[n]) and isinstance(v, int) else v for n, v in known.items()}, problems
+
+
+def refuse(problems: list[str]) -> None:
+    """Raise ConfigurationError with one message that lists all problems, if there are any."""
     if problems:
         raise ConfigurationError("the run configuration is wrong:\n" + "\n".join(f"  - {p}" for p in problems))
-    return _complete(config)
 
 
 def _complete(config: RunConfig) -> RunConfig:
@@ -426,7 +436,7 @@ def _choice_problems(config: RunConfig, task: glue.Task | None) -> list[str]:
     for name, valid in choices.items():
         value = getattr(config, name)
         if value is not None and value not in valid:
-            problems.append(f"{name} is {value!r}; expected one of {', '.join(valid)}{_nearest(value, valid)}")
+            problems.append(f"{name} is {value!r}; expected one of {', '.join(valid)}{nearest(value, valid)}")
     if config.student is not None and config.student_layers is not None:
         problems.append("student and student_layers are both given; give one")
     for name in ("objective", "teacher_objective") if task is not None and task.is_regression else ():
@@ -523,7 +533,8 @@ def _type_name(hint: Any) -> str:
     return " or ".join("None" if option is type(None) else option.__name__ for option in options)
 
 
-def _nearest(name: str, valid: typing.Iterable[str]) -> str:
+def nearest(name: str, valid: typing.Iterable[str]) -> str:
+    """A question that names the most similar valid names, or nothing."""
     close = difflib.get_close_matches(str(name), list(valid), n=3)
     return f"; did you mean {' or '.join(map(repr, close))}?" if close else ""
 

@@ -67,7 +67,7 @@ class Result:
 
 
 class TrainingInterruptedError(KeyboardInterrupt):
-    """Ctrl-C was pressed; the state was saved after the step that was under way."""
+    """Ctrl-C was pressed or the time was up; the state was saved after the step that was under way."""
 
 
 Evaluate = Callable[[], dict[str, float]]
@@ -112,7 +112,7 @@ def teacher_logits(
     """
     path = None
     if cache is not None:
-        path = cache / f"logits-{_fingerprint(encoded)}-{accelerator.mixed_precision}.safetensors"
+        path = cache / f"logits-{fingerprint(encoded)}-{accelerator.mixed_precision}.safetensors"
     if path is not None and path.exists():
         table = checkpoints.read_tensors(path)[0]["logits"]
     else:
@@ -130,15 +130,20 @@ def train(
     encoded: glue.Encoded,
     schedule: Schedule,
     evaluate: Evaluate,
-    select: str,
+    select: str | None,
     keep: Learner,
     folder: Path | None = None,
     identity: dict[str, Any] | None = None,
     resume: bool = True,
     feedback: glue.Encoded | None = None,
     feedback_batch_size: int | None = None,
+    prepare: Callable[[Batch, int], Batch] | None = None,
+    max_seconds: float | None = None,
 ) -> Result:
     """Run `step` over the data; end with the weights of `keep` from the evaluation with the highest `select`.
+
+    Without `select` it ends with the last weights.  `prepare(batch, number)` may add to the batch of step `number`,
+    from 0, what is drawn anew each time, such as masks; it must depend on its arguments only.
 
     With `feedback` data the step is called with a batch of them as well, of `feedback_batch_size` samples or as many as
     in a training batch, drawn in an order of their own; `encoded` itself may be given for them, which says that the two
@@ -149,7 +154,8 @@ def train(
     ends with the same weights and history, bit for bit.  `identity` is stored with the checkpoint; one that was written
     under another identity is refused.  Without a folder the best weights are held in memory.
 
-    Ctrl-C finishes the step under way, saves and raises TrainingInterruptedError, which says how to resume.
+    Ctrl-C finishes the step under way, saves and raises TrainingInterruptedError, which says how to resume.  So it
+    ends after `max_seconds` of this call, too, if there are steps left.
 
     Raises NonFiniteLossError for a NaN or infinite loss (with the step, the rows and the last good checkpoint),
     CheckpointError if the folder cannot be written or holds a checkpoint of another run, ValueError for no data and for
@@ -196,6 +202,8 @@ def train(
         quizzes = feedback_batches(feedback, feedback_batch_size or schedule.batch_size, schedule.seed, state["step"])
         for indices in bar(batches, f"training {keep.name}", initial=state["step"], total=total):
             data = [training_batch(encoded, indices, accelerator.device)]
+            if prepare is not None:
+                data[0] = prepare(data[0], state["step"])
             if feedback is not None:
                 data.append(training_batch(feedback, next(quizzes), accelerator.device))
             try:
@@ -216,24 +224,26 @@ def train(
                     **evaluate(),
                 }
                 state["history"].append(row)
-                line(f"{keep.name}: epoch {row['epoch']:.2f}, loss {row['train_loss']:.4f}, {select} {row[select]:.4f}")
+                chosen = "" if select is None else f", {select} {row[select]:.4f}"
+                line(f"{keep.name}: epoch {row['epoch']:.2f}, loss {row['train_loss']:.4f}{chosen}")
                 state["sums"], state["counts"] = {}, {}
-                if not state["best_metrics"] or row[select] > state["best_metrics"][select]:
+                if not state["best_metrics"] or select is None or row[select] > state["best_metrics"][select]:
                     state["best_step"] = state["step"]
                     state["best_metrics"] = {name: value for name, value in row.items() if "/" in name}
-                    best_weights = checkpoints.module_tensors(keep.module)
-                    if folder is not None:
+                    if select is not None:
+                        best_weights = checkpoints.module_tensors(keep.module)
+                    if select is not None and folder is not None:
                         checkpoints.write_tensors(folder / BEST, best_weights)
                 if schedule.checkpoint_every is None:
                     save()
             if schedule.checkpoint_every is not None and state["step"] % schedule.checkpoint_every == 0:
                 save()
-            if interrupted.is_set():
+            late = max_seconds is not None and time.perf_counter() - started > max_seconds and state["step"] < total
+            if interrupted.is_set() or late:
                 save()
                 raise TrainingInterruptedError(_how_to_resume(state["step"], total, folder))
-    if not best_weights and folder is not None:
-        best_weights = load_file(folder / BEST)
-    keep.module.load_state_dict(best_weights)
+    if select is not None:
+        keep.module.load_state_dict(best_weights or load_file(folder / BEST))
     for learner in learners:
         learner.module.eval()
     seconds = seconds_before + time.perf_counter() - started
@@ -298,7 +308,8 @@ def _check_disjoint(encoded: glue.Encoded, feedback: glue.Encoded) -> None:
         )
 
 
-def _fingerprint(encoded: glue.Encoded) -> str:
+def fingerprint(encoded: glue.Encoded) -> str:
+    """A short name for exactly these tokens."""
     digest = hashlib.sha256()
     for tensor in (encoded.input_ids, encoded.token_type_ids, encoded.offsets):
         digest.update(tensor.numpy().tobytes())

@@ -1,4 +1,4 @@
-"""Tutor-KD's core: what the tutor fills in, what that earns it, and what the student learns from it.
+"""Tutor-KD: what the tutor fills in, what that earns it, what the student learns from it, and the whole algorithm.
 
 A batch holds sentences of token ids, `words` of shape `(batch, tokens)`, and `masked` says which of their positions are
 masked.  Everything else is about these positions only, in the order of `logits[masked]`: logits of shape
@@ -8,20 +8,42 @@ So padding, special tokens and the words that were left alone cannot count.
 Three sets of logits must be kept apart: the tutor's and the teacher's on the masked sentence, and the teacher's on the
 sentence as the tutor filled it in.
 
-Source: Tutor-KD section 3.  Derived in: chapters/08_policy_gradient.
+Source: Tutor-KD section 3.  Derived in: chapters/08_policy_gradient, chapters/09_tutor_kd.
 """
 
+import copy
 import math
+import typing
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import PreTrainedModel
 
-from kdlib import losses, policy
+from kdlib import losses, models, policy
+from kdlib import representations as inner
+from kdlib.learner import Batch, Learner, minimise_together
 from kdlib.losses import Reduction
+from kdlib.methods import Step
+from kdlib.models import Encoding
+
+Strategy = Literal["tutor", "reverse", "no reward", "hard for both", "easy for both"]
+SIGNS: dict[Strategy, tuple[int, int]] = {
+    "tutor": (1, 1),
+    "reverse": (-1, -1),
+    "no reward": (0, 0),
+    "hard for both": (-1, 1),
+    "easy for both": (1, -1),
+}
+"""The signs of r_T and r_S in what the tutor is paid, by the names of Tutor-KD section 5.3."""
+Baseline = Literal["none", "running mean", "leave one out"]
+Imitated = Literal["modified", "distribution"]
+Order = Literal["together", "in turns"]
 
 # Samples
 
@@ -254,6 +276,345 @@ def modified_loss(
     if temperature > 1:
         rest = torch.logaddexp(rest, torch.full_like(scores, math.log1p(-1 / temperature)))
     return losses.reduce(-target * (F.logsigmoid(scores) - shift) - (1 - target) * rest, reduction)
+
+
+# The algorithm
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How Tutor-KD is run; the defaults are the paper's, where it names a number.
+
+    `reward_weight` is λ of eq. (2), `strategy` a name of section 5.3, `kl_weight` the weight of the tutor's KL in eq.
+    (7), `logit_weight` and `inner_weight` are λ₁ and λ₂ of eq. (8), `temperature` is τ of eq. (11).  `samples` words are
+    drawn for each position; `baseline` is subtracted from their rewards.  With `imitated="distribution"` the student
+    learns the teacher's whole distribution on the masked sentence in the place of the modified probability (Table 4,
+    "w/o Mod").  `attention` is the term of eq. (13).  With `everywhere` the student must also say of the words that were left alone
+    that they are right, as in the released code.  `order`: one step for tutor and student "together", as in the
+    released code, or "in turns", the maximisation first, then the minimisation on words drawn anew.
+
+    Raises ValueError for what does not go together.
+    """
+
+    reward_weight: float = 0.5
+    strategy: Strategy = "tutor"
+    logit_weight: float = 25.0
+    inner_weight: float = 0.5
+    temperature: float = 1.0
+    kl_weight: float = 1.0
+    samples: int = 1
+    baseline: Baseline = "none"
+    imitated: Imitated = "modified"
+    attention: bool = True
+    everywhere: bool = False
+    order: Order = "together"
+
+    def __post_init__(self) -> None:
+        choices = {"strategy": tuple(SIGNS), "baseline": Baseline, "imitated": Imitated, "order": Order}
+        for name, valid in choices.items():
+            names = valid if isinstance(valid, tuple) else typing.get_args(valid)
+            if getattr(self, name) not in names:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; expected one of {', '.join(names)}")
+        if self.samples < 1:
+            raise ValueError(f"samples is {self.samples}; expected 1 or more")
+        if self.baseline == "leave one out" and self.samples < 2:
+            raise ValueError("baseline 'leave one out' needs samples of 2 or more, got 1; take 'running mean'")
+        if self.everywhere and self.imitated != "modified":
+            raise ValueError("everywhere asks for modified probabilities of all words: it needs imitated='modified'")
+        mixed_reward(torch.zeros(1), torch.zeros(1), self.reward_weight)
+
+
+class Tutor(nn.Module):
+    """The tutor network: a masked-language-model head on the teacher's last hidden states.
+
+    It starts as a copy of the teacher's head, where it draws what the teacher would, or with random weights, as in the
+    released code.  It also keeps the running mean of its rewards, so that a resumed run goes on with it.
+
+    Source: Tutor-KD section 3.1.  Derived in: chapters/09_tutor_kd.
+    """
+
+    def __init__(self, teacher: PreTrainedModel, start: Literal["teacher", "random"] = "teacher", seed: int = 0):
+        super().__init__()
+        if start not in ("teacher", "random"):
+            raise ValueError(f"start is {start!r}; expected 'teacher' or 'random'")
+        self.head = copy.deepcopy(models.masked_head(teacher)).float().requires_grad_()
+        if start == "random":
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed)
+                self.head.apply(partial(_draw_weights, spread=teacher.config.initializer_range))
+        self.register_buffer("mean_reward", torch.zeros(()))
+
+    def forward(self, states: Float[Tensor, "positions hidden"]) -> Float[Tensor, "positions vocabulary"]:
+        """Logits of p_G, in float32 at least, from the teacher's last hidden states on the masked sentence."""
+        return _full_precision(self.head(states))
+
+    def baseline(self, rewards: Float[Tensor, "samples positions"], kind: Baseline) -> Tensor | float:
+        """What is subtracted from these rewards."""
+        if kind == "leave one out":
+            return policy.leave_one_out(rewards)
+        return self.mean_reward if kind == "running mean" else 0.0
+
+    def remember(self, rewards: Float[Tensor, "samples positions"]) -> None:
+        """Take the rewards of a step that is over into the running mean."""
+        self.mean_reward.copy_(policy.running_mean(self.mean_reward, rewards))
+
+
+class Student(nn.Module):
+    """A student with what it needs to be taught, and later leaves behind: a score for each word, and W of eq. (12).
+
+    Derived in: chapters/09_tutor_kd.
+    """
+
+    def __init__(self, network: PreTrainedModel, teacher_width: int, seed: int = 0):
+        super().__init__()
+        width = network.config.hidden_size
+        self.network = network
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.score, self.projection = nn.Linear(width, 1), nn.Linear(width, teacher_width, bias=False)
+
+    def projected(self, states: Float[Tensor, "*positions hidden"]) -> Float[Tensor, "*positions teachers_hidden"]:
+        """H^S W, or the states themselves where the widths agree."""
+        return self.projection(states)
+
+    def scores(self, states: Float[Tensor, "*positions hidden"]) -> Float[Tensor, "*positions"]:
+        """What `modified_prediction` and `modified_loss` take, in float32 at least."""
+        return _full_precision(self.score(states).squeeze(-1))
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What one pass through tutor, teacher and student gives.
+
+    `student` is eq. (8), a scalar with its graph; the rest is what `tutor_loss` takes; `log` holds numbers to look at.
+    """
+
+    student: Tensor
+    tutor_logits: Tensor
+    teacher_logits: Tensor
+    drawn: Tensor
+    rewards: Tensor
+    baseline: Tensor | float
+    log: dict[str, Tensor]
+
+    def tutor(self, kl_weight: float, paid: bool = True) -> Tensor:
+        """The mean of `tutor_loss`, a scalar with its graph; not `paid`, it is the KL alone."""
+        rewards, baseline = (self.rewards, self.baseline) if paid else (torch.zeros_like(self.rewards), 0.0)
+        return tutor_loss(self.tutor_logits, self.teacher_logits, self.drawn, rewards, baseline, kl_weight).mean()
+
+
+def tutor_kd(
+    student: Learner,
+    tutor: Learner,
+    teacher: PreTrainedModel,
+    special: Sequence[int],
+    mask: int,
+    settings: Settings | None = None,
+) -> Step:
+    """Tutor-KD: the tutor learns to fill in words that are easy for the teacher and hard for the student.
+
+    `student.module` is a `Student`, `tutor.module` a `Tutor`; `special` and `mask` are token ids.  A batch has
+    `input_ids`, `attention_mask` and `masked`.  The teacher is fixed and in evaluation mode.
+
+    Source: Tutor-KD section 3.  Derived in: chapters/09_tutor_kd.
+    """
+    settings = settings or Settings()
+
+    def take(batch: Batch) -> Turn:
+        return take_turn(student.module, tutor.module, teacher, batch, special, mask, settings)
+
+    def together(batch: Batch) -> dict[str, float]:
+        turns: list[Turn] = []
+
+        def both(piece: Batch) -> list[Tensor]:
+            turns.append(take(piece))
+            return [_spread(turns[0].student, piece), _spread(turns[0].tutor(settings.kl_weight), piece)]
+
+        loss, tutor_loss = minimise_together([student, tutor], both, batch)
+        tutor.module.remember(turns[0].rewards)
+        return {"loss": loss, "tutor_loss": tutor_loss, **_numbers(turns[0].log)}
+
+    def in_turns(batch: Batch) -> dict[str, float]:
+        turns: list[Turn] = []
+
+        def maximised(piece: Batch) -> Tensor:
+            turns.append(take(piece))
+            return _spread(turns[0].tutor(0.0), piece)
+
+        def minimised(piece: Batch) -> list[Tensor]:
+            turn = take(piece)
+            return [_spread(turn.student, piece), _spread(turn.tutor(settings.kl_weight, paid=False), piece)]
+
+        tutor_loss = tutor.minimise(maximised, batch)
+        tutor.module.remember(turns[0].rewards)
+        loss, kl = minimise_together([student, tutor], minimised, batch)
+        return {"loss": loss, "tutor_loss": tutor_loss + kl, **_numbers(turns[0].log)}
+
+    return together if settings.order == "together" else in_turns
+
+
+def take_turn(
+    student: Student,
+    tutor: Tutor,
+    teacher: PreTrainedModel,
+    batch: Batch,
+    special: Sequence[int],
+    mask: int,
+    settings: Settings,
+) -> Turn:
+    """Draw words, fill them in, ask teacher and student: everything that both steps of Tutor-KD need.
+
+    The teacher runs twice, without a graph: on the masked sentences for the tutor's input, its anchor and a^T, and on
+    the filled ones for r_T and for what the student imitates inside.
+
+    Source: Tutor-KD eqs. (1)-(14).  Derived in: chapters/09_tutor_kd.
+    """
+    words, masked, attended = batch["input_ids"], batch["masked"], batch["attention_mask"]
+    originals, real = words[masked], attended.repeat(settings.samples, 1)
+    layers, asked = _layers(student.network, teacher, settings)
+    with torch.no_grad():
+        states = models.encode_tokens(teacher, hide(words, masked, mask, special), attended).hidden_states[-1][masked]
+        masked_logits = models.masked_logits(teacher, states)
+    tutor_logits = tutor(states)
+    drawn = policy.draw_actions(tutor_logits, settings.samples)
+
+    theirs: list[Encoding] = []
+    ours: list[Encoding] = []
+    guesses: list[Tensor] = []
+
+    def ask_teacher(rows: Tensor, positions: Tensor) -> Tensor:
+        theirs.append(models.encode_tokens(teacher, rows, real, [layer for _, layer in asked]))
+        guesses.append(models.masked_logits(teacher, theirs[0].hidden_states[-1][positions]))
+        return guesses[0]
+
+    def ask_student(rows: Tensor, positions: Tensor) -> Tensor:
+        ours.append(models.encode_tokens(student.network, rows, real, [layer for layer, _ in asked]))
+        return student.scores(ours[0].hidden_states[-1][positions])
+
+    lesson = make_lesson(words, masked, drawn, masked_logits, ask_teacher, ask_student)
+    if settings.imitated == "modified":
+        imitation, hardness = modified_loss(lesson.scores, lesson.targets, settings.temperature), lesson.student_reward
+        if settings.everywhere:
+            others = attended.bool() & ~masked & ~torch.isin(words, words.new_tensor(special))
+            scores = student.scores(ours[0].hidden_states[-1].unflatten(0, (settings.samples, -1))[:, others])
+            scores, targets = torch.cat([lesson.scores, scores], -1), torch.cat([lesson.targets, scores * 0 + 1], -1)
+            imitation = modified_loss(scores, targets, settings.temperature)
+    else:
+        logits = models.masked_logits(student.network, ours[0].hidden_states[-1][masked.repeat(settings.samples, 1)])
+        aim = masked_logits.repeat(settings.samples, 1)
+        imitation = losses.kl_divergence(logits, aim)
+        hardness = total_variation(logits.detach(), aim).unflatten(0, (settings.samples, -1))
+    of_teacher, of_student = SIGNS[settings.strategy]
+    rewards = mixed_reward(of_teacher * lesson.teacher_reward, of_student * hardness, settings.reward_weight)
+    loss = settings.logit_weight * imitation
+    if layers:
+        loss = loss + settings.inner_weight * inner_loss(student, ours[0], theirs[0], real, layers, bool(asked))
+    with torch.no_grad():
+        log = {
+            "teacher_reward": lesson.teacher_reward.mean(),
+            "student_reward": hardness.mean(),
+            "teacher_nll": F.cross_entropy(guesses[0], originals.repeat(settings.samples)),
+            "student_nll": imitation.detach(),
+            "copied": (drawn == originals).float().mean(),
+        }
+    baseline = tutor.baseline(rewards, settings.baseline)
+    return Turn(loss, tutor_logits, masked_logits, drawn, rewards, baseline, log)
+
+
+def inner_loss(
+    student: Student,
+    ours: Encoding,
+    theirs: Encoding,
+    attended: Int[Tensor, "rows tokens"],
+    layers: Sequence[tuple[int, int]],
+    attention: bool = True,
+) -> Tensor:
+    """L_inter: hidden states, through the trainable W, and attention distributions of the paired layers; a scalar.
+
+    `layers` are pairs (student's, teacher's), from 1; sums over the pairs, means over the rows.
+
+    Source: Tutor-KD eqs. (12)-(14).  Derived in: chapters/09_tutor_kd.
+    """
+    values = 0.0
+    for number, (mine, their) in enumerate(layers):
+        states = ours.hidden_states[mine], theirs.hidden_states[their]
+        values = values + inner.hidden_mse(*states, attended, student.projection)
+        if attention:
+            heads = (ours.queries[number], ours.keys[number]), (theirs.queries[number], theirs.keys[number])
+            values = values + inner.attention_mse(*heads, attended)
+    return values.mean()
+
+
+def untutored(
+    student: Student, teacher: PreTrainedModel, special: Sequence[int], mask: int, settings: Settings
+) -> Callable[[Batch], Tensor]:
+    """The loss of the same student without a tutor, one value for each sentence, whose mean is the loss.
+
+    It learns the teacher's distributions, and L_inter, on the masked sentences.
+
+    Source: Tutor-KD Table 4, "w/o Mod, Tutor".  Derived in: chapters/09_tutor_kd.
+    """
+    layers, asked = _layers(student.network, teacher, settings)
+
+    def loss(batch: Batch) -> Tensor:
+        masked, attended = batch["masked"], batch["attention_mask"]
+        words = hide(batch["input_ids"], masked, mask, special)
+        with torch.no_grad():
+            theirs = models.encode_tokens(teacher, words, attended, [layer for _, layer in asked])
+            aim = models.masked_logits(teacher, theirs.hidden_states[-1][masked])
+        ours = models.encode_tokens(student.network, words, attended, [layer for layer, _ in asked])
+        guess = models.masked_logits(student.network, ours.hidden_states[-1][masked])
+        value = settings.logit_weight * losses.kl_divergence(guess, aim)
+        if layers:
+            value = value + settings.inner_weight * inner_loss(student, ours, theirs, attended, layers, bool(asked))
+        return _spread(value, batch)
+
+    return loss
+
+
+def _layers(network: PreTrainedModel, teacher: PreTrainedModel, settings: Settings):
+    """The paired layers (student's, teacher's) whose hidden states count, and those whose attention does."""
+    layers = inner.layer_map(depth(network), depth(teacher))[1:] if settings.inner_weight else ()
+    return layers, layers if settings.attention else ()
+
+
+def total_variation(logits: Float[Tensor, "*rows words"], others: Float[Tensor, "*rows words"]) -> Tensor:
+    """½ Σ |p − q|, between 0 and 1: the reward r_S of a student that learns whole distributions.
+
+    The paper does not say what r_S is without the modification; of the L1 distances this one has the scale of eq. (5).
+
+    Derived in: chapters/09_tutor_kd.
+    """
+    return (F.softmax(logits, dim=-1) - F.softmax(others, dim=-1)).abs().sum(-1) / 2
+
+
+def depth(network: PreTrainedModel) -> int:
+    """The number of encoder layers."""
+    return network.config.num_hidden_layers
+
+
+def _spread(loss: Tensor, batch: Batch) -> Tensor:
+    """A mean over positions as one value for each sentence, as a learner takes them."""
+    return loss.expand(len(batch["labels"]))
+
+
+def _numbers(values: dict[str, Tensor]) -> dict[str, float]:
+    return dict(zip(values, torch.stack([*values.values()]).tolist(), strict=True))
+
+
+def _full_precision(values: Tensor) -> Tensor:
+    return values.to(torch.promote_types(values.dtype, torch.float32))
+
+
+def _draw_weights(module: nn.Module, spread: float) -> None:
+    """BERT's initial weights: normal matrices, zero biases, LayerNorms that change nothing."""
+    if isinstance(module, nn.Linear):
+        nn.init.normal_(module.weight, std=spread)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+    elif isinstance(module, nn.LayerNorm):
+        nn.init.ones_(module.weight)
+        nn.init.zeros_(module.bias)
 
 
 def _at(values: Float[Tensor, "*positions vocabulary"], tokens: Int[Tensor, "*positions"]) -> Tensor:

@@ -1,0 +1,482 @@
+"""Task-agnostic distillation as a run: a validated configuration in, a folder with a record and a student out.
+
+    config = pretraining.configure(method="tutor", teacher="book-mlm", student="tiny-2x64h4", steps=300)
+    record = pretraining.run(config)
+    runs.run(runs.configure(task="mini-mnli", method="fine_tune", student=str(record.folder / "student")))
+
+A student is distilled from a masked language model on text without labels, then fine-tuned like any other network.
+Folders, records and resuming are those of `kdlib.runs`.
+"""
+
+import dataclasses
+import hashlib
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from kdlib import checkpoints, corpus, glue, models, runs, trainer
+from kdlib.learner import PRECISIONS, Learner, accelerator_for, learner
+from kdlib.methods import Step, task_agnostic, tutor
+from kdlib.methods.task_agnostic import Loss
+from kdlib.methods.tutor import Settings, Student, Tutor
+from kdlib.runs import STUDENT, RunRecord
+
+TUTOR_WEIGHTS = "tutor.safetensors"
+METHODS = ("mlm", "soft_labels", "distilbert", "tinybert", "minilm", "minilm_v2", "untutored", "tutor")
+"""Masked language modelling without a teacher; the baselines of Tutor-KD's tables; Tutor-KD without and with a tutor."""
+OF_TUTOR = tuple(field.name for field in dataclasses.fields(Settings))
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainingConfig:
+    """Everything such a run depends on.  Make one with `configure`, which checks it and fills in what is None."""
+
+    corpus: str = corpus.MINI
+    """"mini-corpus" (embedded), a .txt file, a local folder, or a hub id, several joined by +"""
+    column: str = "text"
+    """the column that holds the text, where there are columns"""
+    validation_split: str | None = None
+    """the split to evaluate on; None: "validation" of the mini-corpus, elsewhere the last 5 % of the training blocks, at
+    most 1,000"""
+    packed: bool = False
+    """join lines to blocks of max_length word pieces, instead of a line a block"""
+    max_length: int = 128
+    """word pieces of a block at most"""
+    max_lines: int | None = None
+    """read so many lines only"""
+    mask_rate: float = 0.15
+    """share of a block's word pieces that are masked"""
+    method: str = "tutor"
+    """"mlm" (no teacher), "soft_labels", "distilbert", "tinybert", "minilm", "minilm_v2", "untutored", "tutor\""""
+    teacher: str | None = None
+    """a masked language model: "book-mlm", "minilm", "tiny-…", a hub id or a folder; None: "book-mlm\""""
+    student: str | None = None
+    """"tiny-…", one of the paper's "tutor-66m", "tutor-14m", "tutor-9m", "tutor-5.7m", a hub id or a folder; None:
+    tiny-2x64h4, unless student_layers is given"""
+    student_layers: int | None = None
+    """instead of a student: cut the teacher after so many layers"""
+    trained: str | None = None
+    """mlm: what learns, "all" or only the "head", for an encoder that comes without one; None: "all\""""
+    steps: int = 300
+    """optimiser steps"""
+    batch_size: int = 32
+    """blocks of a step"""
+    learning_rate: float | None = None
+    """the highest, after the warm-up; None: 2e-3 for tiny students, 5e-4 for others"""
+    warmup_ratio: float = 0.1
+    """share of the steps in which the learning rate rises; it falls linearly afterwards"""
+    weight_decay: float = 0.01
+    """of AdamW, on matrices only"""
+    max_grad_norm: float = 1.0
+    """longer gradients are scaled down"""
+    temperature: float | None = None
+    """soft_labels, distilbert: of both distributions, None: 1 and 2; tutor: τ of eq. (11), None: 1"""
+    relation_heads: int | None = None
+    """minilm_v2: None: 12, for tiny students their own"""
+    attention: bool | None = None
+    """tutor, untutored, tinybert: imitate attention too; None: where the numbers of heads agree"""
+    logit_weight: float | None = None
+    """tutor, untutored: λ₁ of eq. (8); None: 25"""
+    inner_weight: float | None = None
+    """tutor, untutored: λ₂ of eq. (8); None: 0.5"""
+    reward_weight: float | None = None
+    """tutor: λ of eq. (2), the weight of r_T; None: 0.5"""
+    strategy: str | None = None
+    """tutor: "tutor", "reverse", "no reward", "hard for both" or "easy for both"; None: "tutor\""""
+    kl_weight: float | None = None
+    """tutor: weight of its KL to the teacher; None: 1"""
+    samples: int | None = None
+    """tutor: words drawn for each position; None: 1"""
+    baseline: str | None = None
+    """tutor: subtracted from its rewards, "none", "running mean" or "leave one out"; None: "none\""""
+    imitated: str | None = None
+    """tutor: the teacher's "modified" probability or its whole "distribution"; None: "modified\""""
+    everywhere: bool | None = None
+    """tutor: the words that were left alone are scored, too, as in the released code; None: False"""
+    order: str | None = None
+    """tutor: its step and the student's "together" or "in turns"; None: "together\""""
+    tutor_start: str | None = None
+    """tutor: "teacher", a copy of its head, or "random", as in the released code; None: "teacher\""""
+    seed: int = 0
+    """of the initial weights, the order of the data, the masks, dropout and the tutor's draws"""
+    evaluate_every: int | None = None
+    """steps between evaluations; None: a tenth of the steps"""
+    checkpoint_every: int | None = None
+    """steps between checkpoints; None: at each evaluation"""
+    max_seconds: float | None = None
+    """stop after so long with a checkpoint; the same command goes on from it"""
+    precision: str = "fp32"
+    """"fp32" or "bf16\""""
+    device: str = "auto"
+    """"auto", "cpu" or "cuda\""""
+    output_dir: str = "_runs"
+    """the folder that holds all runs"""
+    cache_dir: str | None = None
+    """where the tokenised corpus is kept; None: output_dir/corpora"""
+    resume: bool = True
+    """go on with an interrupted run and reuse a finished one; False: start afresh"""
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """The fields that decide the result and have a meaning for the method."""
+        fields = dataclasses.asdict(self)
+        return {name: value for name, value in fields.items() if name not in _NOT_IDENTITY and value is not None}
+
+    @property
+    def run_id(self) -> str:
+        """A readable, unique name for what this run computes."""
+        digest = hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()
+        return f"{Path(self.corpus).stem}-{self.method}-seed{self.seed}-{digest[:8]}"
+
+    @property
+    def folder(self) -> Path:
+        """Where this run keeps its record, checkpoint and student."""
+        return Path(self.output_dir) / self.run_id
+
+    @property
+    def settings(self) -> Settings:
+        """What `methods.tutor` needs to know."""
+        values = {name: getattr(self, name) for name in OF_TUTOR}
+        return Settings(**{name: value for name, value in values.items() if value is not None})
+
+
+_NOT_IDENTITY = ("output_dir", "cache_dir", "resume", "device", "checkpoint_every", "max_seconds")
+_USED = {
+    "mlm": ("trained",),
+    "soft_labels": ("temperature",),
+    "distilbert": ("temperature",),
+    "tinybert": ("attention",),
+    "minilm": (),
+    "minilm_v2": ("relation_heads",),
+    "untutored": ("attention", "logit_weight", "inner_weight"),
+    "tutor": (*OF_TUTOR, "tutor_start"),
+}
+"""The optional fields that each method reads; the others are None for it."""
+_OPTIONAL = {name for names in _USED.values() for name in names}
+_POSITIVE = (
+    *("max_length", "max_lines", "student_layers", "steps", "batch_size", "learning_rate", "max_grad_norm", "samples"),
+    *("temperature", "relation_heads", "evaluate_every", "checkpoint_every", "max_seconds"),
+)
+_AT_LEAST_ZERO = ("weight_decay", "logit_weight", "inner_weight", "kl_weight", "seed")
+_HEADED = ("mlm", "soft_labels", "distilbert", "untutored")
+"""The methods that leave a student with a trained masked-language-model head."""
+
+
+def configure(**parameters: Any) -> PretrainingConfig:
+    """Check `parameters`, fill in the defaults that depend on others, and return the configuration.
+
+    Fields without meaning for the method are reset, so that two configurations that compute the same are equal.
+
+    Raises `runs.ConfigurationError` with one message that lists all problems and, for names, the nearest valid ones.
+    """
+    known, problems = runs.typed(PretrainingConfig, parameters)
+    config = PretrainingConfig(**known)
+    choices = {"method": METHODS, "precision": ("fp32", "bf16"), "device": ("auto", "cpu", "cuda")}
+    choices |= {"trained": ("all", "head"), "tutor_start": ("teacher", "random")}
+    for name, valid in choices.items():
+        value = getattr(config, name)
+        if value is not None and value not in valid:
+            problems.append(f"{name} is {value!r}; expected one of {', '.join(valid)}{runs.nearest(value, valid)}")
+    for name in _POSITIVE:
+        value = getattr(config, name)
+        if value is not None and not (value > 0 and math.isfinite(value)):
+            problems.append(f"{name} is {value}; expected a positive number")
+    for name in _AT_LEAST_ZERO:
+        value = getattr(config, name)
+        if value is not None and not (value >= 0 and math.isfinite(value)):
+            problems.append(f"{name} is {value}; expected 0 or more")
+    if not 0 < config.mask_rate < 1:
+        problems.append(f"mask_rate is {config.mask_rate}; expected a share between 0 and 1")
+    if not 0 <= config.warmup_ratio <= 1:
+        problems.append(f"warmup_ratio is {config.warmup_ratio}; expected a number between 0 and 1")
+    if config.student is not None and config.student_layers is not None:
+        problems.append("student and student_layers are both given; give one")
+    if config.method == "mlm" and config.student is None:
+        problems.append("method 'mlm' trains a network of its own: give student")
+    if config.corpus != corpus.MINI and config.method != "mlm" and models.is_small(config.teacher or models.BOOK_MASKED):
+        problems.append(
+            f"corpus {config.corpus!r} needs a pretrained teacher: small networks read MiniGLUE's vocabulary only. "
+            "Give teacher a folder (a masked language model), or a hub id"
+        )
+    try:
+        if config.method == "tutor":
+            config.settings  # noqa: B018  (its checks)
+    except ValueError as error:
+        problems.append(str(error))
+    runs.refuse(problems)
+    return _complete(config)
+
+
+def _complete(config: PretrainingConfig) -> PretrainingConfig:
+    """Fill in None by rule; reset what the method does not use."""
+    filled: dict[str, Any] = dict.fromkeys(_OPTIONAL - set(_USED[config.method]))
+    student = config.student
+    if student is None and config.student_layers is None:
+        student = "tiny-2x64h4"
+    tiny = models.is_small(student or config.teacher or models.BOOK_MASKED)
+    filled |= {
+        "student": student,
+        "teacher": None if config.method == "mlm" else config.teacher or models.BOOK_MASKED,
+        "learning_rate": config.learning_rate or (2e-3 if tiny else 5e-4),
+        "evaluate_every": config.evaluate_every or max(1, config.steps // 10),
+    }
+    if config.method == "mlm":
+        filled |= {"trained": config.trained or "all", "student_layers": None}
+    if config.method in ("soft_labels", "distilbert"):
+        filled["temperature"] = config.temperature or {"soft_labels": 1.0, "distilbert": 2.0}[config.method]
+    if config.method == "tutor":
+        filled |= {
+            name: value
+            for name, value in dataclasses.asdict(config.settings).items()
+            if name != "attention" and getattr(config, name) is None
+        }
+        filled["tutor_start"] = config.tutor_start or "teacher"
+    if config.method == "untutored":
+        defaults = Settings()
+        for name in ("logit_weight", "inner_weight"):
+            filled[name] = getattr(defaults if getattr(config, name) is None else config, name)
+    return dataclasses.replace(config, **filled)
+
+
+@dataclass(frozen=True)
+class Networks:
+    """Who takes part: the student, its teacher (None for mlm), its tutor (for tutor only), and what they do.
+
+    `loss` is the student's on a batch; with a tutor there are `settings` in its place.
+    """
+
+    student: Learner
+    teacher: PreTrainedModel | None
+    tutor: Learner | None
+    step: Step
+    loss: Loss | None = None
+    settings: Settings | None = None
+
+
+def run(config: PretrainingConfig) -> RunRecord:
+    """Compute a run, or return its record if it is finished already.
+
+    The folder then holds `record.json` and the student as a folder for `from_pretrained`: a masked language model where
+    the method has trained its head, else the encoder; with a tutor also its weights.  An interrupted run goes on from
+    its checkpoint and ends as it would have.
+
+    Raises what corpus, models and trainer raise, before any work is done where that is possible;
+    `trainer.TrainingInterruptedError` when `max_seconds` are over.
+    """
+    folder = config.folder
+    if config.resume and (folder / runs.RECORD).exists():
+        return runs.read_record(folder)
+    trainer.prepare_folder(folder)
+    (folder / runs.RECORD).unlink(missing_ok=True)
+    accelerator = accelerator_for(config.device, config.precision)
+    tokenizer = models.load_tokenizer(config.teacher or config.student)
+    text, held_out = load_corpus(config, tokenizer)
+    masking = corpus.masking(tokenizer, config.mask_rate, config.seed)
+    who = networks(config, tokenizer, masking, accelerator)
+    learners = [who.student] if who.tutor is None else [who.student, who.tutor]
+    epochs = math.ceil(config.steps * config.batch_size / max(1, len(text.encoded)))
+    result = trainer.train(
+        who.step,
+        learners,
+        text.encoded,
+        trainer.Schedule(
+            # An epoch's last batch may be small, so the number of epochs is generous and the steps decide.
+            epochs + 1,
+            config.batch_size,
+            config.steps,
+            config.evaluate_every,
+            config.checkpoint_every,
+            config.seed,
+        ),
+        evaluation(config, who, held_out, tokenizer),
+        select=None,
+        keep=who.student,
+        folder=folder,
+        identity={**config.identity, "tokens": trainer.fingerprint(text.encoded)},
+        resume=config.resume,
+        prepare=masking,
+        max_seconds=config.max_seconds,
+    )
+    return _finish(config, who, text, held_out, tokenizer, result)
+
+
+def load_corpus(config: PretrainingConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[corpus.Corpus, glue.Encoded]:
+    """The training text and the held-out blocks.
+
+    Raises ValueError for a corpus that is too small to hold anything out, and what `corpus.load` raises.
+    """
+    cache = config.cache_dir or str(Path(config.output_dir) / "corpora")
+    options = {"max_length": config.max_length, "packed": config.packed, "column": config.column, "cache": cache}
+    text = corpus.load(config.corpus, tokenizer, "train", max_lines=config.max_lines, **options)
+    split = config.validation_split or ("validation" if config.corpus == corpus.MINI else None)
+    if split is not None:
+        return text, corpus.load(config.corpus, tokenizer, split, **options).encoded
+    blocks = len(text.encoded)
+    kept = min(1000, blocks // 20)
+    if kept < 1:
+        raise ValueError(
+            f"the corpus {config.corpus!r} has {blocks} blocks, too few to hold any out: give a larger one, or "
+            "validation_split"
+        )
+    first, rest = (_blocks(text.encoded, *ends) for ends in ((0, blocks - kept), (blocks - kept, blocks)))
+    return dataclasses.replace(text, encoded=first), rest
+
+
+def _blocks(encoded: glue.Encoded, start: int, stop: int) -> glue.Encoded:
+    """The blocks `start` … `stop` − 1."""
+    left, right = int(encoded.offsets[start]), int(encoded.offsets[stop])
+    return dataclasses.replace(
+        encoded,
+        input_ids=encoded.input_ids[left:right],
+        token_type_ids=encoded.token_type_ids[left:right],
+        offsets=encoded.offsets[start : stop + 1] - left,
+        labels=encoded.labels[start:stop],
+        rows=encoded.rows[start:stop],
+    )
+
+
+def networks(
+    config: PretrainingConfig, tokenizer: PreTrainedTokenizerBase, masking: corpus.Masking, accelerator: Accelerator
+) -> Networks:
+    """Load everyone, check that they fit together, and make the step of the configured method.
+
+    Raises ValueError for a teacher and a student with different vocabularies or, where it matters, numbers of heads.
+    """
+
+    def taught(name: str, module: nn.Module, steps: int) -> Learner:
+        rates = config.learning_rate, steps, config.weight_decay, config.warmup_ratio, config.max_grad_norm
+        return learner(name, module, accelerator, *rates)
+
+    if config.method == "mlm":
+        network = models.load_masked(config.student, tokenizer, config.seed)
+        if config.trained == "head":
+            network.base_model.requires_grad_(False)
+        loss = task_agnostic.masked_language_model(network)
+        student = taught("student", network, config.steps)
+        return Networks(student, None, None, task_agnostic.step(student, loss), loss)
+    teacher = models.load_masked(config.teacher, tokenizer, config.seed).requires_grad_(False)
+    if config.student_layers is not None:
+        network = models.first_layers(teacher, config.student_layers, config.seed).requires_grad_()
+    else:
+        network = models.load_masked(config.student, tokenizer, config.seed)
+    if network.config.vocab_size != teacher.config.vocab_size:
+        raise ValueError(
+            f"the student has {network.config.vocab_size} word pieces, the teacher {teacher.config.vocab_size}: "
+            "distillation on text needs one vocabulary"
+        )
+    teacher.to(accelerator.device)
+    module = Student(network, teacher.config.hidden_size, config.seed)
+    student = taught("student", module, config.steps)
+    heads = network.config.num_attention_heads
+    same = heads == teacher.config.num_attention_heads
+    attention = same if config.attention is None else config.attention
+    if config.method == "tutor":
+        settings = dataclasses.replace(config.settings, attention=attention)
+        maker = Tutor(teacher, config.tutor_start, config.seed)
+        turns = 2 if settings.order == "in turns" else 1
+        tutoring = taught("tutor", maker, config.steps * turns)
+        step = tutor.tutor_kd(student, tutoring, teacher, masking.special, masking.mask, settings)
+        return Networks(student, teacher, tutoring, step, settings=settings)
+    if config.method == "untutored":
+        settings = Settings(
+            logit_weight=config.logit_weight, inner_weight=config.inner_weight, attention=attention, imitated="distribution"
+        )
+        loss = tutor.untutored(module, teacher, masking.special, masking.mask, settings)
+    else:
+        loss = _loss(config, module, teacher, attention)
+    return Networks(student, teacher, None, task_agnostic.step(student, loss), loss)
+
+
+def _loss(config: PretrainingConfig, student: Student, teacher: PreTrainedModel, attention: bool) -> Loss:
+    """The loss of a baseline."""
+    heads = student.network.config.num_attention_heads
+    if config.method in ("soft_labels", "distilbert"):
+        return getattr(task_agnostic, config.method)(student, teacher, config.temperature)
+    if config.method == "tinybert":
+        return task_agnostic.tinybert(student, teacher, attention)
+    if config.method == "minilm":
+        return task_agnostic.minilm(student, teacher)
+    tiny = config.student is not None and models.is_small(config.student)
+    return task_agnostic.minilm_v2(student, teacher, config.relation_heads or (heads if tiny else 12))
+
+
+def evaluation(
+    config: PretrainingConfig, who: Networks, held_out: glue.Encoded, tokenizer: PreTrainedTokenizerBase
+) -> Callable[[], dict[str, float]]:
+    """A function that returns what the method minimises, on the held-out blocks, always with the same masks and draws.
+
+    With a tutor these are the numbers of `tutor.Turn.log`.
+    """
+    masking = corpus.masking(tokenizer, config.mask_rate, seed=0)
+    accelerator, device = who.student.accelerator, who.student.accelerator.device
+    batches = glue.sequential_batches(held_out.lengths, 4 * config.batch_size)
+
+    def measured(batch: dict) -> dict[str, float]:
+        if who.loss is not None:
+            return {"loss": who.loss(batch).mean().item()}
+        modules = who.student.module, who.tutor.module, who.teacher
+        turn = tutor.take_turn(*modules, batch, masking.special, masking.mask, who.settings)
+        return {"loss": turn.student.item(), **{name: value.item() for name, value in turn.log.items()}}
+
+    @torch.no_grad()
+    def evaluate() -> dict[str, float]:
+        rows, sizes = [], []
+        devices = [device] if device.type == "cuda" else []
+        modules = [who.student.module] if who.tutor is None else [who.student.module, who.tutor.module]
+        with torch.random.fork_rng(devices=devices), models.evaluating(modules[0]), accelerator.autocast():
+            torch.manual_seed(0)
+            for number, indices in enumerate(batches):
+                batch = masking(trainer.training_batch(held_out, indices, device), number)
+                rows.append(measured(batch))
+                sizes.append(int(batch["masked"].sum()))
+        return {f"validation/{name}": float(np.average([row[name] for row in rows], weights=sizes)) for name in rows[0]}
+
+    return evaluate
+
+
+def _finish(
+    config: PretrainingConfig,
+    who: Networks,
+    text: corpus.Corpus,
+    held_out: glue.Encoded,
+    tokenizer: PreTrainedTokenizerBase,
+    result: trainer.Result,
+) -> RunRecord:
+    """Write everything, the record last: it is the mark of a finished run."""
+    network = who.student.module if who.teacher is None else who.student.module.network
+    headed = config.method in _HEADED or config.imitated == "distribution"
+    kept = network if headed else network.base_model
+    kept.requires_grad_(True)
+    runs.save_pretrained(kept, tokenizer, config.folder / STUDENT)
+    if who.tutor is not None:
+        checkpoints.write_tensors(config.folder / TUTOR_WEIGHTS, checkpoints.module_tensors(who.tutor.module))
+    record = RunRecord(
+        run_id=config.run_id,
+        config=dataclasses.asdict(config),
+        metrics=result.best_metrics,
+        best_step=result.best_step,
+        history=result.history.to_dict("records"),
+        seconds=round(result.seconds, 1),
+        samples={"train": len(text.encoded), "validation": len(held_out), **{f"train/{k}": v for k, v in text.counts.items()}},
+        parameters=sum(p.numel() for p in network.base_model.parameters()),
+        teacher=config.teacher,
+        oracle={},
+        environment=runs.environment(who.student.accelerator.device),
+        git_commit=runs.git_commit(),
+        finished=datetime.now(UTC).isoformat(timespec="seconds"),
+        folder=config.folder,
+    )
+    runs.write_record(record)
+    for leftover in (trainer.CHECKPOINT, trainer.BEST):
+        (config.folder / leftover).unlink(missing_ok=True)
+    return record
