@@ -1,5 +1,7 @@
 """MiniGLUE: four small tasks in the shape of GLUE, drawn from a seeded grammar whose true posterior is known.
 
+A corpus of unlabelled sentences from the same grammars goes with them, see `sentences`.
+
 Every example is drawn in the same three steps:
 
 1. the grammar of the task writes a text (or a pair of texts) together with its meaning;
@@ -17,9 +19,9 @@ import os
 import random
 import shutil
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from statistics import NormalDist
 from typing import Any
@@ -29,6 +31,7 @@ from transformers import BertTokenizerFast
 TASK_NAMES = ("mini-sst2", "mini-mrpc", "mini-mnli", "mini-stsb")
 SIZES = {"train": 4000, "validation": 800, "test": 1000}
 FLIPPED_SHARE = 0.08
+CORPUS_SIZES = {"train": 8000, "validation": 1000}
 SHARD_ROWS = 2000
 """Rows per file: a train split is written as two files, each well below 600 kB."""
 
@@ -538,6 +541,24 @@ def _distinct(draw: Callable[[random.Random], Draft], count: int, rng: random.Ra
     return iter(drafts)
 
 
+def sentences(held_out: Collection[str], seed: int = 0) -> dict[str, list[str]]:
+    """Unlabelled sentences of all four grammars by split, for masked-language-model training: none occurs twice.
+
+    The grammars take turns with a draft each, of which every text is a sentence; one that has run out of new sentences
+    adds nothing.  None of `held_out` is among them.  `write` gives it all texts of the tasks' validation and test
+    splits: a network that had learnt those by heart would be measured on what it has seen, and its scores would say
+    too much.
+    """
+    rng = random.Random(f"corpus {seed}")
+    found: dict[str, None] = {}  # a set that keeps its order
+    while len(found) < sum(CORPUS_SIZES.values()):
+        for draw, _ in GRAMMARS.values():
+            found |= dict.fromkeys(text for text in draw(rng).texts if text not in held_out)
+    # Short sentences come first, since they run out early: only a shuffle gives both splits one distribution.
+    lines = iter(rng.sample(list(found), len(found)))
+    return {split: list(islice(lines, size)) for split, size in CORPUS_SIZES.items()}
+
+
 def _row(task: str, columns: Sequence[str], draft: Draft, number: int, in_train: bool, rng: random.Random) -> Row:
     if task == "mini-stsb":
         mean, deviation = draft.posterior
@@ -619,16 +640,25 @@ def _pieces(word: str) -> list[str]:
 
 
 def write(folder: Path | str) -> None:
-    """Write all four tasks and the vocabulary below `folder`: `<task>/<split>-….jsonl` and `vocab.txt`."""
+    """Write all tasks, the corpus and the vocabulary below `folder`.
+
+    The files are `<task>/<split>-….jsonl`, `mini-corpus/<split>.txt` and `vocab.txt`.
+    """
     folder = Path(folder)
+    held_out: set[str] = set()
     for task in TASK_NAMES:
         (folder / task).mkdir(parents=True, exist_ok=True)
         for split, rows in generate(task).items():
+            if split != "train":
+                held_out |= {row[column] for row in rows for column in GRAMMARS[task][1]}
             shards = [rows[start : start + SHARD_ROWS] for start in range(0, len(rows), SHARD_ROWS)]
             for number, shard in enumerate(shards):
                 text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in shard)
                 path = folder / task / f"{split}-{number:05d}-of-{len(shards):05d}.jsonl"
                 path.write_bytes(text.encode())
+    (folder / "mini-corpus").mkdir(exist_ok=True)
+    for split, lines in sentences(held_out).items():
+        (folder / "mini-corpus" / f"{split}.txt").write_bytes("".join(f"{line}\n" for line in lines).encode())
     (folder / "vocab.txt").write_bytes("".join(f"{piece}\n" for piece in vocabulary()).encode())
 
 
@@ -640,7 +670,7 @@ def folder() -> Path:
     shipped = Path(__file__).resolve().parents[1] / "data" / "miniglue"
     if (shipped / "vocab.txt").exists():
         return shipped
-    cached = Path(os.environ.get("KDLIB_CACHE", Path.home() / ".cache" / "kdlib")) / "miniglue-1"
+    cached = Path(os.environ.get("KDLIB_CACHE", Path.home() / ".cache" / "kdlib")) / "miniglue-2"
     if not cached.exists():
         partial = cached.with_name(f".{cached.name}.{os.getpid()}.tmp")
         shutil.rmtree(partial, ignore_errors=True)

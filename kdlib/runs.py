@@ -656,7 +656,7 @@ def load_student(config: RunConfig, task: glue.Task, tokenizer: PreTrainedTokeni
     if config.student_layers is not None:
         whole = models.load(config.teacher, task, tokenizer, config.seed)
         return models.first_layers(whole, config.student_layers, config.seed)
-    if config.teacher is not None and not models.is_small(config.student):
+    if config.teacher is not None and not models.is_small(config.student) and not models.is_fresh(config.student):
         theirs, ours = tokenizer.get_vocab(), models.load_tokenizer(config.student).get_vocab()
         if theirs != ours:
             raise ValueError(

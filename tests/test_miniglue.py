@@ -68,7 +68,7 @@ def elsewhere(monkeypatch, tmp_path):
     """kdlib installed without the repository's data, and an empty cache: where the data shall be made."""
     monkeypatch.setattr(miniglue, "__file__", str(tmp_path / "site-packages" / "kdlib" / "miniglue.py"))
     monkeypatch.setenv("KDLIB_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache" / "miniglue-1"
+    return tmp_path / "cache" / "miniglue-2"
 
 
 def test_the_shipped_files_are_regenerated_byte_for_byte(root, tmp_path, monkeypatch):

@@ -103,13 +103,10 @@ def detached(outputs: Outputs) -> Outputs:
 def zero_classifier(module: PreTrainedModel) -> None:
     """Set the classification head to zero, so that the network starts with equal probabilities for all classes.
 
-    Two networks that start so agree at first, whatever they are.  Raises ValueError for a network without a linear
-    `classifier`.
+    Two networks that start so agree at first, whatever they are.  Raises what `models.output_layer` raises.
 
     Source: LGTM Figure 5, the one-stage setting, after ProKT.  Derived in: chapters/04_online_distillation.
     """
-    head = getattr(module, "classifier", None)
-    if not isinstance(head, nn.Linear):
-        raise ValueError(f"{type(module).__name__} has no linear layer called classifier to set to zero")
+    head = models.output_layer(module)
     nn.init.zeros_(head.weight)
     nn.init.zeros_(head.bias)
