@@ -413,10 +413,18 @@ def masked_logits(
 
     Raises ValueError unless `model` is a masked language model of BERT's or Electra's kind.
     """
+    return _full_precision(masked_head(model)(states))
+
+
+def masked_head(model: PreTrainedModel) -> nn.Module:
+    """The head of a masked language model, from last hidden states to logits; it shares the model's weights.
+
+    Raises ValueError unless `model` is a masked language model of BERT's or Electra's kind.
+    """
     if isinstance(model, BertForMaskedLM):
-        return _full_precision(model.cls(states))
+        return model.cls
     if isinstance(model, ElectraForMaskedLM):
-        return _full_precision(model.generator_lm_head(model.generator_predictions(states)))
+        return nn.Sequential(model.generator_predictions, model.generator_lm_head)
     raise ValueError(
         f"{type(model).__name__} has no masked-language-model head of BERT's or Electra's kind: load the network with "
         "`load_masked`"

@@ -25,7 +25,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kdlib import checkpoints, corpus, glue, models, runs, trainer
-from kdlib.learner import PRECISIONS, Learner, accelerator_for, learner
+from kdlib.learner import Learner, accelerator_for, learner
 from kdlib.methods import Step, task_agnostic, tutor
 from kdlib.methods.task_agnostic import Loss
 from kdlib.methods.tutor import Settings, Student, Tutor
@@ -33,7 +33,7 @@ from kdlib.runs import STUDENT, RunRecord
 
 TUTOR_WEIGHTS = "tutor.safetensors"
 METHODS = ("mlm", "soft_labels", "distilbert", "tinybert", "minilm", "minilm_v2", "untutored", "tutor")
-"""Masked language modelling without a teacher; the baselines of Tutor-KD's tables; Tutor-KD without and with a tutor."""
+"""Masked language modelling without a teacher, the baselines of the paper, Tutor-KD without and with its tutor."""
 OF_TUTOR = tuple(field.name for field in dataclasses.fields(Settings))
 
 
@@ -46,8 +46,8 @@ class PretrainingConfig:
     column: str = "text"
     """the column that holds the text, where there are columns"""
     validation_split: str | None = None
-    """the split to evaluate on; None: "validation" of the mini-corpus, elsewhere the last 5 % of the training blocks, at
-    most 1,000"""
+    """the split to evaluate on; None: "validation" of the mini-corpus, elsewhere the last 5 % of the training blocks,
+    1,000 at most"""
     packed: bool = False
     """join lines to blocks of max_length word pieces, instead of a line a block"""
     max_length: int = 128
@@ -203,7 +203,11 @@ def configure(**parameters: Any) -> PretrainingConfig:
         problems.append("student and student_layers are both given; give one")
     if config.method == "mlm" and config.student is None:
         problems.append("method 'mlm' trains a network of its own: give student")
-    if config.corpus != corpus.MINI and config.method != "mlm" and models.is_small(config.teacher or models.BOOK_MASKED):
+    if (
+        config.corpus != corpus.MINI
+        and config.method != "mlm"
+        and models.is_small(config.teacher or models.BOOK_MASKED)
+    ):
         problems.append(
             f"corpus {config.corpus!r} needs a pretrained teacher: small networks read MiniGLUE's vocabulary only. "
             "Give teacher a folder (a masked language model), or a hub id"
@@ -389,7 +393,10 @@ def networks(
         return Networks(student, teacher, tutoring, step, settings=settings)
     if config.method == "untutored":
         settings = Settings(
-            logit_weight=config.logit_weight, inner_weight=config.inner_weight, attention=attention, imitated="distribution"
+            logit_weight=config.logit_weight,
+            inner_weight=config.inner_weight,
+            attention=attention,
+            imitated="distribution",
         )
         loss = tutor.untutored(module, teacher, masking.special, masking.mask, settings)
     else:
@@ -467,7 +474,11 @@ def _finish(
         best_step=result.best_step,
         history=result.history.to_dict("records"),
         seconds=round(result.seconds, 1),
-        samples={"train": len(text.encoded), "validation": len(held_out), **{f"train/{k}": v for k, v in text.counts.items()}},
+        samples={
+            "train": len(text.encoded),
+            "validation": len(held_out),
+            **{f"train/{k}": v for k, v in text.counts.items()},
+        },
         parameters=sum(p.numel() for p in network.base_model.parameters()),
         teacher=config.teacher,
         oracle={},

@@ -51,7 +51,7 @@ WAYS: dict[str, dict[str, Any]] = {
     NOTHING: {},
 }
 """What is compared, by the name that the chapter uses."""
-TEACHER_SETTINGS = {"method": "mlm", "student": "tiny-4x128", "steps": 2500, "batch_size": 32, "learning_rate": 1e-3}
+TEACHER_SETTINGS = {"method": "mlm", "student": "tiny-4x128", "steps": 3000, "batch_size": 32, "learning_rate": 1e-3}
 SETTINGS = {"student": STUDENT, "steps": 400, "batch_size": 32, "evaluate_every": 20, "device": "cpu"}
 FINE_TUNING = {"method": "fine_tune", "epochs": 3, "batch_size": 32, "max_train": 1000, "device": "cpu"}
 RATES = {"tutor": 2e-3}
@@ -144,7 +144,9 @@ def choose() -> None:
             score = fine_tuned(str(record.folder / runs.STUDENT), task, seed, work).metrics["validation/accuracy"]
             rows.append({"way": way, "rate": rate, "seed": seed, "task": task, "score": score})
     table = pd.DataFrame(rows)
-    print(table.pivot_table(index=["way", "rate"], columns="task", values="score").assign(mean=lambda t: t.mean(axis=1)))
+    print(
+        table.pivot_table(index=["way", "rate"], columns="task", values="score").assign(mean=lambda t: t.mean(axis=1))
+    )
 
 
 BASELINES = ("without modification and tutor", "soft labels", "distilbert", "tinybert", "minilm", "minilm v2")

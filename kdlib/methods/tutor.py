@@ -286,12 +286,13 @@ class Settings:
     """How Tutor-KD is run; the defaults are the paper's, where it names a number.
 
     `reward_weight` is λ of eq. (2), `strategy` a name of section 5.3, `kl_weight` the weight of the tutor's KL in eq.
-    (7), `logit_weight` and `inner_weight` are λ₁ and λ₂ of eq. (8), `temperature` is τ of eq. (11).  `samples` words are
-    drawn for each position; `baseline` is subtracted from their rewards.  With `imitated="distribution"` the student
-    learns the teacher's whole distribution on the masked sentence in the place of the modified probability (Table 4,
-    "w/o Mod").  `attention` is the term of eq. (13).  With `everywhere` the student must also say of the words that were left alone
-    that they are right, as in the released code.  `order`: one step for tutor and student "together", as in the
-    released code, or "in turns", the maximisation first, then the minimisation on words drawn anew.
+    (7); `logit_weight` and `inner_weight` are λ₁ and λ₂ of eq. (8), `temperature` is τ of eq. (11).  `samples` words
+    are drawn for each position; `baseline` is subtracted from their rewards.  With `imitated="distribution"` the
+    student learns the teacher's whole distribution on the masked sentence in the place of the modified probability
+    (Table 4, "w/o Mod").  `attention` is the term of eq. (13).  With `everywhere` the student must also say of the words
+    that were left alone that they are right, as in the released code.  `order`: one step for tutor and student
+    "together", as in the released code, or "in turns", the maximisation first, then the minimisation on words drawn
+    anew.
 
     Raises ValueError for what does not go together.
     """

@@ -57,7 +57,7 @@ def tutor_module(start: str = "random") -> Tutor:
 
 
 def learned(name: str, module: torch.nn.Module, rate: float = 1e-3) -> Learner:
-    return learner(name, module, accelerator_for("cpu"), rate, 10, 0.0, 0.0, max_grad_norm=1e9)
+    return learner(name, module, accelerator_for("cpu"), rate, 10**9, 0.0, 0.0, max_grad_norm=1e9)
 
 
 @pytest.fixture
@@ -106,7 +106,9 @@ def stated(student: Student, maker: Tutor, drawn: torch.Tensor, settings: Settin
                 inside = (mapped - theirs.hidden_states[their][row, :length]).square().mean()
                 if settings.attention:
                     for head in range(2):
-                        a, b = (e.attentions[k - 1][row, head, :length, :length] for e, k in ((ours, mine), (theirs, their)))
+                        a, b = (
+                            e.attentions[k - 1][row, head, :length, :length] for e, k in ((ours, mine), (theirs, their))
+                        )
                         inside = inside + (a - b).square().mean()
                 insides.append(inside)
     inner = torch.stack(insides).sum() / (len(drawn) * len(WORDS))
@@ -136,7 +138,9 @@ def test_both_losses_and_their_gradients_are_the_papers(fixed_draws, settings):
         assert ours.item() == pytest.approx(theirs.item(), rel=1e-9)
         weights = [*module.parameters()]
         options = {"allow_unused": True, "materialize_grads": True, "retain_graph": True}
-        pairs = zip(torch.autograd.grad(ours, weights, **options), torch.autograd.grad(theirs, weights, **options))
+        pairs = zip(
+            torch.autograd.grad(ours, weights, **options), torch.autograd.grad(theirs, weights, **options), strict=True
+        )
         assert all(torch.allclose(a, b, rtol=1e-9, atol=1e-11) for a, b in pairs)
 
 
