@@ -289,8 +289,8 @@ class Settings:
     (7); `logit_weight` and `inner_weight` are λ₁ and λ₂ of eq. (8), `temperature` is τ of eq. (11).  `samples` words
     are drawn for each position; `baseline` is subtracted from their rewards.  With `imitated="distribution"` the
     student learns the teacher's whole distribution on the masked sentence in the place of the modified probability
-    (Table 4, "w/o Mod").  `attention` is the term of eq. (13).  With `everywhere` the student must also say of the words
-    that were left alone that they are right, as in the released code.  `order`: one step for tutor and student
+    (Table 4, "w/o Mod").  `attention` is the term of eq. (13).  With `everywhere` the student must also say of the
+    words that were left alone that they are right, as in the released code.  `order`: one step for tutor and student
     "together", as in the released code, or "in turns", the maximisation first, then the minimisation on words drawn
     anew.
 
