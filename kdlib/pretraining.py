@@ -45,6 +45,8 @@ class PretrainingConfig:
     """"mini-corpus" (embedded), a .txt file, a local folder, or a hub id, several joined by +"""
     column: str = "text"
     """the column that holds the text, where there are columns"""
+    train_split: str = "train"
+    """the split to learn from, several joined by +"""
     validation_split: str | None = None
     """the split to evaluate on; None: "validation" of the mini-corpus, elsewhere the last 5 % of the training blocks,
     1,000 at most"""
@@ -321,7 +323,7 @@ def load_corpus(config: PretrainingConfig, tokenizer: PreTrainedTokenizerBase) -
     """
     cache = config.cache_dir or str(Path(config.output_dir) / "corpora")
     options = {"max_length": config.max_length, "packed": config.packed, "column": config.column, "cache": cache}
-    text = corpus.load(config.corpus, tokenizer, "train", max_lines=config.max_lines, **options)
+    text = corpus.load(config.corpus, tokenizer, config.train_split, max_lines=config.max_lines, **options)
     split = config.validation_split or ("validation" if config.corpus == corpus.MINI else None)
     if split is not None:
         return text, corpus.load(config.corpus, tokenizer, split, **options).encoded

@@ -91,9 +91,18 @@ def compared(way: str, seed: int, work: Path) -> dict[str, Any]:
         record = pretraining.run(config_of(way, seed, work))
         student = str(record.folder / runs.STUDENT)
     scores = {task: fine_tuned(student, task, seed, work).metrics["test/accuracy"] for task in TASKS}
-    config = {} if record is None else pretraining.configure(**record.config).identity
-    history = [] if record is None else [{k: round(v, 6) for k, v in row.items()} for row in record.history]
-    return {"config": config, "scores": scores, "history": history}
+    return {"scores": scores, **({"config": {}, "history": []} if record is None else told(record))}
+
+
+def told(record: runs.RunRecord) -> dict[str, Any]:
+    """What is kept of a distillation: its configuration, and its history in six decimals."""
+    history = [{name: round(value, 6) for name, value in row.items()} for row in record.history]
+    return {"config": pretraining.configure(**record.config).identity, "history": history}
+
+
+def circumstances() -> dict[str, Any]:
+    """Where and with what a record was made."""
+    return {"environment": runs.environment(torch.device("cpu")), "git_commit": runs.git_commit()}
 
 
 def make(job: tuple[str, int]) -> str:
@@ -106,8 +115,7 @@ def make(job: tuple[str, int]) -> str:
         "seed": seed,
         **compared(way, seed, work),
         "seconds": round(time.perf_counter() - started, 1),
-        "environment": runs.environment(torch.device("cpu")),
-        "git_commit": runs.git_commit(),
+        **circumstances(),
     }
     write(path_of(way, seed), record)
     shutil.rmtree(work)
@@ -129,9 +137,7 @@ def make_teacher() -> None:
     tokenizer = models.load_tokenizer(TEACHER_SETTINGS["student"])
     network = models.load_masked(str(record.folder / runs.STUDENT), tokenizer)
     runs.save_pretrained(network.half(), tokenizer, TEACHER)
-    fields = {name: value for name, value in vars(record).items() if name != "folder"}
-    fields["config"] |= {"output_dir": "_runs"}
-    write(ROOT / "data" / "runs" / "teachers_text" / "mini-corpus.json", fields)
+    write(FOLDER / "teacher.json", {"way": "teacher", **told(record), "seconds": record.seconds, **circumstances()})
 
 
 def choose() -> None:
