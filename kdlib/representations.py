@@ -5,7 +5,8 @@ per sample, `(batch,)`.  Padding never counts, neither as query nor as key, and 
 tokens that are there; so a value depends neither on the padding nor on the length.  A sample without tokens has 0.
 
 Queries, keys and values have shape `(batch, heads, tokens, size)`; `models.encode_tokens` gives them and the states.
-The teacher is a constant everywhere.  Everything is computed in float32 at least, under autocast too.
+Tutor-KD's L_inter, eq. (14), is `hidden_mse` + `attention_mse`.  The teacher is a constant everywhere; everything is
+computed in float32 at least, under autocast too.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,7 +18,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 Mask = Int[Tensor, "batch tokens"]
+"""1 for a token, 0 for padding."""
+
 Heads = Float[Tensor, "batch heads tokens size"]
+"""Queries, keys or values of one layer."""
 
 # Hidden states
 
@@ -161,9 +165,7 @@ def attention_kl(
     _check_heads(student_queries, teacher_queries, "attention is compared head by head; take relation_kl")
     theirs = attention_scores(teacher_queries.detach(), teacher_keys.detach(), attention_mask).log_softmax(-1)
     ours = attention_scores(student_queries, student_keys, attention_mask).log_softmax(-1)
-    ours, theirs = _constant_teacher(ours, theirs)
-    padding = attention_mask[:, None, None, :] == 0
-    divergence = (theirs.exp() * (theirs - ours).masked_fill(padding, 0.0)).sum(-1)
+    divergence = (theirs.exp() * (theirs - ours)).sum(-1)
     return _token_mean(divergence.mean(1), attention_mask)
 
 
