@@ -73,7 +73,8 @@ def load(
     `source` is "mini-corpus", a .txt file (one text a line, in UTF-8; its only split is train), a local folder with
     `<split>.txt` or with a data set in one of the hub's layouts, or the id of a data set on the hub; folder and id may
     be followed by ":configuration".  Several sources joined by "+" are read one after the other, and so are several
-    splits.  Only a hub id uses the network.  Of a data set the texts in `column` are read; a text of several lines counts as several.
+    splits.  Only a hub id uses the network.  Of a data set the texts in `column` are read; a text of several lines
+    counts as several.
 
     Each line is a block, cut if it is too long.  With `packed` the lines are instead joined, a [SEP] between them, and
     laid out in blocks of exactly `max_length` tokens; the last one may be shorter, see `SHORTEST`.  At most `max_lines`

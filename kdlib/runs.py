@@ -76,7 +76,7 @@ class RunConfig:
     """"fine_tune" (the student alone), "kd" (a fixed teacher), and those whose teacher learns: "prokt", "dml",
     "metadistil", "ikd", "lgtm\""""
     teacher: str | None = None
-    """"tiny-<layers>x<hidden>", "book-teacher", "minilm", a hub id or a folder; None: tiny-2x64"""
+    """"tiny-<layers>x<hidden>", "book-teacher", "minilm", a hub id, a folder, …, see `models`; None: tiny-2x64"""
     student: str | None = None
     """likewise; None: tiny-2x32, unless student_layers is given"""
     student_layers: int | None = None

