@@ -81,7 +81,7 @@ def test_a_text_and_a_teacher_of_ones_own_by_another_method(root, tmp_path):
         downstream=None,
     )
     assert "lines: 60" in text and "held out: 3" in text and "no task was asked for" in text
-    assert "128 runs of 920 epochs" in text
+    assert "128 runs of 880 epochs" in text
     (folder,) = (path.parent for path in (tmp_path / "runs").rglob("record.json"))
     settings = {"task": "mini-sst2", "method": "fine_tune", "student": str(folder / "student"), "max_steps": 1}
     settings |= {"max_train": 8, "max_evaluation": 8, "predict_test": False, "device": "cpu"}
