@@ -88,12 +88,10 @@ def tinybert(student: Student, teacher: PreTrainedModel, attention: bool = True)
         pairs = inner.layer_map(depth(student.network), depth(teacher))
         theirs, ours = _both(student, teacher, batch, pairs[1:] if attention else ())
         real = batch["attention_mask"]
-        values = sum(
-            inner.hidden_mse(ours.hidden_states[mine], theirs.hidden_states[their], real, student.projection)
-            for mine, their in pairs
-        )
-        for mine, their in zip(_heads(ours), _heads(theirs), strict=True):
-            values = values + inner.attention_mse(mine, their, real, of="scores")
+        values = inner.hidden_mse(ours.hidden_states, theirs.hidden_states, real, student.projection)
+        if attention:
+            heads = (ours.queries, ours.keys), (theirs.queries, theirs.keys)
+            values = values + inner.attention_mse(*heads, real, of="scores")
         return values
 
     return loss
@@ -108,8 +106,8 @@ def minilm(student: Student, teacher: PreTrainedModel) -> Loss:
     def loss(batch: Batch) -> Tensor:
         last = depth(student.network), depth(teacher)
         (theirs, ours), real = _both(student, teacher, batch, (last,)), batch["attention_mask"]
-        attention = inner.attention_kl(*_heads(ours)[0], *_heads(theirs)[0], real)
-        return attention + inner.relation_kl(ours.values[0], theirs.values[0], real)
+        heads = ours.queries[0], ours.keys[0], theirs.queries[0], theirs.keys[0]
+        return inner.attention_kl(*heads, real) + inner.relation_kl(ours.values[0], theirs.values[0], real)
 
     return loss
 
@@ -144,10 +142,6 @@ def _both(
 
 def _encoded(network: PreTrainedModel, batch: Batch, layers: Sequence[int] = ()) -> Encoding:
     return models.encode_tokens(network, batch["corrupted"], batch["attention_mask"], layers)
-
-
-def _heads(encoding: Encoding) -> list[tuple[Tensor, Tensor]]:
-    return list(zip(encoding.queries, encoding.keys, strict=True))
 
 
 def _soft(

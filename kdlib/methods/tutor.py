@@ -536,13 +536,9 @@ def inner_loss(
 
     Source: Tutor-KD eqs. (12)-(14).  Derived in: chapters/09_tutor_kd.
     """
-    values = 0.0
-    for number, (mine, their) in enumerate(layers):
-        states = ours.hidden_states[mine], theirs.hidden_states[their]
-        values = values + inner.hidden_mse(*states, attended, student.projection)
-        if attention:
-            heads = (ours.queries[number], ours.keys[number]), (theirs.queries[number], theirs.keys[number])
-            values = values + inner.attention_mse(*heads, attended)
+    values = inner.hidden_mse(ours.hidden_states, theirs.hidden_states, attended, student.projection, layers)
+    if attention:
+        values = values + inner.attention_mse((ours.queries, ours.keys), (theirs.queries, theirs.keys), attended)
     return values.mean()
 
 
