@@ -3,8 +3,8 @@
 TEXT is a local copy of a corpus in the hub's layout (wikisplit's sentences, splits tune and test), GLUE one of
 `nyu-mll/glue`.  MiniLM comes without a masked-language-model head, and as a network for whole sentences; so it is first
 trained as a masked language model, all of it: a head alone learned little more than how frequent the words are.  Then
-small students are distilled for equally many steps and fine-tuned on 2,000 sentences of SST-2; the paper leaves attention out for two
-layers, and so do we.  Records go to data/runs/11_pretraining.
+small students are distilled for equally many steps and fine-tuned on 2,000 sentences of SST-2; the paper leaves
+attention out for two layers, and so do we.  Records go to data/runs/11_pretraining.
 
 The command can be stopped at any time: what has a record is skipped, an interrupted run goes on where it was.
 """
