@@ -273,7 +273,9 @@ def _folder(folder: Path, config: str | None, split: str, column: str) -> _Part:
             ) from error
     files = builder.config.data_files or {}
     if split not in files:
-        raise ValueError(f"{folder} has no split {split!r}, it has {', '.join(files)}: give one of these as split")
+        raise ValueError(
+            f"{folder} has no split {split!r}, it has {', '.join(map(str, files))}: give one of these as split"
+        )
     paths = tuple(Path(file) for file in files[split])
     glue._check_files(folder, split, list(paths))
     if hasattr(builder.config, "keep_default_na"):  # CSV: a line that reads "null" is text

@@ -280,6 +280,74 @@ def test_the_vocabulary_covers_all_tasks_and_nothing_else():
     assert {vocabulary[piece] for piece in used} == set(vocabulary) - {"[PAD]", "[UNK]", "[MASK]"}
 
 
+@functools.cache
+def corpus_lines():
+    return {
+        split: (DATA / "mini-corpus" / f"{split}.txt").read_text("utf-8").splitlines()
+        for split in ("train", "validation")
+    }
+
+
+def test_the_corpus_has_no_sentence_twice_and_none_that_is_held_out():
+    lines = corpus_lines()
+    assert {split: len(found) for split, found in lines.items()} == miniglue.CORPUS_SIZES
+    every = set(itertools.chain.from_iterable(lines.values()))
+    assert len(every) == sum(miniglue.CORPUS_SIZES.values())
+    for task in miniglue.TASK_NAMES:
+        for split in ("validation", "test"):
+            held_out = {text for row in shipped(task)[split] for text in texts(task, row)}
+            assert not every & held_out, (task, split)
+
+
+def test_the_corpus_is_made_of_the_sentences_of_all_four_grammars():
+    found = Counter()
+    for split, lines in corpus_lines().items():
+        ids = miniglue.tokenizer()(lines)["input_ids"]
+        assert not any(miniglue.SPECIAL.index("[UNK]") in sentence for sentence in ids)
+        if split == "train":  # every word can be learnt
+            assert len(set(itertools.chain.from_iterable(ids))) == len(miniglue.vocabulary()) - 3
+        for line in lines:
+            if line.endswith(" ."):
+                assert math.isfinite(sentence_value(line))
+                kind = "mini-sst2"
+            elif line.split()[0] in ("all", "some", "no", "not"):
+                assert parsed(line)
+                kind = "mini-mnli"
+            else:
+                assert understood(line)
+                kind = "events"
+            found[split, kind] += 1
+    for kind in ("mini-sst2", "mini-mnli", "events"):  # shuffled before they were cut apart
+        total = found["train", kind] + found["validation", kind]
+        deviation = math.sqrt(total * (1 / 9) * (8 / 9))
+        assert total > 100 and abs(found["validation", kind] - total / 9) < 4 * deviation
+
+
+def test_the_card_states_the_sizes_of_the_corpus_and_of_the_small_grammars(root):
+    card = " ".join((root / "data" / "miniglue" / "README.md").read_text("utf-8").split())
+    assert "hold {train:,} and {validation:,} sentences".format(**miniglue.CORPUS_SIZES) in card
+    nouns, verbs = ([*table, *itertools.chain(*table.values())] for table in (miniglue.NOUNS, miniglue.ACTIONS))
+    entailment = len({str(claim) for claim in claims(nouns, verbs)})
+    people = itertools.permutations([pair[0] for pair in miniglue.PEOPLE], 2)
+    paraphrases = {
+        miniglue.say(
+            Event(agent, verb, patient, 1, 1, time, negated), Wording(0, synonym, 0, passive, False, False, no)
+        )
+        for agent, patient in people
+        for verb, time, negated in itertools.product(miniglue.ALL_VERBS, ("", *miniglue.TIMES), (False, True))
+        for synonym, passive, no in itertools.product((0, 1), (False, True), miniglue.NEGATION)
+    }
+    assert f"`mini-mnli` has only {entailment:,} different sentences and `mini-mrpc` {len(paraphrases):,}" in card
+
+
+def test_the_corpus_leaves_out_what_it_is_told_to():
+    first = miniglue.sentences(())
+    held_out = set(first["validation"])
+    second, other = miniglue.sentences(held_out), miniglue.sentences((), seed=1)
+    assert held_out.isdisjoint(second["train"]) and held_out.isdisjoint(second["validation"])
+    assert first == miniglue.sentences(()) != other
+
+
 def test_words_are_cut_at_their_inflection():
     cut = miniglue.tokenizer().tokenize("unpleasant doctors observed and attacked quietly")
     assert " ".join(cut) == "un ##pleasant doctor ##s observe ##d and attack ##ed quiet ##ly"

@@ -88,7 +88,7 @@ def tinybert(student: Student, teacher: PreTrainedModel, attention: bool = True)
         pairs = inner.layer_map(depth(student.network), depth(teacher))
         theirs, ours = _both(student, teacher, batch, pairs[1:] if attention else ())
         real = batch["attention_mask"]
-        values = inner.hidden_mse(ours.hidden_states, theirs.hidden_states, real, student.projection, pairs)
+        values = inner.hidden_mse(ours.hidden_states, theirs.hidden_states, real, student.projection)
         if attention:
             heads = (ours.queries, ours.keys), (theirs.queries, theirs.keys)
             values = values + inner.attention_mse(*heads, real, of="scores")
@@ -106,9 +106,8 @@ def minilm(student: Student, teacher: PreTrainedModel) -> Loss:
     def loss(batch: Batch) -> Tensor:
         last = depth(student.network), depth(teacher)
         (theirs, ours), real = _both(student, teacher, batch, (last,)), batch["attention_mask"]
-        ends = ours.queries[0], ours.keys[0], theirs.queries[0], theirs.keys[0]
-        attention = inner.attention_kl(*ends, real)
-        return attention + inner.relation_kl(ours.values[0], theirs.values[0], real)
+        heads = ours.queries[0], ours.keys[0], theirs.queries[0], theirs.keys[0]
+        return inner.attention_kl(*heads, real) + inner.relation_kl(ours.values[0], theirs.values[0], real)
 
     return loss
 
