@@ -40,10 +40,10 @@ def network(config: BertConfig) -> PreTrainedModel:
     return AutoModelForMaskedLM.from_config(config, attn_implementation=models.FAST_ATTENTION)
 
 
-def teacher_network(device: str) -> PreTrainedModel:
+def teacher_network(device: str, words: int = WORDS) -> PreTrainedModel:
     """Of MiniLM's shape, fixed."""
     shape = {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 1536}
-    return network(BertConfig(vocab_size=WORDS, **shape)).requires_grad_(False).to(device).eval()
+    return network(BertConfig(vocab_size=words, **shape)).requires_grad_(False).to(device).eval()
 
 
 def ways(name: str, teacher: PreTrainedModel, device: str, precision: str) -> dict[str, Step]:
@@ -54,7 +54,7 @@ def ways(name: str, teacher: PreTrainedModel, device: str, precision: str) -> di
         return learner(who, module.train(), accelerator, 1e-5, 1000, warmup_ratio=0.0)
 
     def student() -> Learner:
-        return learned("student", Student(network(models.shape_config(name, WORDS, 2)), width))
+        return learned("student", Student(network(models.shape_config(name, teacher.config.vocab_size, 2)), width))
 
     def tutored(**settings) -> Step:
         tutor = learned("tutor", Tutor(teacher))
@@ -70,12 +70,12 @@ def ways(name: str, teacher: PreTrainedModel, device: str, precision: str) -> di
     }
 
 
-def batch_of(samples: int, tokens: int, device: str) -> dict[str, torch.Tensor]:
+def batch_of(samples: int, tokens: int, device: str, words: int = WORDS) -> dict[str, torch.Tensor]:
     """Sentences of half to all of `tokens` random words, of which 15 % are masked."""
-    batch = {**random_batch(samples, tokens, device, 0, WORDS - 1000), "rows": torch.arange(samples)}
+    batch = {**random_batch(samples, tokens, device, 0, words - 1000), "rows": torch.arange(samples)}
     batch["input_ids"] = batch["input_ids"] * batch["attention_mask"] + 999 * batch["attention_mask"]
     del batch["teacher_logits"]
-    return corpus.Masking(SPECIAL, MASK, WORDS)(batch, 0)
+    return corpus.Masking(SPECIAL, MASK, words)(batch, 0)
 
 
 def costs(name: str, samples: int, tokens: int, device: str, precision: str, turns: int) -> list[dict]:
