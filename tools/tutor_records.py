@@ -54,7 +54,7 @@ WAYS: dict[str, dict[str, Any]] = {
 TEACHER_SETTINGS = {"method": "mlm", "student": "tiny-4x128", "steps": 3000, "batch_size": 32, "learning_rate": 1e-3}
 SETTINGS = {"student": STUDENT, "steps": 300, "batch_size": 32, "evaluate_every": 30, "device": "cpu"}
 FINE_TUNING = {"method": "fine_tune", "epochs": 4, "batch_size": 32, "max_train": 2000, "device": "cpu"}
-RATES: dict[str, float] = {}
+RATES = {"tutor": 1e-3, "untutored": 1e-3, "soft_labels": 1e-3, "distilbert": 1e-3, "minilm": 4e-3}
 """Of the distillation, by method; 2e-3 where nothing else stands.  See `choose`."""
 FINE_TUNING_RATE = 2e-3
 GRID, CHOOSING_SEEDS = (1e-3, 2e-3, 4e-3), (100, 101)
@@ -77,7 +77,7 @@ def path_of(way: str, seed: int) -> Path:
 
 def missing() -> list[tuple[str, int]]:
     """The ways and seeds that have no record yet."""
-    return [job for job in itertools.product(WAYS, SEEDS) if not path_of(*job).exists()]
+    return [(way, seed) for seed, way in itertools.product(SEEDS, WAYS) if not path_of(way, seed).exists()]
 
 
 def config_of(way: str, seed: int, work: Path, **changes: Any) -> pretraining.PretrainingConfig:
