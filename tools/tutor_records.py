@@ -140,14 +140,20 @@ def write(path: Path, record: dict[str, Any]) -> None:
     temporary.replace(path)
 
 
-def make_teacher() -> None:
-    """Train the book's masked language model on the mini-corpus and store it, in half precision, with its record."""
+def has_teacher() -> bool:
+    """Whether the book's masked language model is stored."""
+    return (TEACHER / "config.json").exists()
+
+
+def make_teacher() -> str:
+    """Train the book's masked language model and store it, in half precision, with its record; a line about it."""
     torch.set_num_threads(1)
     record = pretraining.run(pretraining.configure(output_dir=str(WORK / "teacher"), device="cpu", **TEACHER_SETTINGS))
     tokenizer = models.load_tokenizer(TEACHER_SETTINGS["student"])
     network = models.load_masked(str(record.folder / runs.STUDENT), tokenizer)
     runs.save_pretrained(network.half(), tokenizer, TEACHER)
     write(FOLDER / "teacher.json", {"way": "teacher", **told(record), "seconds": record.seconds, **circumstances()})
+    return f"tutor-kd  teacher  {record.seconds:.0f} s  {record.metrics}"
 
 
 def choose() -> None:
@@ -185,7 +191,7 @@ if __name__ == "__main__":
     if parser.parse_args().choose:
         choose()
     else:
-        if not (TEACHER / "config.json").exists():
-            make_teacher()
+        if not has_teacher():
+            print(make_teacher(), flush=True)
         for job in missing():
             print(make(job), flush=True)
