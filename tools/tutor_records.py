@@ -54,7 +54,7 @@ WAYS: dict[str, dict[str, Any]] = {
 TEACHER_SETTINGS = {"method": "mlm", "student": "tiny-4x128", "steps": 3000, "batch_size": 32, "learning_rate": 1e-3}
 SETTINGS = {"student": STUDENT, "steps": 300, "batch_size": 32, "evaluate_every": 30, "device": "cpu"}
 FINE_TUNING = {"method": "fine_tune", "epochs": 4, "batch_size": 32, "max_train": 2000, "device": "cpu"}
-RATES: dict[str, float] = {}
+RATES = {"tutor": 1e-3, "untutored": 1e-3, "soft_labels": 1e-3, "distilbert": 1e-3, "minilm": 4e-3}
 """Of the distillation, by method; 2e-3 where nothing else stands.  See `choose`."""
 FINE_TUNING_RATE = 2e-3
 GRID, CHOOSING_SEEDS = (1e-3, 2e-3, 4e-3), (100, 101)
@@ -77,7 +77,7 @@ def path_of(way: str, seed: int) -> Path:
 
 def missing() -> list[tuple[str, int]]:
     """The ways and seeds that have no record yet."""
-    return [job for job in itertools.product(WAYS, SEEDS) if not path_of(*job).exists()]
+    return [(way, seed) for seed, way in itertools.product(SEEDS, WAYS) if not path_of(way, seed).exists()]
 
 
 def config_of(way: str, seed: int, work: Path, **changes: Any) -> pretraining.PretrainingConfig:
@@ -140,14 +140,20 @@ def write(path: Path, record: dict[str, Any]) -> None:
     temporary.replace(path)
 
 
-def make_teacher() -> None:
-    """Train the book's masked language model on the mini-corpus and store it, in half precision, with its record."""
+def has_teacher() -> bool:
+    """Whether the book's masked language model is stored."""
+    return (TEACHER / "config.json").exists()
+
+
+def make_teacher() -> str:
+    """Train the book's masked language model and store it, in half precision, with its record; a line about it."""
     torch.set_num_threads(1)
     record = pretraining.run(pretraining.configure(output_dir=str(WORK / "teacher"), device="cpu", **TEACHER_SETTINGS))
     tokenizer = models.load_tokenizer(TEACHER_SETTINGS["student"])
     network = models.load_masked(str(record.folder / runs.STUDENT), tokenizer)
     runs.save_pretrained(network.half(), tokenizer, TEACHER)
     write(FOLDER / "teacher.json", {"way": "teacher", **told(record), "seconds": record.seconds, **circumstances()})
+    return f"tutor-kd  teacher  {record.seconds:.0f} s  {record.metrics}"
 
 
 def choose() -> None:
@@ -185,7 +191,7 @@ if __name__ == "__main__":
     if parser.parse_args().choose:
         choose()
     else:
-        if not (TEACHER / "config.json").exists():
-            make_teacher()
+        if not has_teacher():
+            print(make_teacher(), flush=True)
         for job in missing():
             print(make(job), flush=True)
