@@ -152,6 +152,7 @@ class PretrainingConfig:
         return Settings(**{name: value for name, value in values.items() if value is not None})
 
 
+_VALIDATION = "validation"
 _NOT_IDENTITY = ("output_dir", "cache_dir", "resume", "device", "checkpoint_every", "max_seconds")
 _USED = {
     "mlm": ("trained",),
@@ -269,7 +270,8 @@ def _complete(config: PretrainingConfig) -> PretrainingConfig:
     if config.method in ("tutor", "untutored") and filled.get("inner_weight", config.inner_weight) == 0:
         filled["attention"] = None
     if config.corpus == corpus.MINI:
-        filled |= {"column": "text", "validation_split": config.validation_split or "validation"}
+        named = config.validation_split
+        filled |= {"column": "text", "validation_split": None if named == _VALIDATION else named}
     return dataclasses.replace(config, **filled)
 
 
@@ -343,8 +345,9 @@ def load_corpus(config: PretrainingConfig, tokenizer: PreTrainedTokenizerBase) -
     cache = config.cache_dir or str(Path(config.output_dir) / "corpora")
     options = {"max_length": config.max_length, "packed": config.packed, "column": config.column, "cache": cache}
     text = corpus.load(config.corpus, tokenizer, config.train_split, max_lines=config.max_lines, **options)
-    if config.validation_split is not None:
-        return text, corpus.load(config.corpus, tokenizer, config.validation_split, **options).encoded
+    split = config.validation_split or (_VALIDATION if config.corpus == corpus.MINI else None)
+    if split is not None:
+        return text, corpus.load(config.corpus, tokenizer, split, **options).encoded
     blocks = len(text.encoded)
     kept = min(1000, blocks // 20)
     if kept < 1:
