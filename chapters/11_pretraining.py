@@ -319,8 +319,7 @@ print(f"{len(TASKS)} tasks, {len(RATES)} rates, {len(SEEDS)} seeds: {total} runs
 #
 # Whatever the form says, this section shows the same runs, *read* from `data/runs/11_pretraining`: MiniLM, whose missing head was trained on the text
 # first, teaches the paper's smallest student on sentences from Wikipedia, for a short time. Each student is then fine-tuned on a small part of
-# SST-2, and so is one that was not distilled. Neither the rates nor anything else was tuned for these runs. The command below makes the
-# records again, and can be stopped and resumed:
+# SST-2, and so is one that was not distilled. The command below makes the records again, and can be stopped and resumed:
 #
 # ```bash
 # python -m tools.text_comparison ../corpus/wikisplit ../glue
