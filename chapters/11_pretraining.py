@@ -317,8 +317,8 @@ print(f"{len(TASKS)} tasks, {len(RATES)} rates, {len(SEEDS)} seeds: {total} runs
 # %% [markdown]
 # ## What we measured
 #
-# Whatever the form says, this section shows the same runs, *read* from `data/runs/11_pretraining`: MiniLM, whose missing head was trained on the text
-# first, teaches the paper's smallest student on sentences from Wikipedia, for a short time. Each student is then fine-tuned on a small part of
+# Whatever the form says, this section shows the same runs, *read* from `data/runs/11_pretraining`. MiniLM comes as a network for whole sentences, without
+# a head for masked words, so it was first trained as a masked language model, all of it; then it teaches the paper's smallest student on sentences from Wikipedia, for a short time. Each student is then fine-tuned on a small part of
 # SST-2, and so is one that was not distilled. The command below makes the records again, and can be stopped and resumed:
 #
 # ```bash
