@@ -22,7 +22,7 @@ os.environ.setdefault("KDLIB_PROGRESS", "0")
 
 from kdlib import models, runs
 from kdlib.runs import RunConfig
-from tools import influence_records, static_records
+from tools import influence_records, static_records, tutor_records
 
 ROOT = Path(__file__).resolve().parents[1]
 RECORDS, TEACHERS = ROOT / "data" / "runs", ROOT / "data" / "teachers"
@@ -313,7 +313,9 @@ def make_records(pool: Pool) -> None:
     ]
     for line in pool.imap_unordered(make_record, jobs):
         print(line, flush=True)
-    for module in (influence_records, static_records):
+    if not tutor_records.has_teacher():
+        print(pool.apply(tutor_records.make_teacher), flush=True)
+    for module in (influence_records, static_records, tutor_records):
         for line in pool.imap_unordered(module.make, module.missing()):
             print(line, flush=True)
 
