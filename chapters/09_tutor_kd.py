@@ -717,7 +717,8 @@ print(f"and {right[~drew_it].mean():.0%} where it drew another word")
 ROOT = Path(runs.__file__).resolve().parents[1]
 found = [json.loads(path.read_text()) for path in sorted((ROOT / "data/runs/09_tutor_kd").glob("*-seed*.json"))]
 RECORDS = {(record["way"], record["seed"]): record for record in found}
-SEEDS = sorted({seed for _, seed in RECORDS})
+WAYS = list(dict.fromkeys(way for way, _ in RECORDS))
+SEEDS = [seed for seed in range(100) if all((way, seed) in RECORDS for way in WAYS)]
 TASKS = list(found[0]["scores"])
 BOTH = "both tasks"
 STRATEGIES = ("tutor-kd", "no reward", "reverse", "hard for both", "easy for both")
@@ -735,7 +736,7 @@ def curve(way, column):
     return histories[0]["step"].to_numpy(), np.stack([history[column].to_numpy() for history in histories])
 
 
-print(f"{len(RECORDS)} records: {len({way for way, _ in RECORDS})} ways, {len(SEEDS)} seeds")
+print(f"{len(WAYS)} ways, {len(SEEDS)} seeds each")
 
 # %% [markdown]
 # ### Is the text easy and hard?
@@ -802,7 +803,7 @@ pd.DataFrame(table).T.rename(columns={"teacher_reward": "r_T", "copied": "origin
 
 # %% mystnb={"image": {"alt": "A dot with a horizontal interval for each of sixteen ways to distil, in two panels, one for each task: gain in test accuracy over a student that was not distilled."}, "figure": {"name": "fig-tutor-scores", "caption": "Gain in test accuracy over the student that is fine-tuned from random weights, with 95 % intervals over paired seeds; the counterpart of Figure 3b and, at our size, of Tables 1 to 5."}}
 NOTHING = "no distillation"
-ways = [way for way in dict.fromkeys(way for way, _ in RECORDS) if way != NOTHING]
+ways = [way for way in WAYS if way != NOTHING]
 ways.sort(key=lambda way: score(way).mean())
 figure, panels = plt.subplots(1, 2, figsize=(6.4, 3.6), sharey=True)
 for axes, task in zip(panels, TASKS, strict=True):
