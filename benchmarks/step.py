@@ -8,7 +8,8 @@ allocator sees it).  Both also as multiples of the floor, online distillation.  
 first, as in LGTM eq. (4) and ProKT, which asks both networks once more for predictions, and both at once, as in mutual
 learning, which runs each network forward and backward once and no more.
 
-LGTM and IKD come with what their papers do, or their code, and with what would bring them closer to the floor.
+LGTM and IKD come with what their papers do, or their code, and with what would bring them closer to the floor.  "In two
+pieces" are the gradients of pilot and feedback, see `pilot_pieces` of `metadistil`.
 
 Ratios within one run are what counts: the ways take turns, and the fastest turn of each is taken.
 --write stores the table in data/benchmarks/step.csv.
@@ -166,11 +167,14 @@ def ways(student: Learner, teacher: Learner) -> dict[str, Step]:
         AT_ONCE: online_distillation(student, teacher, IMITATION, IMITATION, "simultaneous"),
         DOUBLE: double_backward(student, teacher),
         "MetaDistil, jvp": meta(),
+        "MetaDistil, jvp, in two pieces": meta(pilot_pieces=2),
         "MetaDistil, central difference": meta(**central),
+        "MetaDistil, central difference, in two pieces": meta(**central, pilot_pieces=2),
         "MetaDistil, forward difference": meta(**forward),
         RELEASED: released_structure(student, teacher),
         "LGTM, jvp": good(),
         "LGTM, central difference": good(**central),
+        "LGTM, central difference, in two pieces": good(**central, pilot_pieces=2),
         "LGTM, forward difference": good(**forward),
         "LGTM, last layer, forward difference": good(**forward, feedback_layers=1),
         EVERY_OTHER: good(**central, feedback_every=2),

@@ -1007,6 +1007,10 @@ for name in RIVALS:
 # backward) and without one, by the student's tangent (jvp, or the central difference of chapter 3). The floors are online distillation of chapter 4. It trains
 # both networks too, but takes no quiz and has no pilot; it has the teacher move *first* or both *at once*, which is faster and keeps two graphs.
 # *Saved* is what autograd keeps for its backward passes at the worst moment. The columns with a stroke are ratios to these three.
+#
+# The worst moment is that of experiment and quiz: the teacher has answered and waits for its backward pass with a whole graph, and the graph of the copy
+# comes on top. A gradient of a mean is the mean of the gradients of pieces, each with its share of the samples. So the copy's two gradients can be taken
+# piece by piece, and only one piece has a graph: `pilot_pieces=2`. Not so for an objective that compares the samples of a batch, which the library refuses.
 
 # %%
 costs = pd.read_csv(DATA / "benchmarks" / "step.csv")
@@ -1017,8 +1021,8 @@ ratios = [f"{what} / {floor}" for what in ("seconds", "saved") for floor in ("fi
 costs.set_index(["tokens", "way"])[["seconds", "saved MiB", *ratios]]
 
 # %%
-for row in costs[costs["way"] == "MetaDistil, jvp"].to_dict("records"):
-    print(f"{row['tokens']} tokens, MetaDistil by jvp in multiples of teacher first, both at once, double backward:")
+for row in costs[costs["way"].str.startswith("MetaDistil, jvp")].to_dict("records"):
+    print(f"{row['tokens']} tokens, {row['way']}, in multiples of teacher first, both at once, double backward:")
     for what, unit in (("seconds", "time"), ("saved", "saved bytes")):
         print(f"  {unit}", ", ".join(f"{row[f'{what} / {floor}']:.2f}" for floor in ("first", "at once", "double")))
 

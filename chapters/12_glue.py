@@ -130,6 +130,7 @@ pilot_rule = None  # metadistil, lgtm: "sgd" or "adamw"
 pilot_learning_rate = None  # metadistil, ikd, lgtm: from here to feedback_batch_size
 tangent = None  # "jvp", "finite-difference", "forward-difference" or "double-backward"
 tangent_precision = None  # "fp32" or "autocast"
+pilot_pieces = None  # metadistil, lgtm: more of them need less memory
 feedback_batch_size = None
 observe = None  # metadistil, lgtm: measure what the pilot update is worth, or the size of the influence term
 feedback_from = None  # "validation": the papers' way, whose validation scores mean nothing; metadistil, lgtm

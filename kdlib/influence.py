@@ -167,19 +167,20 @@ def feedback_gradient(
     batch: Batch,
     loss: Loss = task_loss,
     among: Collection[str] | None = None,
+    pieces: int = 1,
     **wanted: bool,
 ) -> Parameters:
     """g = ∇L(e; θ), the gradient of the mean feedback loss at the parameters given: those of the *pilot* student.
 
     With `among` only its part in the parameters of these names, for example `models.last_layers`: the backward pass
-    then ends where they do.
+    then ends where they do.  `pieces` cuts the batch, for less memory.
 
     Raises what `pilot.gradient` raises.
 
     Source: LGTM eq. (5), and the second factor of eq. (8); MetaDistil Algorithm 1, the quiz.
     Derived in: chapters/02_influence.
     """
-    return pilot.gradient(student, parameters, batch, loss, among=among, **wanted)
+    return pilot.gradient(student, parameters, batch, loss, among=among, pieces=pieces, **wanted)
 
 
 def distillation_influence(

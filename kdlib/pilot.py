@@ -35,6 +35,7 @@ def gradient(
     loss: Loss = task_loss,
     create_graph: bool = False,
     among: Collection[str] | None = None,
+    pieces: int = 1,
     **wanted: bool,
 ) -> Parameters:
     """The gradient of the mean loss at `parameters`, by name; zero for a parameter that plays no part.
@@ -44,7 +45,10 @@ def gradient(
     With `create_graph=True` it can be differentiated in whatever the loss contains, for example the teacher's logits.
     `wanted` is passed on to `models.apply`: `hidden_states=True`, `attentions=True`.
 
-    Raises what `models.apply` and the loss raise.
+    `pieces` cuts the batch into so many, one after the other: the same gradient up to rounding, and the graph of one
+    piece at a time.  The loss then sees one piece of the batch, and each sample must stand alone in it.
+
+    Raises ValueError for fewer pieces than one, and what `models.apply` and the loss raise.
 
     Source: LGTM eq. (2), the gradient in it.  Derived in: chapters/01_distillation.
     """
@@ -54,9 +58,27 @@ def gradient(
     slow = create_graph or wanted.get("attentions")
     attention = models.exact_attention(student) if slow else nullcontext()
     with torch.enable_grad(), models.evaluating(student), attention:
-        mean = loss(models.apply(student, values, batch, **wanted), batch).mean()
-        slopes = torch.autograd.grad(mean, list(leaves.values()), create_graph=create_graph, materialize_grads=True)
-    return dict(zip(leaves, slopes, strict=True))
+        total: list[Tensor] = []
+        for piece, share in cut(batch, pieces):
+            mean = share * loss(models.apply(student, values, piece, **wanted), piece).mean()
+            slopes = torch.autograd.grad(mean, list(leaves.values()), create_graph=create_graph, materialize_grads=True)
+            total = [one + more for one, more in zip(total, slopes, strict=True)] if total else list(slopes)
+    return dict(zip(leaves, total, strict=True))
+
+
+def cut(batch: Mapping[str, Tensor], pieces: int) -> list[tuple[dict[str, Tensor], float]]:
+    """At most `pieces` batches of nearly equal size, in order, each with its share of the samples.
+
+    Raises ValueError for fewer pieces than one.
+    """
+    if pieces < 1:
+        raise ValueError(f"pieces is {pieces}; expected 1 (the whole batch) or more")
+    if pieces == 1:
+        return [(dict(batch), 1.0)]
+    samples = len(next(iter(batch.values())))
+    parts = {name: torch.tensor_split(value, min(pieces, samples)) for name, value in batch.items()}
+    rows = [dict(zip(parts, row, strict=True)) for row in zip(*parts.values(), strict=True)]
+    return [(row, len(next(iter(row.values()))) / samples) for row in rows]
 
 
 def sgd(parameters: Parameters, gradient: Parameters, learning_rate: float) -> Parameters:

@@ -136,6 +136,8 @@ class RunConfig:
     "double-backward"; None: "jvp\""""
     tangent_precision: str | None = None
     """metadistil, ikd, lgtm: pilot step and derivative in "fp32" or, with mixed precision, "autocast"; None: "fp32\""""
+    pilot_pieces: int | None = None
+    """metadistil, lgtm: cut the batches of pilot step and feedback gradient into so many to save memory; None: 1"""
     feedback_batch_size: int | None = None
     """samples of a feedback batch; None: batch_size"""
     observe: bool | None = None
@@ -225,14 +227,14 @@ _PATIENT = ("pkd_weight", "pkd_layers", "pkd_normalisation")
 _ONLINE = ("teacher_alpha", "teacher_objective", "first", "zero_classifiers")
 _META = (
     *("pilot_update", "inner_steps", "pilot_rule", "pilot_learning_rate", "tangent", "tangent_precision"),
-    *("feedback_batch_size", "observe"),
+    *("pilot_pieces", "feedback_batch_size", "observe"),
 )
 _IKD = ("meta_weight", "feedback_at", "exam")
 _LGTM = ("influence", "influence_weight", "influence_share", "feedback_every", "feedback_layers")
 OF_METHODS = (*_PATIENT, "teaching_rate", "labelled_course", *_ONLINE, *_META, "feedback_from", *_IKD, *_LGTM)
 """Fields that are None wherever a method does not use them, and no part of a run's identity there."""
 _POSITIVE = (
-    *("teaching_rate", "inner_steps", "pilot_learning_rate", "feedback_batch_size", "feedback_every"),
+    *("teaching_rate", "inner_steps", "pilot_learning_rate", "pilot_pieces", "feedback_batch_size", "feedback_every"),
     *("student_layers", "epochs", "batch_size", "micro_batches", "teacher_learning_rate", "learning_rate"),
     *("temperature", "max_length", "max_train", "max_evaluation", "max_steps", "evaluate_every", "checkpoint_every"),
 )
@@ -346,6 +348,7 @@ def _of_the_teacher(config: RunConfig) -> dict[str, Any]:
         filled["first"] = config.first or ("simultaneous" if config.method == "dml" else "teacher")
     if config.method in FEEDBACK:
         filled |= {
+            "pilot_pieces": None if config.pilot_pieces == 1 else config.pilot_pieces,
             "pilot_rule": config.pilot_rule or ("adamw" if config.influence == "released" else "sgd"),
             "pilot_learning_rate": config.pilot_learning_rate,
             "tangent": config.tangent or "jvp",
@@ -473,6 +476,10 @@ def _teaching_problems(config: RunConfig) -> list[str]:
             "batch; take 1 and a smaller batch_size"
         )
     if config.method in FEEDBACK:
+        try:
+            metadistil.check_pieces(config.pilot_pieces or 1, losses.OBJECTIVES.get(config.objective or "kl"))
+        except ValueError as error:
+            problems.append(str(error))
         if config.feedback_fraction == 0 and config.feedback_from is None:
             problems.append(
                 f"feedback_fraction is 0, but {config.method} needs a feedback split; leave it out, or give 0.1"
@@ -762,6 +769,7 @@ def _method(
             config.feedback_every,
             config.feedback_layers,
             config.observe,
+            pilot_pieces=config.pilot_pieces or 1,
         )
         return record, teacher, step
     watch = watched_batch(next(iter(data.evaluation)), encoded, accelerator) if config.observe else None
@@ -776,6 +784,7 @@ def _method(
         config.tangent,
         config.tangent_precision,
         watch,
+        config.pilot_pieces or 1,
     )
     return record, teacher, step
 

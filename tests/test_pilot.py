@@ -69,6 +69,45 @@ def test_the_gradient_among_some_parameters_is_a_part_of_the_whole_and_ends_its_
     assert graphs == [True, False]
 
 
+@pytest.mark.parametrize("pieces", [2, 3, 5, 7])
+@pytest.mark.parametrize("among", [None, 1])
+def test_the_gradient_in_pieces_is_that_of_the_whole_batch(pieces, among):
+    """Five samples: neither two nor three pieces are equal in size, and nobody can make seven."""
+    student, batch = exact.bert(), exact.batch()
+    parameters, sizes = models.trainable(student), []
+    names = None if among is None else models.last_layers(student, among)
+
+    def loss(outputs, piece):
+        sizes.append(len(outputs.logits))
+        return pilot.task_loss(outputs, piece)
+
+    whole = pilot.gradient(student, parameters, batch, among=names)
+    assert exact.error(pilot.gradient(student, parameters, batch, loss, among=names, pieces=pieces), whole) < 1e-12
+    assert len(sizes) == min(pieces, 5) and sum(sizes) == 5
+    parts = [pilot.gradient(student, parameters, piece, among=names) for piece, _ in pilot.cut(batch, pieces)]
+    unweighted = {name: sum(part[name] for part in parts) / len(parts) for name in whole}
+    assert (exact.error(unweighted, whole) > 1e-3) == (pieces < 5)
+
+
+def test_pieces_can_be_differentiated_and_one_piece_is_the_whole_batch_bit_for_bit():
+    student, batch = exact.bert(), exact.batch()
+    ends = []
+    for pieces in (1, 2):
+        logits = torch.zeros(5, exact.CLASSES, dtype=torch.float64, requires_grad=True)
+
+        def loss(outputs, piece, logits=logits):
+            return losses.kl_divergence(outputs.logits, logits[piece["places"]], reduction="none")
+
+        placed = batch | {"places": torch.arange(5)}
+        slopes = pilot.gradient(student, models.trainable(student), placed, loss, create_graph=True, pieces=pieces)
+        size = sum(value.square().sum() for value in slopes.values())
+        ends.append(torch.autograd.grad(size, logits)[0])
+    assert exact.error(*ends) < 1e-9 and ends[0].norm() > 0
+    assert pilot.cut(batch, 1)[0][0]["input_ids"] is batch["input_ids"]
+    with pytest.raises(ValueError, match="pieces is 0; expected 1"):
+        pilot.gradient(student, models.trainable(student), batch, pieces=0)
+
+
 def test_the_module_is_restored_after_an_error():
     student, batch = exact.bert(), exact.batch()
     student.bert.eval()  # a part in another mode than the whole

@@ -279,6 +279,7 @@ OTHERS = {
     "pilot_learning_rate": 0.1,
     "tangent": "finite-difference",
     "tangent_precision": "autocast",
+    "pilot_pieces": 2,
     "feedback_batch_size": 8,
     "observe": True,
     "meta_weight": 0.25,
@@ -343,11 +344,11 @@ class TestTeachersThatLearn:
         patient = {"pkd_weight", "pkd_layers", "pkd_normalisation"}
         config = runs.configure(method=method, **OTHERS)
         used = {name for name in OTHERS if getattr(config, name) is not None}
-        assert used <= own | patient | {"pilot_learning_rate", "feedback_batch_size", "feedback_layers"}
+        assert used <= own | patient | {"pilot_learning_rate", "pilot_pieces", "feedback_batch_size", "feedback_layers"}
         assert all(getattr(config, name) == OTHERS[name] for name in used)
         ignored = {name: value for name, value in OTHERS.items() if name not in used}
         assert runs.configure(method=method, **ignored).run_id == runs.configure(method=method).run_id
-        counts = {"fine_tune": 0, "kd": 3, "prokt": 8, "dml": 8, "metadistil": 11, "ikd": 11, "lgtm": 16}
+        counts = {"fine_tune": 0, "kd": 3, "prokt": 8, "dml": 8, "metadistil": 12, "ikd": 11, "lgtm": 17}
         count = counts[method]
         assert len(used) == count
 
@@ -407,6 +408,8 @@ class TestTeachersThatLearn:
             ),
             ({"method": "lgtm", "feedback_from": "test"}, "feedback_from is 'test'; expected one of validation"),
             ({"method": "lgtm", "micro_batches": 2}, "micro_batches is 2: the pilot step needs the whole batch"),
+            ({"method": "lgtm", "pilot_pieces": 0}, "pilot_pieces is 0; expected a positive number"),
+            ({"method": "metadistil", "objective": "dist", "pilot_pieces": 2}, "pilot_pieces is 2: objective 'dist'"),
             ({"method": "lgtm", "alpha": 1.0}, "no teacher can influence it"),
             ({"method": "lgtm", "influence": "wieghted"}, "did you mean 'weighted'"),
             ({"method": "lgtm", "influence_weight": "students_rate"}, "expected a number ≥ 0 or one of student_rate"),
@@ -543,8 +546,8 @@ def feedback_seen(monkeypatch, **parameters) -> tuple[list[dict], dict[str, glue
     """The feedback batches that a run's step gets, and the run's splits."""
     seen, splits, original = [], {}, runs.lgtm.lgtm
 
-    def spying(*arguments):
-        step = original(*arguments)
+    def spying(*arguments, **options):
+        step = original(*arguments, **options)
 
         def spied(batch, feedback):
             seen.append(feedback)

@@ -17,12 +17,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from kdlib import models, pilot
+from kdlib import models
 from kdlib.imitation import Imitation
 from kdlib.influence import TangentMethod, distillation_influence, feedback_gradient, student_tangent
 from kdlib.learner import Batch, Learner
 from kdlib.methods import Step, mean_entropy
-from kdlib.methods.metadistil import PILOT_RULES, PilotRule, teaching_experiment
+from kdlib.methods.metadistil import PILOT_RULES, PilotRule, check_pieces, recording, teaching_experiment
 from kdlib.methods.online import detached
 from kdlib.models import Outputs
 
@@ -51,6 +51,7 @@ def lgtm(
     feedback_layers: int | None = None,
     observe: bool = False,
     watch: Watch | None = None,
+    pilot_pieces: int = 1,
 ) -> Step:
     """A step on a training batch and a feedback batch, in the order of Algorithm 1.
 
@@ -77,17 +78,18 @@ def lgtm(
 
     What saves time, at a price: `tangent="forward-difference"` reuses the pilot's own pass; `feedback_every=k` leaves
     pilot and influence term out of all but each k-th step; `feedback_layers=k` counts, in every I_i, only the weights
-    of the student's last k layers, pooler and head.
+    of the student's last k layers, pooler and head.  `pilot_pieces` saves memory, as in `metadistil`.
 
     `watch(batch, influences, student's outputs, teacher's outputs)` is called whenever there are influences.
 
-    Raises ValueError as `check_settings` does.
+    Raises ValueError as `check_settings` and `metadistil.check_pieces` do.
 
     Source: LGTM Algorithm 1, eqs. (8)-(11).
     Derived in: chapters/03_finite_differences and chapters/07_good_teachers.
     """
     micro_batches = max(student.micro_batches, teacher.micro_batches)
     check_settings(imitation, teacher_imitation, influence, weight, share, pilot_rule, feedback_every, micro_batches)
+    check_pieces(pilot_pieces, imitation.objective)
     module, wanted = student.module, imitation.wanted
     taught = replace(imitation, alpha=0.0, pkd_weight=imitation.pkd_weight / (1 - imitation.alpha))
     names = None if feedback_layers is None else models.last_layers(module, feedback_layers)
@@ -96,21 +98,16 @@ def lgtm(
     def influences_on(batch: Batch, feedback: Batch, answers: Outputs, rate: float) -> tuple[Tensor, Outputs, float]:
         """Lines 3 to 7: I_i, which can be differentiated in the teacher's answers; the student's outputs; L_val."""
         with lowered():
-            trial = teaching_experiment(student, batch, detached(answers), imitation, 1, pilot_rule, rate)
+            trial = teaching_experiment(student, batch, detached(answers), imitation, 1, pilot_rule, rate, pilot_pieces)
             quizzed: list[Tensor] = []
-
-            def quiz(outputs: Outputs, batch: Batch) -> Tensor:
-                quizzed.append(pilot.task_loss(outputs, batch))
-                return quizzed[-1]
-
-            g = feedback_gradient(module, trial.copy, feedback, quiz, names)
+            g = feedback_gradient(module, trial.copy, feedback, recording(quizzed), names, pilot_pieces)
             if trial.slopes is not None and influence != "released":
                 g = {name: trial.slopes[name] * value for name, value in g.items()}
             here = {name: trial.places[0][name] for name in g}
             own, moving = student_tangent(module, here, batch, g, tangent, outputs=trial.outputs[0], **wanted)
         role = teachers_loss if influence == "released" else students_loss
         influences = distillation_influence(role, own, moving, answers, batch["labels"])
-        return influences, own, quizzed[0].detach().mean()
+        return influences, own, torch.cat(quizzed).mean()
 
     def students_loss(ours: Outputs, theirs: Outputs, labels: Tensor) -> Tensor:
         return taught(ours, theirs, labels)

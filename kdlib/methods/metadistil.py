@@ -13,11 +13,13 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
-from kdlib import influence, models, pilot
+from kdlib import influence, losses, models, pilot
 from kdlib.imitation import Imitation
 from kdlib.influence import TangentMethod
 from kdlib.learner import Batch, Learner
+from kdlib.losses import Objective
 from kdlib.methods import Step, mean_entropy
 from kdlib.methods.online import detached
 from kdlib.models import Outputs, Parameters
@@ -37,6 +39,7 @@ def metadistil(
     tangent: TangentMethod = "jvp",
     tangent_precision: Literal["fp32", "autocast"] = "fp32",
     watch: Batch | None = None,
+    pilot_pieces: int = 1,
 ) -> Step:
     """A step on a training batch and a feedback batch ("quiz"), in the order of Algorithm 1.
 
@@ -49,15 +52,21 @@ def metadistil(
     `pilot_learning_rate`, or at the student's present rate.  `tangent` and `tangent_precision` say how its derivative
     is computed; with "autocast" in the precision that the networks train in.
 
+    `pilot_pieces` cuts both batches into so many for the gradients of experiment and quiz.  Their graphs lie on top of
+    the teacher's, which waits for its backward pass: in pieces the step needs less memory, and is the same up to
+    rounding.
+
     `watch`, a batch of held-out data, adds two measurements to the log: "watch_better", 1 if the real step left a
     smaller loss on it than the teaching experiment had, and "teacher_closer", 1 if the teacher's step brought it closer
     to the student on the training batch.  Both cost passes and change nothing.
 
-    Raises ValueError for several AdamW steps (their Jacobian is not diagonal) and for pieces of a batch.
+    Raises ValueError for several AdamW steps (their Jacobian is not diagonal), for `micro_batches`, which would cut the
+    answer that the teacher is differentiated through, and for `pilot_pieces` with an objective that compares samples.
 
     Source: MetaDistil Algorithm 1.  Derived in: chapters/05_pilot_updates.
     """
     check_settings(inner_steps, pilot_rule, max(student.micro_batches, teacher.micro_batches))
+    check_pieces(pilot_pieces, imitation.objective)
     module, wanted = student.module, imitation.wanted
     lowered = student.accelerator.autocast if tangent_precision == "autocast" else nullcontext
 
@@ -71,10 +80,12 @@ def metadistil(
 
         with lowered():
             # Lines 3, 4: the teaching experiment.
-            trial = teaching_experiment(student, batch, lesson, imitation, inner_steps, pilot_rule, rate)
+            trial = teaching_experiment(student, batch, lesson, imitation, inner_steps, pilot_rule, rate, pilot_pieces)
             # Line 5: the quiz, and what it says about every step of the experiment.
             quizzed: list[Tensor] = []
-            direction = influence.feedback_gradient(module, trial.copy, feedback, recording(quizzed))
+            direction = influence.feedback_gradient(
+                module, trial.copy, feedback, recording(quizzed), pieces=pilot_pieces
+            )
             tangents = tangents_along(direction, module, batch, lesson, imitation, trial, tangent)
         watched = loss_on(student, trial.copy, watch) if watch is not None else 0.0
 
@@ -134,6 +145,7 @@ def teaching_experiment(
     steps: int,
     rule: PilotRule,
     rate: float,
+    pieces: int = 1,
 ) -> Experiment:
     """A copy of the student learns the batch, without dropout; the student and its optimiser stay as they are.
 
@@ -141,7 +153,7 @@ def teaching_experiment(
     """
     copy, places, outputs, slopes = models.trainable(student.module), [], [], None
     for _ in range(steps):
-        gradient, answers = taught(student.module, copy, batch, lesson, imitation)
+        gradient, answers = taught(student.module, copy, batch, lesson, imitation, pieces)
         places.append(copy)
         outputs.append(answers)
         if rule == "sgd":
@@ -179,16 +191,19 @@ def tangents_along(
 
 
 def taught(
-    module: nn.Module, parameters: Parameters, batch: Batch, lesson: Outputs, imitation: Imitation
+    module: nn.Module, parameters: Parameters, batch: Batch, lesson: Outputs, imitation: Imitation, pieces: int = 1
 ) -> tuple[Parameters, Outputs]:
     """The gradient of the student's loss at `parameters`, without dropout, and the outputs on the way."""
     seen: list[Outputs] = []
 
-    def loss(outputs: Outputs, batch: Batch) -> Tensor:
+    def loss(outputs: Outputs, piece: Batch) -> Tensor:
         seen.append(detached(outputs))
-        return imitation(outputs, lesson, batch["labels"])
+        example = tree_map(lambda values: values[piece["places"]], lesson)
+        return imitation(outputs, example, piece["labels"])
 
-    return pilot.gradient(module, parameters, batch, loss, **imitation.wanted), seen[0]
+    placed = {**batch, "places": torch.arange(len(lesson.logits), device=lesson.logits.device)}
+    gradient = pilot.gradient(module, parameters, placed, loss, pieces=pieces, **imitation.wanted)
+    return gradient, tree_map(lambda *parts: torch.cat(parts), *seen)
 
 
 def passed_back(
@@ -228,6 +243,17 @@ def loss_on(student: Learner, parameters: Parameters, batch: Batch) -> float:
     """The mean task loss on a batch, without dropout, at `parameters`, or at the student's own for an empty dict."""
     with torch.no_grad(), models.evaluating(student.module):
         return pilot.task_loss(models.apply(student.module, parameters, batch), batch).mean().item()
+
+
+def check_pieces(pieces: int, objective: Objective) -> None:
+    """Raise ValueError for fewer pieces than one, or several where the objective compares the samples of a batch."""
+    if pieces < 1:
+        raise ValueError(f"pilot_pieces is {pieces}; expected 1 (the whole batch) or more")
+    for name in losses.BATCH_OBJECTIVES:
+        if pieces > 1 and objective is losses.OBJECTIVES[name]:
+            raise ValueError(
+                f"pilot_pieces is {pieces}: objective {name!r} compares the samples of a whole batch; take 1"
+            )
 
 
 def check_settings(inner_steps: int, pilot_rule: str, micro_batches: int) -> None:

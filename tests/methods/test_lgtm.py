@@ -511,6 +511,18 @@ def test_settings_without_meaning_are_refused(settings, message):
         lgtm(*pairs.pair(), **arguments)
 
 
+@pytest.mark.parametrize("influence", module.VARIANTS)
+def test_in_pieces_the_step_is_the_same(influence):
+    ends = []
+    for pieces in (1, 4):
+        student, teacher = pairs.pair()
+        logged = lgtm(student, teacher, MIXTURE, TEACHERS, influence, pilot_pieces=pieces)(BATCH, FEEDBACK)
+        ends.append((pairs.weights(student), pairs.weights(teacher), torch.tensor(list(logged.values()))))
+    assert exact.error(*ends) < 1e-9
+    with pytest.raises(ValueError, match="pilot_pieces is 2: objective 'dist'"):
+        lgtm(*pairs.pair(), Imitation(0.3, 2.0, losses.OBJECTIVES["dist"]), TEACHERS, pilot_pieces=2)
+
+
 def test_pieces_of_a_batch_are_refused():
     with pytest.raises(ValueError, match="micro_batches is 2"):
         lgtm(*pairs.pair(micro_batches=2), MIXTURE, TEACHERS)

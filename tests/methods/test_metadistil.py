@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from benchmarks.step import Saved
 from kdlib import losses, models, pilot
 from kdlib.imitation import Imitation
 from kdlib.learner import accelerator_for, learner
@@ -65,8 +66,8 @@ def agree(result, tolerance=1e-9) -> bool:
 @pytest.mark.parametrize("imitation", IMITATIONS.values(), ids=IMITATIONS)
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"pilot_update": False}, {"inner_steps": 3}, {"tangent": "double-backward"}],
-    ids=["one step", "no pilot update", "three steps", "double backward"],
+    [{}, {"pilot_update": False}, {"inner_steps": 3}, {"tangent": "double-backward"}, {"pilot_pieces": 4}],
+    ids=["one step", "no pilot update", "three steps", "double backward", "unequal pieces"],
 )
 def test_a_step_is_that_of_algorithm_1(imitation, settings):
     assert agree(both(imitation, **settings))
@@ -202,6 +203,28 @@ def test_mixed_precision_changes_the_teachers_gradient_a_little(where):
 def test_settings_without_meaning_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         module.check_settings(*arguments)
+
+
+@pytest.mark.parametrize("rule", module.PILOT_RULES)
+def test_pieces_change_nothing_but_what_is_kept_for_the_backward_passes(rule):
+    ends, kept = [], []
+    for pieces in (1, 4):
+        student, teacher = pairs.pair()
+        step = metadistil(student, teacher, MIXTURE, pilot_rule=rule, pilot_pieces=pieces)
+        saved = Saved([student.module, teacher.module])
+        with saved:
+            logged = step(BATCH, FEEDBACK)
+        ends.append((pairs.weights(student), pairs.weights(teacher), torch.tensor(list(logged.values()))))
+        kept.append(saved.most)
+    assert exact.error(*ends) < 1e-9
+    assert kept[1] < 0.95 * kept[0]
+
+
+@pytest.mark.parametrize(("pieces", "objective"), [(0, losses.kl_divergence), (2, losses.OBJECTIVES["dist"])])
+def test_pieces_without_meaning_are_refused(pieces, objective):
+    with pytest.raises(ValueError, match=f"pilot_pieces is {pieces}"):
+        metadistil(*pairs.pair(), Imitation(0.3, 2.0, objective), pilot_pieces=pieces)
+    metadistil(*pairs.pair(), Imitation(0.3, 2.0, objective))
 
 
 @pytest.mark.parametrize("rule", module.PILOT_RULES)
