@@ -479,6 +479,7 @@ def small_turn(student, tutor, batch, drawn=None):
 
 # %% tags=["agrees"]
 from kdlib import representations
+from kdlib.methods.tutor import modified_probability as library_probability
 
 student, maker = student_of(1), tutoring.Tutor(teacher, start="random").double()
 torch.manual_seed(0)
@@ -506,7 +507,7 @@ pairs = [
         hidden_mse(states, their_states, attended, student.projection),
     ),
     (
-        tutoring.modified_probability(guess_logits, originals, every),
+        library_probability(guess_logits, originals, every),
         modified_probability(guess_logits, originals, every),
     ),
 ]
@@ -631,7 +632,7 @@ for name, (_, numbers) in LIVE.items():
 print(f"a constant answer on words that the teacher guesses: {entropy(constant):.3f}, a perfect one: {floor:.3f}")
 
 # %% [markdown]
-# At $\beta = 1$ the student's loss goes down to about what a constant answer would give on such words, the upper edge of the strip above, and no further in so few steps. At $\beta = 0.1$ both rewards rise, until the student has seen enough of the new words. How did the tutors
+# At $\beta = 1$ the student's loss comes down to the neighbourhood of what a constant answer would give on such words, the upper edge of the strip above, in so few steps. At $\beta = 0.1$ both rewards rise, until the student has seen enough of the new words. How did the tutors
 # change? The rewards above are of a few drawn words each. The tutor's probabilities need no drawing:
 
 
@@ -782,15 +783,15 @@ print(
 # The counterpart of the paper's Figure 3a. On held-out sentences: the teacher's loss in finding the original word again in what the tutor filled in, and how far the student is from $a^T$, which is $r_S$. (The
 # student's loss itself would mislead: its floor depends on the words that are drawn.)
 
-# %% mystnb={"image": {"alt": "Two panels over the steps of the distillation with a line and a band for each of five strategies. Left, the teacher's loss on the filled sentences; right, the student's distance from its target."}, "figure": {"name": "fig-tutor-curves", "caption": "The counterpart of Tutor-KD's Figure 3a, on held-out sentences: mean and one standard deviation over seeds. Left, the teacher's cross entropy for the original words on the filled sentences; right, the student's reward to the tutor."}}
-figure, panels = plt.subplots(1, 2, figsize=(6.4, 2.7))
-for number, way in enumerate(STRATEGIES):
+# %% mystnb={"image": {"alt": "Two panels over the steps of the distillation with a line and a band for each of three strategies, which overlap. Left, the teacher's loss on the filled sentences; right, the student's distance from its target."}, "figure": {"name": "fig-tutor-curves", "caption": "The counterpart of Tutor-KD's Figure 3a, on held-out sentences: mean and one standard deviation over seeds. Left, the teacher's cross entropy for the original words on the filled sentences; right, the student's reward to the tutor."}}
+figure, panels = plt.subplots(1, 2, figsize=(6.4, 2.5))
+for number, way in enumerate(STRATEGIES[:3]):
     for axes, column in zip(panels, ("validation/teacher_nll", "validation/student_reward"), strict=True):
         steps, values = curve(way, column)
         plots.band(axes, steps, values, label=way, color=f"C{number}")
 panels[0].set(xlabel="step", ylabel="teacher's loss (nats)")
 panels[1].set(xlabel="step", ylabel="student's error $r_S$", ylim=0)
-figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=5)
+figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=3)
 plt.show()
 
 
@@ -1119,7 +1120,7 @@ print(
 # | what every word would earn | {numref}`fig-tutor-words` | Figure 2 |
 # | hidden states and attention, without padding | {eq}`eq-tutor-hidden`, {eq}`eq-tutor-inter` | eqs. (12)-(14) |
 # | a step from small parts, with the library's gradients | {eq}`eq-tutor-student`, {eq}`eq-tutor-total` | eqs. (7), (8) |
-# | losses of teacher and student under five strategies | {numref}`fig-tutor-curves` | Figure 3a |
+# | losses of teacher and student under three strategies | {numref}`fig-tutor-curves` | Figure 3a |
 # | scores after fine-tuning | {numref}`fig-tutor-scores`, "Does the student learn more?" | Tables 1-5, Figure 3b |
 # | eight sentences that nobody chose | "A case study" | Table 6 |
 #
