@@ -542,8 +542,8 @@ check_smallest_influence(smallest_influence)
 #
 # The setting is that of chapter 5, so that its runs count as well: `mini-mnli`, 2,000 pairs of which a tenth are for feedback, teacher `tiny-2x64` fine-tuned first,
 # student `tiny-2x32`, six epochs, five paired seeds (*read*). LGTM's paper starts from a teacher that is pretrained and not fine-tuned. A random
-# one would need more than six epochs in its place. The teacher's rate was chosen for online distillation among three, by the validation split and a seed
-# that no record uses; LGTM takes it over. MetaDistil has its own, chosen among four in chapter 5.
+# one would need more than six epochs in its place. The teacher's rate was chosen among three for online distillation and for LGTM "weighted", by the validation split
+# and three seeds that no record uses. It is the same for both, and the other terms take it over. MetaDistil has its own, chosen among four in chapter 5, by a single seed.
 
 # %%
 records = [*runs.book_records("05_pilot_updates"), *runs.book_records("07_good_teachers")]

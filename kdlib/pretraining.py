@@ -24,7 +24,7 @@ from accelerate import Accelerator
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from kdlib import checkpoints, corpus, glue, models, runs, trainer
+from kdlib import checkpoints, corpus, glue, models, representations, runs, trainer
 from kdlib.learner import Learner, accelerator_for, learner
 from kdlib.methods import Step, task_agnostic, tutor
 from kdlib.methods.task_agnostic import Loss
@@ -152,6 +152,7 @@ class PretrainingConfig:
         return Settings(**{name: value for name, value in values.items() if value is not None})
 
 
+_VALIDATION = "validation"
 _NOT_IDENTITY = ("output_dir", "cache_dir", "resume", "device", "checkpoint_every", "max_seconds")
 _USED = {
     "mlm": ("trained",),
@@ -172,6 +173,10 @@ _POSITIVE = (
 _AT_LEAST_ZERO = ("weight_decay", "logit_weight", "inner_weight", "kl_weight", "seed")
 _HEADED = ("mlm", "soft_labels", "distilbert", "untutored")
 """The methods that leave a student with a trained masked-language-model head."""
+_PREDICTING = ("soft_labels", "distilbert", "untutored", "tutor")
+"""The methods that ask the teacher for words, not only for what is inside it."""
+_LAYERED = ("tinybert", "untutored", "tutor")
+"""The methods that pair the student's layers with the teacher's."""
 
 
 def configure(**parameters: Any) -> PretrainingConfig:
@@ -214,6 +219,13 @@ def configure(**parameters: Any) -> PretrainingConfig:
             f"corpus {config.corpus!r} needs a pretrained teacher: small networks read MiniGLUE's vocabulary only. "
             "Give teacher a folder (a masked language model), or a hub id"
         )
+    if config.method in _PREDICTING and config.teacher == models.MINILM:
+        problems.append(
+            f"teacher 'minilm' comes without a trained head, and {config.method} asks it for words: train the head "
+            "first (method 'mlm', student 'minilm', trained 'head') and give teacher the folder of that student"
+        )
+    if config.method == "tutor" and config.temperature is not None and 0 < config.temperature < 1:
+        problems.append(f"temperature is {config.temperature}; the tutor's divides probabilities: expected 1 or more")
     try:
         if config.method == "tutor":
             config.settings  # noqa: B018  (its checks)
@@ -247,10 +259,19 @@ def _complete(config: PretrainingConfig) -> PretrainingConfig:
             if name != "attention" and getattr(config, name) is None
         }
         filled["tutor_start"] = config.tutor_start or "teacher"
+        if config.imitated == "distribution":
+            filled["temperature"] = 1.0  # it divides modified probabilities only
+        if config.strategy == "no reward":
+            filled |= {"reward_weight": Settings.reward_weight, "baseline": "none"}
     if config.method == "untutored":
         defaults = Settings()
         for name in ("logit_weight", "inner_weight"):
             filled[name] = getattr(defaults if getattr(config, name) is None else config, name)
+    if config.method in ("tutor", "untutored") and filled.get("inner_weight", config.inner_weight) == 0:
+        filled["attention"] = None
+    if config.corpus == corpus.MINI:
+        named = config.validation_split
+        filled |= {"column": "text", "validation_split": None if named == _VALIDATION else named}
     return dataclasses.replace(config, **filled)
 
 
@@ -286,9 +307,9 @@ def run(config: PretrainingConfig) -> RunRecord:
     (folder / runs.RECORD).unlink(missing_ok=True)
     accelerator = accelerator_for(config.device, config.precision)
     tokenizer = models.load_tokenizer(config.teacher or config.student)
-    text, held_out = load_corpus(config, tokenizer)
     masking = corpus.masking(tokenizer, config.mask_rate, config.seed)
     who = networks(config, tokenizer, masking, accelerator)
+    text, held_out = load_corpus(config, tokenizer)  # after the networks: it may take hours
     learners = [who.student] if who.tutor is None else [who.student, who.tutor]
     epochs = math.ceil(config.steps * config.batch_size / max(1, len(text.encoded)))
     result = trainer.train(
@@ -324,7 +345,7 @@ def load_corpus(config: PretrainingConfig, tokenizer: PreTrainedTokenizerBase) -
     cache = config.cache_dir or str(Path(config.output_dir) / "corpora")
     options = {"max_length": config.max_length, "packed": config.packed, "column": config.column, "cache": cache}
     text = corpus.load(config.corpus, tokenizer, config.train_split, max_lines=config.max_lines, **options)
-    split = config.validation_split or ("validation" if config.corpus == corpus.MINI else None)
+    split = config.validation_split or (_VALIDATION if config.corpus == corpus.MINI else None)
     if split is not None:
         return text, corpus.load(config.corpus, tokenizer, split, **options).encoded
     blocks = len(text.encoded)
@@ -356,7 +377,8 @@ def networks(
 ) -> Networks:
     """Load everyone, check that they fit together, and make the step of the configured method.
 
-    Raises ValueError for a teacher and a student with different vocabularies or, where it matters, numbers of heads.
+    Raises ValueError for a teacher and a student with different vocabularies or, where it matters, numbers of heads,
+    for a student that is deeper than its teacher, and for blocks that are longer than a network can read.
     """
 
     def taught(name: str, module: nn.Module, steps: int) -> Learner:
@@ -365,6 +387,7 @@ def networks(
 
     if config.method == "mlm":
         network = models.load_masked(config.student, tokenizer, config.seed)
+        _check_length(config, network)
         if config.trained == "head":
             network.base_model.requires_grad_(False)
         loss = task_agnostic.masked_language_model(network)
@@ -375,17 +398,21 @@ def networks(
         network = models.first_layers(teacher, config.student_layers, config.seed).requires_grad_()
     else:
         network = models.load_masked(config.student, tokenizer, config.seed)
-    if network.config.vocab_size != teacher.config.vocab_size:
+    _check_words(config, tokenizer, teacher, network)
+    for one in (teacher, network):
+        _check_length(config, one)
+    heads, theirs = (one.config.num_attention_heads for one in (network, teacher))
+    attention = heads == theirs if config.attention is None else config.attention
+    if config.method in _LAYERED and config.inner_weight != 0:
+        representations.layer_map(tutor.depth(network), tutor.depth(teacher))
+    if (config.method == "minilm" or attention) and heads != theirs:
+        remedy = "take minilm_v2, or such a student" if config.method == "minilm" else "leave attention out"
         raise ValueError(
-            f"the student has {network.config.vocab_size} word pieces, the teacher {teacher.config.vocab_size}: "
-            "distillation on text needs one vocabulary"
+            f"the student has {heads} heads, the teacher {theirs}, and attention is compared head by head: {remedy}"
         )
     teacher.to(accelerator.device)
     module = Student(network, teacher.config.hidden_size, config.seed)
     student = taught("student", module, config.steps)
-    heads = network.config.num_attention_heads
-    same = heads == teacher.config.num_attention_heads
-    attention = same if config.attention is None else config.attention
     if config.method == "tutor":
         settings = dataclasses.replace(config.settings, attention=attention)
         maker = Tutor(teacher, config.tutor_start, config.seed)
@@ -407,16 +434,49 @@ def networks(
 
 
 def _loss(config: PretrainingConfig, student: Student, teacher: PreTrainedModel, attention: bool) -> Loss:
-    """The loss of a baseline."""
-    heads = student.network.config.num_attention_heads
+    """The loss of a baseline.  Raises ValueError for relation heads that do not divide the widths."""
     if config.method in ("soft_labels", "distilbert"):
         return getattr(task_agnostic, config.method)(student, teacher, config.temperature)
     if config.method == "tinybert":
         return task_agnostic.tinybert(student, teacher, attention)
     if config.method == "minilm":
         return task_agnostic.minilm(student, teacher)
-    tiny = config.student is not None and models.is_small(config.student)
-    return task_agnostic.minilm_v2(student, teacher, config.relation_heads or (heads if tiny else 12))
+    tiny = models.is_small(config.student or config.teacher)
+    heads = config.relation_heads or (student.network.config.num_attention_heads if tiny else 12)
+    for who, width in (("student", student.network.config.hidden_size), ("teacher", teacher.config.hidden_size)):
+        if width % heads:
+            raise ValueError(
+                f"relation_heads is {heads}, which does not divide the {who}'s width of {width}: give a number that "
+                "divides both"
+            )
+    return task_agnostic.minilm_v2(student, teacher, heads)
+
+
+def _check_words(
+    config: PretrainingConfig, tokenizer: PreTrainedTokenizerBase, teacher: PreTrainedModel, student: PreTrainedModel
+) -> None:
+    ours, theirs = student.config.vocab_size, teacher.config.vocab_size
+    if ours != theirs:
+        raise ValueError(
+            f"the student has {ours} word pieces, the teacher {theirs}: distillation on text needs one vocabulary"
+        )
+    named = config.student
+    if named is None or models.is_small(named) or models.is_fresh(named):
+        return
+    if models.load_tokenizer(named).get_vocab() != tokenizer.get_vocab():
+        raise ValueError(
+            f"student {named!r} and teacher {config.teacher!r} have different tokenizers: distillation on text needs "
+            "one vocabulary"
+        )
+
+
+def _check_length(config: PretrainingConfig, network: PreTrainedModel) -> None:
+    longest = network.config.max_position_embeddings
+    if config.max_length > longest:
+        raise ValueError(
+            f"max_length is {config.max_length}, but {network.name_or_path or 'the network'} reads {longest} word "
+            "pieces at most: give a smaller max_length"
+        )
 
 
 def evaluation(
@@ -441,8 +501,7 @@ def evaluation(
     def evaluate() -> dict[str, float]:
         rows, sizes = [], []
         devices = [device] if device.type == "cuda" else []
-        modules = [who.student.module] if who.tutor is None else [who.student.module, who.tutor.module]
-        with torch.random.fork_rng(devices=devices), models.evaluating(modules[0]), accelerator.autocast():
+        with torch.random.fork_rng(devices=devices), models.evaluating(who.student.module), accelerator.autocast():
             torch.manual_seed(0)
             for number, indices in enumerate(batches):
                 batch = masking(trainer.training_batch(held_out, indices, device), number)

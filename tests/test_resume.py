@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from kdlib import checkpoints, models, runs, trainer
+from kdlib import checkpoints, models, pretraining, runs, trainer
 from kdlib.learner import Learner
-from kdlib.methods import ikd
+from kdlib.methods import ikd, tutor
 
 CONFIG = {
     "task": "mini-sst2",
@@ -44,6 +44,24 @@ JOINT = {**CONFIG, "method": "ikd", "teacher_epochs": 1, "exam": "train", "feedb
 # Looks at the feedback at every second step: which ones must not depend on where the run began.
 GOOD_TEACHING = {**TEACHING, "method": "lgtm", "feedback_every": 2, "checkpoint_every": 3}
 
+# Tutor-KD on text, 9 steps: the masks belong to the step, the words that are drawn to the random state, and the running
+# mean of the rewards to the tutor.
+TUTORED = {
+    "corpus": "mini-corpus",
+    "max_lines": 200,
+    "max_length": 32,
+    "method": "tutor",
+    "teacher": "tiny-2x32",
+    "student": "tiny-1x32",
+    "steps": 9,
+    "batch_size": 8,
+    "evaluate_every": 4,
+    "checkpoint_every": 3,
+    "baseline": "running mean",
+    "order": "in turns",
+    "device": "cpu",
+}
+
 # A place is a function and the number of the call to it that does not return: (holder, name, call, before or after).
 # Teacher and student train in the same process, 9 steps each, so calls 10 to 18 of `minimise` are the student's.
 PLACES = {
@@ -69,6 +87,15 @@ JOINT_PLACES = {
     "both-stepped-between-checkpoints": (ikd, "minimise_together", 7, "after"),
     "examined-not-stepped": (ikd, "minimise_together", 6, "before"),
 }
+# A step calls `minimise` for the tutor's turn, then `minimise_together`; three checkpoints, then the tutor's weights.
+TUTORED_PLACES = {
+    "tutor-rewarded-student-not": (Learner, "minimise", 5, "after"),
+    "tutored-between-checkpoints": (tutor, "minimise_together", 5, "after"),
+    "tutored-just-after-a-checkpoint": (tutor, "minimise_together", 7, "before"),
+    "tutored-evaluating": (tutor, "take_turn", 12, "before"),
+    "student-saved-tutor-not": (checkpoints, "write_tensors", 4, "before"),
+    "tutored-not-recorded": (runs, "write_record", 1, "before"),
+}
 GOOD_TEACHING_PLACES = {"between-two-looks": (Learner, "minimise", 13, "after")}
 
 
@@ -78,7 +105,7 @@ def run(folder: str, place: str | None, places_hit, parameters: dict) -> None:
 
     torch.set_num_threads(1)
     if place is not None:
-        places = {**PLACES, **TEACHING_PLACES, **JOINT_PLACES, **GOOD_TEACHING_PLACES}
+        places = {**PLACES, **TEACHING_PLACES, **JOINT_PLACES, **GOOD_TEACHING_PLACES, **TUTORED_PLACES}
         holder, name, call, when = places[place]
         original = getattr(holder, name)
         count = 0
@@ -96,7 +123,8 @@ def run(folder: str, place: str | None, places_hit, parameters: dict) -> None:
             return result
 
         setattr(holder, name, deadly)
-    runs.run(runs.configure(**parameters, output_dir=folder))
+    of = pretraining if "corpus" in parameters else runs
+    of.run(of.configure(**parameters, output_dir=folder))
 
 
 @pytest.fixture(scope="module")
@@ -179,6 +207,37 @@ def test_killed_between_two_looks_at_the_feedback_it_looks_at_the_same_steps(pro
     assert hit and code == -signal.SIGKILL
     assert start(processes, tmp_path / "killed", None, GOOD_TEACHING)[0] == 0
     assert ending(tmp_path / "killed", GOOD_TEACHING) == ending(tmp_path / "undisturbed", GOOD_TEACHING)
+
+
+def tutored_ending(folder: Path) -> dict:
+    """The tutor's tensors, not its file: a header that `safetensors` writes lists its entries in any order."""
+    record = runs.read_record(pretraining.configure(**TUTORED, output_dir=str(folder)).folder)
+    tensors, _ = checkpoints.read_tensors(record.folder / pretraining.TUTOR_WEIGHTS)
+    return {
+        "history": record.history,
+        "metrics": record.metrics,
+        "best_step": record.best_step,
+        "samples": record.samples,
+        "student": (record.folder / "student" / "model.safetensors").read_bytes(),
+        "tutor": {name: tensor.numpy().tobytes() for name, tensor in tensors.items()},
+        "files": sorted(p.name for p in record.folder.iterdir()),
+    }
+
+
+@pytest.fixture(scope="module")
+def undisturbed_tutoring(processes, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("undisturbed")
+    assert start(processes, folder, None, TUTORED) == (0, False)
+    return tutored_ending(folder)
+
+
+@pytest.mark.parametrize("place", TUTORED_PLACES)
+def test_killed_while_a_tutor_teaches_student_and_tutor_end_the_same(processes, undisturbed_tutoring, tmp_path, place):
+    """Catches masks, draws, the place in the text or the running mean of the rewards that begin anew."""
+    code, hit = start(processes, tmp_path, place, TUTORED)
+    assert hit and code == -signal.SIGKILL
+    assert start(processes, tmp_path, None, TUTORED)[0] == 0
+    assert tutored_ending(tmp_path) == undisturbed_tutoring
 
 
 def test_killed_again_and_again(processes, undisturbed, tmp_path):

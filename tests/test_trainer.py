@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import os
 import signal
+import types
 from pathlib import Path
 
 import pandas as pd
@@ -468,3 +469,76 @@ def test_evaluation_of_others_comes_under_their_names():
     both = trainer.evaluation(student, toy.TASK, splits, others=[teacher])()
     alone = [trainer.evaluation(who, toy.TASK, splits)() for who in (student, teacher)]
     assert both == {**alone[0], **{f"teacher/{name}": value for name, value in alone[1].items()}}
+
+
+class TestLongRuns:
+    """What pretraining asks of the loop: no best weights, batches that are prepared step by step, a limit of time."""
+
+    @staticmethod
+    def train(step=None, folder=None, **options):
+        who, data = toy.student(), toy.encoded()
+        step = step or kd.fine_tuning(who)
+        return who, trainer.train(step, [who], data, SCHEDULE, dict, None, who, folder, **options)
+
+    @pytest.mark.parametrize("in_folder", [False, True])
+    def test_without_select_it_ends_with_the_last_weights(self, tmp_path, in_folder):
+        data, who, seen = toy.encoded(), toy.student(), []
+
+        def worse_each_time():
+            seen.append(checkpoints.module_tensors(who.module))
+            return {"validation/accuracy": -float(len(seen))}
+
+        folder = tmp_path if in_folder else None
+        result = trainer.train(kd.fine_tuning(who), [who], data, SCHEDULE, worse_each_time, None, who, folder)
+        assert result.best_step == 18 and result.best_metrics == {"validation/accuracy": -5.0}
+        assert all(torch.equal(tensor, seen[-1][name]) for name, tensor in who.module.state_dict().items())
+        assert not (tmp_path / trainer.BEST).exists()
+
+    def test_batches_are_prepared_with_the_number_of_their_step_after_a_resume_too(self, tmp_path):
+        numbers, seen = [], []
+
+        def prepare(batch, number):
+            numbers.append(number)
+            return {**batch, "number": torch.tensor(number)}
+
+        def step(batch):
+            seen.append((int(batch["number"]), batch["rows"].tolist()))
+            if len(seen) == 7:
+                os.kill(os.getpid(), signal.SIGINT)
+            return {"loss": 0.0}
+
+        with pytest.raises(TrainingInterruptedError):
+            self.train(step, tmp_path, prepare=prepare)
+        assert len(seen) == 7
+        self.train(step, tmp_path, prepare=prepare)
+        assert numbers == list(range(18))
+        data = toy.encoded()
+        order = trainer.training_batches(data, SCHEDULE, 0, 18)
+        assert seen == [(number, data.rows[positions].tolist()) for number, positions in enumerate(order)]
+
+    def test_when_the_time_is_up_it_saves_and_the_next_call_has_its_own_time(self, tmp_path, monkeypatch):
+        clock = itertools.count()  # each look at it takes a second
+        monkeypatch.setattr(trainer, "time", types.SimpleNamespace(perf_counter=lambda: float(next(clock))))
+        reference, expected = self.train()
+        ended, calls = None, 0
+        while ended is None:
+            calls += 1
+            try:
+                resumed, ended = self.train(folder=tmp_path, max_seconds=5)
+            except TrainingInterruptedError as interruption:
+                assert "run the same command again to go on from" in str(interruption)
+                step = checkpoints.read_tensors(tmp_path / trainer.CHECKPOINT)[1]["training"]["step"]
+                assert f"after step {step} of 18" in str(interruption)
+        assert 2 < calls < 18
+        assert same_weights(reference, resumed)
+        pd.testing.assert_frame_equal(ended.history, expected.history, check_exact=True)
+
+    def test_a_run_that_is_over_is_not_late(self, tmp_path):
+        who, data = toy.student(), toy.encoded()
+        schedule = Schedule(epochs=1, batch_size=48)  # one step
+        result = trainer.train(kd.fine_tuning(who), [who], data, schedule, dict, None, who, tmp_path, max_seconds=1e-9)
+        assert result.best_step == 1
+
+    def test_without_a_folder_the_limit_holds_too(self):
+        with pytest.raises(TrainingInterruptedError, match="after step 1 of 18; nothing was saved"):
+            self.train(max_seconds=1e-9)

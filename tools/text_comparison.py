@@ -27,7 +27,7 @@ WORK = ROOT / "_build" / "text_comparison"
 CORPUS, HUB, STUDENT, SEEDS = "wikisplit", "nyu-mll/glue", "tutor-5.7m", range(3)
 TEXT = {"train_split": "tune+test", "max_length": 64, "batch_size": 32}
 HEAD = {"method": "mlm", "student": models.MINILM, "steps": 500, "learning_rate": 5e-4, "evaluate_every": 250}
-DISTILLED = {"student": STUDENT, "steps": 300, "learning_rate": 1e-3, "evaluate_every": 300}
+DISTILLED = {"student": STUDENT, "steps": 200, "learning_rate": 1e-3, "evaluate_every": 200}
 WAYS: dict[str, dict[str, Any]] = {
     "tutor": {"method": "tutor", "attention": False},
     "soft_labels": {"method": "soft_labels"},

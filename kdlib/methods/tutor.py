@@ -12,6 +12,7 @@ Source: Tutor-KD section 3.  Derived in: chapters/08_policy_gradient, chapters/0
 """
 
 import copy
+import dataclasses
 import math
 import typing
 from collections.abc import Callable, Sequence
@@ -100,8 +101,9 @@ def teacher_reward(
 
     Source: Tutor-KD eqs. (3)-(4).  Derived in: chapters/08_policy_gradient.
     """
-    probabilities = F.softmax(filled_logits.detach(), dim=-1)
-    return _at(probabilities, originals.expand_as(drawn)) - _at(probabilities, drawn)
+    logits = filled_logits.detach()
+    normaliser = logits.logsumexp(-1)  # two probabilities of each row are wanted, not all of them
+    return (_at(logits, originals.expand_as(drawn)) - normaliser).exp() - (_at(logits, drawn) - normaliser).exp()
 
 
 def student_reward(
@@ -375,7 +377,7 @@ class Student(nn.Module):
             self.score, self.projection = nn.Linear(width, 1), nn.Linear(width, teacher_width, bias=False)
 
     def projected(self, states: Float[Tensor, "*positions hidden"]) -> Float[Tensor, "*positions teachers_hidden"]:
-        """H^S W, or the states themselves where the widths agree."""
+        """H^S W."""
         return self.projection(states)
 
     def scores(self, states: Float[Tensor, "*positions hidden"]) -> Float[Tensor, "*positions"]:
@@ -420,8 +422,9 @@ def tutor_kd(
     Source: Tutor-KD section 3.  Derived in: chapters/09_tutor_kd.
     """
     settings = settings or Settings()
+    rewarding = dataclasses.replace(settings, inner_weight=0.0)  # what is inside the networks earns the tutor nothing
 
-    def take(batch: Batch) -> Turn:
+    def take(batch: Batch, settings: Settings = settings) -> Turn:
         return take_turn(student.module, tutor.module, teacher, batch, special, mask, settings)
 
     def together(batch: Batch) -> dict[str, float]:
@@ -439,7 +442,7 @@ def tutor_kd(
         turns: list[Turn] = []
 
         def maximised(piece: Batch) -> Tensor:
-            turns.append(take(piece))
+            turns.append(take(piece, rewarding))
             return _spread(turns[0].tutor(0.0), piece)
 
         def minimised(piece: Batch) -> list[Tensor]:

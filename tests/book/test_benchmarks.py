@@ -3,7 +3,7 @@
 import pandas as pd
 import pytest
 
-from benchmarks import step
+from benchmarks import step, tutor
 
 CASE = ["layers", "hidden", "batch", "tokens", "precision"]
 REFERENCES = {"first": step.FLOOR, "at once": step.AT_ONCE, "double": step.DOUBLE}
@@ -39,3 +39,31 @@ def test_the_ratios_are_those_of_the_columns(table, column, stored, digits, shor
         floor = size.loc[size["way"] == REFERENCES[short], stored].item()
         slack = 0.006 + size[stored] / floor * 10**-digits / floor
         assert ((size[f"{column} / {short}"] - size[stored] / floor).abs() < slack).all()
+
+
+@pytest.fixture(scope="module")
+def tutoring(root) -> pd.DataFrame:
+    return pd.read_csv(root / "data" / "benchmarks" / "tutor.csv")
+
+
+def test_tutor_kd_stands_beside_soft_labels_for_each_of_its_small_students(tutoring):
+    assert {"tutor-5.7m", "tutor-9m"} <= set(tutoring["student"]) and {16, 32} <= set(tutoring["batch"])
+    for _, ways in tutoring.groupby(["student", "batch", "tokens", "precision"])["way"]:
+        assert {tutor.SOFT, tutor.TUTORED} <= set(ways) and ways.is_unique
+
+
+def test_its_ratios_and_tokens_are_those_of_the_columns(tutoring):
+    for _, size in tutoring.groupby(["student", "batch", "tokens", "precision"]):
+        floor = size.loc[size["way"] == tutor.SOFT, "seconds"].item()
+        assert ((size["seconds / soft labels"] - size["seconds"] / floor).abs() < 0.006).all()
+        real = size["tokens / second"] * size["seconds"]
+        assert real.max() <= (size["batch"] * size["tokens"]).max() and real.max() / real.min() < 1.01
+
+
+def test_every_way_of_tutor_kd_makes_a_step():
+    """With few words, so that it is quick."""
+    calls = tutor.ways("tutor-5.7m", tutor.teacher_network("cpu", words=1300), "cpu", "fp32")
+    batch = tutor.batch_of(2, 8, "cpu", words=1300)
+    assert (batch["input_ids"][batch["attention_mask"] == 0] == 0).all() and batch["masked"].any()
+    for step_of in calls.values():
+        assert step_of(batch)["loss"] > 0
