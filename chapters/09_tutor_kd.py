@@ -73,6 +73,7 @@ from kdlib.methods import tutor as tutoring
 
 plots.use_style()
 torch.set_num_threads(1)
+pd.set_option("display.max_colwidth", None)
 
 # %% [markdown]
 # ## Notation
@@ -1105,7 +1106,7 @@ print(
 
 # %% [markdown]
 # What can be said without records: the reward for an easy teacher pays for nonsense, spares copies and fines every plausible alternative; the reward for a hard student pays for nonsense, too, once the student
-# has learned that most words are right; what keeps the tutor from it is the KL term, and at the released weight it keeps it from nearly everything; the attention term of eq. (13) has next to no gradient at the printed weight; REINFORCE with
+# has learned that most words are right; what keeps the tutor from it is the KL term, which in the live run at the released weight keeps it close to its teacher; the attention term of eq. (13) has next to no gradient at the printed weight; REINFORCE with
 # one draw and no baseline is noisy, as chapter 8 measures. None of that says that Tutor-KD does not work with
 # BERT and a million steps. It says that the story told for it, easy and hard, is not what its rewards measure.
 #
