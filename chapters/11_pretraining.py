@@ -186,8 +186,8 @@ axes.legend()
 plt.show()
 
 # %% [markdown]
-# Losses of different methods are different things. They can be compared with themselves, at another step or in another run, and not
-# with each other.
+# Losses of different methods are different things, and cannot be compared. With a tutor not even two points of one curve are quite
+# the same thing: the tutor moves, and with it the words that the student is asked about, so the loss may rise while the student learns.
 #
 # A tutor is paid for two things: r_T, what its words cost the teacher, and r_S, how wrong the student is about them.
 
@@ -199,7 +199,7 @@ for name, label in SHOWN.items():
         axes.plot(history["step"], history[f"validation/{name}"], marker="o", label=label)
 axes.set(xlabel="step", ylabel="mean over masked positions")
 if axes.lines:
-    axes.legend()
+    axes.legend(ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1.0))
 plt.show()
 
 # %% [markdown]
@@ -233,8 +233,8 @@ def untaught(config, folder):
 tuned = {}
 if downstream is not None:
     small = models.is_small(config.student or config.teacher)
-    settings = {"task": downstream, "method": "fine_tune", "epochs": 3, "max_train": 1000, "seed": config.seed}
-    settings |= {"learning_rate": 1e-3 if small else 5e-5, "predict_test": False}
+    settings = {"task": downstream, "method": "fine_tune", "epochs": 4, "max_train": 2000, "seed": config.seed}
+    settings |= {"learning_rate": 2e-3 if small else 5e-5, "predict_test": False}
     settings |= {"device": config.device, "output_dir": config.output_dir}
     students = {
         "distilled": str(record.folder / "student"),
@@ -355,7 +355,7 @@ print(f"{len(found)} records, {len(rows)} of them of pretraining")
 pd.DataFrame(rows).round(2)
 
 # %% [markdown]
-# A loss can be compared with that of another seed of the same method, and with nothing else. What the students reach on the task can be
+# A loss can be compared with that of another seed of the same method, not with another method's. What the students reach on the task can be
 # compared: mean over seeds, in per cent.
 
 # %%
