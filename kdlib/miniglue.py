@@ -1,6 +1,6 @@
 """MiniGLUE: four small tasks in the shape of GLUE, drawn from a seeded grammar whose true posterior is known.
 
-A corpus of unlabelled sentences from the same grammars goes with them, see `sentences`.
+A corpus of unlabelled sentences from the same grammars goes with them, see `corpus_sentences`.
 
 Every example is drawn in the same three steps:
 
@@ -541,7 +541,7 @@ def _distinct(draw: Callable[[random.Random], Draft], count: int, rng: random.Ra
     return iter(drafts)
 
 
-def sentences(held_out: Collection[str], seed: int = 0) -> dict[str, list[str]]:
+def corpus_sentences(held_out: Collection[str], seed: int = 0) -> dict[str, list[str]]:
     """Unlabelled sentences of all four grammars by split, for masked-language-model training: none occurs twice.
 
     The grammars take turns with a draft each, of which every text is a sentence; one that has run out of new sentences
@@ -657,7 +657,7 @@ def write(folder: Path | str) -> None:
                 path = folder / task / f"{split}-{number:05d}-of-{len(shards):05d}.jsonl"
                 path.write_bytes(text.encode())
     (folder / "mini-corpus").mkdir(exist_ok=True)
-    for split, lines in sentences(held_out).items():
+    for split, lines in corpus_sentences(held_out).items():
         (folder / "mini-corpus" / f"{split}.txt").write_bytes("".join(f"{line}\n" for line in lines).encode())
     (folder / "vocab.txt").write_bytes("".join(f"{piece}\n" for piece in vocabulary()).encode())
 

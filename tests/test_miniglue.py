@@ -341,11 +341,11 @@ def test_the_card_states_the_sizes_of_the_corpus_and_of_the_small_grammars(root)
 
 
 def test_the_corpus_leaves_out_what_it_is_told_to():
-    first = miniglue.sentences(())
+    first = miniglue.corpus_sentences(())
     held_out = set(first["validation"])
-    second, other = miniglue.sentences(held_out), miniglue.sentences((), seed=1)
+    second, other = miniglue.corpus_sentences(held_out), miniglue.corpus_sentences((), seed=1)
     assert held_out.isdisjoint(second["train"]) and held_out.isdisjoint(second["validation"])
-    assert first == miniglue.sentences(()) != other
+    assert first == miniglue.corpus_sentences(()) != other
 
 
 def test_words_are_cut_at_their_inflection():
