@@ -153,7 +153,8 @@ print("the first block:", tokenizer.decode(text.encoded.input_ids[start:end])[:2
 
 # %% mystnb={"image": {"alt": "Histogram of the number of word pieces of a block."}, "figure": {"name": "fig-pretraining-lengths", "caption": "How long the blocks are. A batch is padded to its longest block, so blocks of like length are put together."}}
 figure, axes = plt.subplots(figsize=(4.2, 2.0))
-axes.hist(text.encoded.lengths, bins=min(30, int(text.encoded.lengths.max())))
+lengths, blocks = text.encoded.lengths.unique(return_counts=True)
+axes.bar(lengths, blocks, width=1.0)
 axes.set(xlabel="word pieces of a block", ylabel="blocks")
 plt.show()
 
@@ -189,7 +190,8 @@ plt.show()
 # Losses of different methods are different things, and cannot be compared. With a tutor not even two points of one curve are quite
 # the same thing: the tutor moves, and with it the words that the student is asked about, so the loss may rise while the student learns.
 #
-# A tutor is paid for two things: r_T, what its words cost the teacher, and r_S, how wrong the student is about them.
+# A tutor is paid for two things: r_T, how much more probable the original word is to the teacher than the drawn one, on the filled
+# sentence, and r_S, how wrong the student is about the drawn one.
 
 # %% mystnb={"image": {"alt": "Rewards of the tutor and share of copied words against the step, on the held-out text; an empty picture for other methods."}, "figure": {"name": "fig-pretraining-rewards", "caption": "On the held-out blocks: the two rewards, and how often the tutor draws the original word. Empty for a method without a tutor."}}
 SHOWN = {"teacher_reward": "r_T, teacher", "student_reward": "r_S, student", "copied": "original word drawn"}
@@ -203,8 +205,8 @@ if axes.lines:
 plt.show()
 
 # %% [markdown]
-# Where r_S falls, the student has learned to judge what the tutor draws. A tutor that copies the original often leaves the student little to
-# learn: both rewards are then near zero. The numbers at every evaluation; the two `nll` are the teacher's loss on the original words
+# Where r_S falls, the student has learned to judge what the tutor draws. Where the tutor draws the original word r_T is zero; where the
+# teacher likes the drawn word better, it is negative. The numbers at every evaluation; the two `nll` are the teacher's loss on the original words
 # of the filled sentences and the student's on what it imitates:
 
 # %%
