@@ -1,6 +1,6 @@
 """What does a step of Tutor-KD cost, beside plain distillation of soft labels?
 
-    python benchmarks/tutor.py [--device cuda --precision bf16] [--students tutor-5.7m tutor-9m] [--batch 16 32]
+    python benchmarks/tutor.py [--device cuda --precision bf16] [--students tutor-5.7m tutor-9m] [--batch 16]
 
 Tokens per second of whole training steps, updates by AdamW included, padding not counted, and the most memory that
 a step's tensors need at one time (on a GPU as the allocator sees it).  The teacher has MiniLM's shape, six layers of
@@ -122,7 +122,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--precision", default="fp32")
     parser.add_argument("--students", nargs="+", default=["tutor-5.7m", "tutor-9m"])
-    parser.add_argument("--batch", type=int, nargs="+", default=[16, 32])
+    parser.add_argument("--batch", type=int, nargs="+", default=[16])
     parser.add_argument("--tokens", type=int, nargs="+", default=[64])
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--write", action="store_true")

@@ -153,7 +153,8 @@ print("the first block:", tokenizer.decode(text.encoded.input_ids[start:end])[:2
 
 # %% mystnb={"image": {"alt": "Histogram of the number of word pieces of a block."}, "figure": {"name": "fig-pretraining-lengths", "caption": "How long the blocks are. A batch is padded to its longest block, so blocks of like length are put together."}}
 figure, axes = plt.subplots(figsize=(4.2, 2.0))
-axes.hist(text.encoded.lengths, bins=min(30, int(text.encoded.lengths.max())))
+lengths, blocks = text.encoded.lengths.unique(return_counts=True)
+axes.bar(lengths, blocks, width=1.0)
 axes.set(xlabel="word pieces of a block", ylabel="blocks")
 plt.show()
 
@@ -186,10 +187,11 @@ axes.legend()
 plt.show()
 
 # %% [markdown]
-# Losses of different methods are different things. They can be compared with themselves, at another step or in another run, and not
-# with each other.
+# Losses of different methods are different things, and cannot be compared. With a tutor not even two points of one curve are quite
+# the same thing: the tutor moves, and with it the words that the student is asked about, so the loss may rise while the student learns.
 #
-# A tutor is paid for two things: r_T, what its words cost the teacher, and r_S, how wrong the student is about them.
+# A tutor is paid for two things: r_T, how much more probable the original word is to the teacher than the drawn one, on the filled
+# sentence, and r_S, how wrong the student is about the drawn one.
 
 # %% mystnb={"image": {"alt": "Rewards of the tutor and share of copied words against the step, on the held-out text; an empty picture for other methods."}, "figure": {"name": "fig-pretraining-rewards", "caption": "On the held-out blocks: the two rewards, and how often the tutor draws the original word. Empty for a method without a tutor."}}
 SHOWN = {"teacher_reward": "r_T, teacher", "student_reward": "r_S, student", "copied": "original word drawn"}
@@ -199,12 +201,12 @@ for name, label in SHOWN.items():
         axes.plot(history["step"], history[f"validation/{name}"], marker="o", label=label)
 axes.set(xlabel="step", ylabel="mean over masked positions")
 if axes.lines:
-    axes.legend()
+    axes.legend(ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1.0))
 plt.show()
 
 # %% [markdown]
-# Where r_S falls, the student has learned to judge what the tutor draws. A tutor that copies the original often leaves the student little to
-# learn: both rewards are then near zero. The numbers at every evaluation; the two `nll` are the teacher's loss on the original words
+# Where r_S falls, the student has learned to judge what the tutor draws. Where the tutor draws the original word r_T is zero; where the
+# teacher likes the drawn word better, it is negative. The numbers at every evaluation; the two `nll` are the teacher's loss on the original words
 # of the filled sentences and the student's on what it imitates:
 
 # %%
@@ -233,8 +235,8 @@ def untaught(config, folder):
 tuned = {}
 if downstream is not None:
     small = models.is_small(config.student or config.teacher)
-    settings = {"task": downstream, "method": "fine_tune", "epochs": 3, "max_train": 1000, "seed": config.seed}
-    settings |= {"learning_rate": 1e-3 if small else 5e-5, "predict_test": False}
+    settings = {"task": downstream, "method": "fine_tune", "epochs": 4, "max_train": 2000, "seed": config.seed}
+    settings |= {"learning_rate": 2e-3 if small else 5e-5, "predict_test": False}
     settings |= {"device": config.device, "output_dir": config.output_dir}
     students = {
         "distilled": str(record.folder / "student"),
@@ -355,7 +357,7 @@ print(f"{len(found)} records, {len(rows)} of them of pretraining")
 pd.DataFrame(rows).round(2)
 
 # %% [markdown]
-# A loss can be compared with that of another seed of the same method, and with nothing else. What the students reach on the task can be
+# A loss can be compared with that of another seed of the same method, not with another method's. What the students reach on the task can be
 # compared: mean over seeds, in per cent.
 
 # %%
