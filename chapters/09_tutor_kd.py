@@ -784,7 +784,7 @@ print(
 # The counterpart of the paper's Figure 3a. On held-out sentences: the teacher's loss in finding the original word again in what the tutor filled in, and how far the student is from $a^T$, which is $r_S$. (The
 # student's loss itself would mislead: its floor depends on the words that are drawn.)
 
-# %% mystnb={"image": {"alt": "Two panels over the steps of the distillation with a line and a band for each of three strategies, which overlap. Left, the teacher's loss on the filled sentences; right, the student's distance from its target."}, "figure": {"name": "fig-tutor-curves", "caption": "The counterpart of Tutor-KD's Figure 3a, on held-out sentences: mean and one standard deviation over seeds. Left, the teacher's cross entropy for the original words on the filled sentences; right, the student's reward to the tutor."}}
+# %% mystnb={"image": {"alt": "Two panels over the steps of the distillation with a line and a band for each of three strategies. Left, the teacher's loss on the filled sentences; right, the student's distance from its target."}, "figure": {"name": "fig-tutor-curves", "caption": "The counterpart of Tutor-KD's Figure 3a, on held-out sentences: mean and one standard deviation over seeds. Left, the teacher's cross entropy for the original words on the filled sentences; right, the student's reward to the tutor."}}
 figure, panels = plt.subplots(1, 2, figsize=(6.4, 2.5))
 for number, way in enumerate(STRATEGIES[:3]):
     for axes, column in zip(panels, ("validation/teacher_nll", "validation/student_reward"), strict=True):
