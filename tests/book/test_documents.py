@@ -159,14 +159,15 @@ def test_the_commands_that_are_named_exist(root, name):
 
 
 def test_the_parameters_in_the_readme_are_parameters(root):
-    from kdlib import runs  # here, because most tests of this file do not need torch
+    from kdlib import pretraining, runs  # here, because most tests of this file do not need torch
 
     text = (root / "README.md").read_text()
     for line in re.findall(r"papermill [^\n]*", text):
         words = shlex.split(line.split("`")[0], comments=True)
         given = {words[i + 1]: yaml.safe_load(words[i + 2]) for i, word in enumerate(words) if word == "-p"}
+        config = pretraining.PretrainingConfig if "11_pretraining" in words[1] else runs.RunConfig
         for name in given:
-            assert name in runs.RunConfig.__dataclass_fields__, name
+            assert name in config.__dataclass_fields__, name
     for name, value in re.findall(r"`-p (\w+) ([\w/.-]+)`", text):
         runs.configure(**({name: yaml.safe_load(value)} if name != "source" else {}))
 

@@ -66,7 +66,7 @@ def test_the_papers_parameter_file_is_valid_and_says_what_the_paper_says(root):
 def test_a_text_and_a_teacher_of_ones_own_by_another_method(root, tmp_path):
     """Three steps on a file, with a teacher in a folder, then the student goes on to a task as chapter 12 would."""
     lines = (miniglue.folder() / "mini-corpus" / "train.txt").read_text().splitlines()[:60]
-    (tmp_path / "own.txt").write_text("\n".join([*lines, ""]) + "\n", encoding="utf-8")
+    (tmp_path / "own.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
     tokenizer = miniglue.tokenizer()
     runs.save_pretrained(models.load_masked("tiny-2x32", tokenizer), tokenizer, tmp_path / "teacher")
     text = execute(
@@ -84,5 +84,5 @@ def test_a_text_and_a_teacher_of_ones_own_by_another_method(root, tmp_path):
     assert "128 runs of 880 epochs" in text
     (folder,) = (path.parent for path in (tmp_path / "runs").rglob("record.json"))
     settings = {"task": "mini-sst2", "method": "fine_tune", "student": str(folder / "student"), "max_steps": 1}
-    settings |= {"max_train": 8, "max_evaluation": 8, "predict_test": False, "device": "cpu"}
+    settings |= {"max_train": 96, "max_evaluation": 8, "predict_test": False, "device": "cpu"}
     assert runs.run(runs.configure(**settings, output_dir=str(tmp_path / "tuned"))).best_step == 1
