@@ -750,6 +750,9 @@ print(f"and {right[~drew_it].mean():.0%} where it drew another word")
 # What follows is read from records. In each of the ways below a student is distilled on the mini-corpus, then fine-tuned on a part of `mini-sst2` and, from the same start, on a part of `mini-mnli`. A way
 # is run with several seeds; seed by seed, all ways share initial weights, text and masks. So differences are taken within a seed. Tutor-KD's learning rate and the other methods' were chosen by the
 # validation split, with seeds of their own; the variants of Tutor-KD take its.
+#
+# A sentence that occurs in a task's validation or test split is kept out of the corpus. `mini-mnli` has few different sentences, so little of its language is
+# left there; what its scores can gain from the text is mostly grammar.
 
 # %%
 ROOT = Path(runs.__file__).resolve().parents[1]
@@ -1111,7 +1114,7 @@ print(
 # BERT and a million steps. It says that the story told for it, easy and hard, is not what its rewards measure.
 #
 # What cannot be said: our text comes from grammars with few words, our teacher is four layers deep, and a distillation takes a few hundred steps. Where the table says "undecided" it may be too few seeds, and where it says
-# "fails" it may be our size. {doc}`12_glue` has the commands for full runs of other methods.
+# "fails" it may be our size. {doc}`11_pretraining` has the commands for full runs.
 #
 # ## Summary
 #
