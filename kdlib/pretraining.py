@@ -221,8 +221,8 @@ def configure(**parameters: Any) -> PretrainingConfig:
         )
     if config.method in _PREDICTING and config.teacher == models.MINILM:
         problems.append(
-            f"teacher 'minilm' comes without a trained head, and {config.method} asks it for words: train the head "
-            "first (method 'mlm', student 'minilm', trained 'head') and give teacher the folder of that student"
+            f"teacher 'minilm' comes without a trained head, and {config.method} asks it for words: train it "
+            "first (method 'mlm', student 'minilm') and give teacher the folder of that student"
         )
     if config.method == "tutor" and config.temperature is not None and 0 < config.temperature < 1:
         problems.append(f"temperature is {config.temperature}; the tutor's divides probabilities: expected 1 or more")
