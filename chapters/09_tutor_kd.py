@@ -73,6 +73,7 @@ from kdlib.methods import tutor as tutoring
 
 plots.use_style()
 torch.set_num_threads(1)
+pd.set_option("display.max_colwidth", None)
 
 # %% [markdown]
 # ## Notation
@@ -749,6 +750,9 @@ print(f"and {right[~drew_it].mean():.0%} where it drew another word")
 # What follows is read from records. In each of the ways below a student is distilled on the mini-corpus, then fine-tuned on a part of `mini-sst2` and, from the same start, on a part of `mini-mnli`. A way
 # is run with several seeds; seed by seed, all ways share initial weights, text and masks. So differences are taken within a seed. Tutor-KD's learning rate and the other methods' were chosen by the
 # validation split, with seeds of their own; the variants of Tutor-KD take its.
+#
+# A sentence that occurs in a task's validation or test split is kept out of the corpus. `mini-mnli` has few different sentences, so little of its language is
+# left there; what its scores can gain from the text is mostly grammar.
 
 # %%
 ROOT = Path(runs.__file__).resolve().parents[1]
@@ -783,7 +787,7 @@ print(
 # The counterpart of the paper's Figure 3a. On held-out sentences: the teacher's loss in finding the original word again in what the tutor filled in, and how far the student is from $a^T$, which is $r_S$. (The
 # student's loss itself would mislead: its floor depends on the words that are drawn.)
 
-# %% mystnb={"image": {"alt": "Two panels over the steps of the distillation with a line and a band for each of three strategies, which overlap. Left, the teacher's loss on the filled sentences; right, the student's distance from its target."}, "figure": {"name": "fig-tutor-curves", "caption": "The counterpart of Tutor-KD's Figure 3a, on held-out sentences: mean and one standard deviation over seeds. Left, the teacher's cross entropy for the original words on the filled sentences; right, the student's reward to the tutor."}}
+# %% mystnb={"image": {"alt": "Two panels over the steps of the distillation with a line and a band for each of three strategies. Left, the teacher's loss on the filled sentences; right, the student's distance from its target."}, "figure": {"name": "fig-tutor-curves", "caption": "The counterpart of Tutor-KD's Figure 3a, on held-out sentences: mean and one standard deviation over seeds. Left, the teacher's cross entropy for the original words on the filled sentences; right, the student's reward to the tutor."}}
 figure, panels = plt.subplots(1, 2, figsize=(6.4, 2.5))
 for number, way in enumerate(STRATEGIES[:3]):
     for axes, column in zip(panels, ("validation/teacher_nll", "validation/student_reward"), strict=True):
@@ -1105,12 +1109,12 @@ print(
 
 # %% [markdown]
 # What can be said without records: the reward for an easy teacher pays for nonsense, spares copies and fines every plausible alternative; the reward for a hard student pays for nonsense, too, once the student
-# has learned that most words are right; what keeps the tutor from it is the KL term, and at the released weight it keeps it from nearly everything; the attention term of eq. (13) has next to no gradient at the printed weight; REINFORCE with
+# has learned that most words are right; what keeps the tutor from it is the KL term, which in the live run at the released weight keeps it close to its teacher; the attention term of eq. (13) has next to no gradient at the printed weight; REINFORCE with
 # one draw and no baseline is noisy, as chapter 8 measures. None of that says that Tutor-KD does not work with
 # BERT and a million steps. It says that the story told for it, easy and hard, is not what its rewards measure.
 #
 # What cannot be said: our text comes from grammars with few words, our teacher is four layers deep, and a distillation takes a few hundred steps. Where the table says "undecided" it may be too few seeds, and where it says
-# "fails" it may be our size. {doc}`12_glue` has the commands for full runs of other methods.
+# "fails" it may be our size. {doc}`11_pretraining` has the commands for full runs.
 #
 # ## Summary
 #

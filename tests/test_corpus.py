@@ -483,6 +483,16 @@ def test_an_interrupted_write_leaves_nothing(text, tmp_path, monkeypatch):
     assert list((tmp_path / "kept").iterdir()) == []
 
 
+def test_a_cache_file_appears_complete_or_not_at_all(text, tmp_path, monkeypatch):
+    def killed(temporary, path):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        load(text(LINES), TOKENIZER, cache=tmp_path / "kept")
+    assert list((tmp_path / "kept").iterdir()) == []
+
+
 def test_a_cache_that_cannot_be_made_is_known_before_the_work(text, tmp_path):
     tokenizer = Counting()
     (tmp_path / "file").touch()
@@ -624,6 +634,14 @@ def test_masks_and_corruption_are_drawn_apart(batch, monkeypatch):
     assert both.any() and torch.equal(before["corrupted"][both], everything["corrupted"][both])
     scores = [torch.rand(4, generator=corpus._generator(0, 3, stream)) for stream in (0, 1)]
     assert not torch.equal(*scores)
+
+
+def test_what_becomes_of_a_word_does_not_depend_on_why_it_was_chosen():
+    """With one generator for both draws the chosen words, those of low scores, would all become the mask."""
+    words = torch.randint(5, VOCABULARY, (500, 40), generator=torch.Generator().manual_seed(0))
+    drawn = Masking(SPECIAL, MASK, VOCABULARY)({"input_ids": words}, 0)
+    hidden = drawn["corrupted"][drawn["masked"]] == MASK
+    assert abs(hidden.double().mean() - 0.8) < 4 * math.sqrt(0.8 * 0.2 / len(hidden))
 
 
 def test_the_seeds_are_fixed():
