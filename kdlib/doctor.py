@@ -207,6 +207,7 @@ def eager_derivative() -> Finding:
     """The forward-mode derivative of a tiny BERT, as the chapters take it, against a central difference in float64."""
     import torch
     from torch.func import functional_call, jvp
+    from transformers import BertForSequenceClassification
 
     from kdlib import models
 
@@ -215,7 +216,7 @@ def eager_derivative() -> Finding:
     config = models.tiny_config("tiny-1x32", vocab_size=16, num_labels=3)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = models.BertForSequenceClassification._from_config(config, attn_implementation=models.FAST_ATTENTION)
+        model = BertForSequenceClassification._from_config(config, attn_implementation=models.FAST_ATTENTION)
     model = model.double().eval()
     ids = torch.tensor([[2, 5, 6, 3], [2, 7, 3, 0]])
     weights = dict(model.named_parameters())

@@ -7,6 +7,7 @@ and compares student, history and metrics with an undisturbed run, bit for bit.
 import multiprocessing
 import os
 import signal
+from multiprocessing import forkserver
 from pathlib import Path
 
 import pytest
@@ -132,7 +133,8 @@ def processes():
     """Children of a server that has imported everything but computed nothing: quick to start and safe to fork."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.test_resume"])
-    return context
+    yield context
+    forkserver._forkserver._stop()  # or it stays, as large as torch, and other tests measure it with their children
 
 
 def start(processes, folder: Path, place: str | None = None, parameters: dict = CONFIG) -> tuple[int, bool]:

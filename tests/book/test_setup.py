@@ -153,11 +153,11 @@ def test_ci_runs_what_the_readme_says(root):
 
 
 def test_the_papers_parameter_files_are_valid(root):
-    from kdlib import runs  # here, because the other tests of this file do not need torch
+    from kdlib import pretraining, runs  # here, because the other tests of this file do not need torch
 
     files = sorted((root / "configs").glob("*.yml"))
-    assert [file.stem for file in files] == ["ikd", "lgtm", "metadistil", "tutor_kd"]
+    assert [file.stem for file in files] == ["ikd", "lgtm", "metadistil", "tutor_kd", "tutor_kd_pretraining"]
     for file in files:
         parameters = yaml.safe_load(file.read_text())
-        config = runs.configure(**parameters)
+        config = (pretraining if file.stem.endswith("pretraining") else runs).configure(**parameters)
         assert {name: getattr(config, name) for name in parameters} == parameters, file.name
