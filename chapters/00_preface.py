@@ -154,18 +154,18 @@ print("ready")
 # %% [markdown]
 # ## The chapters
 #
-# | | chapter | |
-# |---|---|---|
-# | 1 | [What is distilled, and why?](01_distillation.ipynb) | |
-# | 2 | Influence: which example helped? | planned |
-# | 3 | Finite differences | planned |
-# | 4 | Teachers that learn along: online distillation | planned |
-# | 5 | Pilot updates: MetaDistil | planned |
-# | 6 | Student feedback: IKD | planned |
-# | 7 | Good teachers: LGTM | planned |
-# | 8 | Policy gradients | planned |
-# | 9 | The tutor: Tutor-KD | planned |
-# | 11 | Pretraining | planned |
-# | 12 | [Full GLUE runs](12_glue.ipynb) | |
+# | | chapter |
+# |---|---|
+# | 1 | [What is distilled, and why?](01_distillation.ipynb) |
+# | 2 | Which example helped? |
+# | 3 | What does a derivative along one direction cost, and how exact is it? |
+# | 4 | What changes when the teacher learns while it teaches? |
+# | 5 | Can a teacher learn from its student, and why try the lesson on a copy? |
+# | 6 | What can a student tell its teacher? |
+# | 7 | Does it help to weigh a teacher's lessons by their influence? |
+# | 8 | How does a network learn from words that it has drawn? |
+# | 9 | Does a student learn more from text that is easy for its teacher and hard for itself? |
+# | 11 | Full pretraining runs |
+# | 12 | [Full GLUE runs](12_glue.ipynb) |
 #
-# Read chapter 1 next. If you have come to run experiments on GLUE, chapter 12 stands on its own.
+# Read chapter 1 next. If you have come to run experiments, chapter 12 (GLUE) and chapter 11 (text without labels) stand on their own.
