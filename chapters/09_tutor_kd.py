@@ -787,9 +787,9 @@ print(
 # The counterpart of the paper's Figure 3a. On held-out sentences: the teacher's loss in finding the original word again in what the tutor filled in, and how far the student is from $a^T$, which is $r_S$. (The
 # student's loss itself would mislead: its floor depends on the words that are drawn.)
 
-# %% mystnb={"image": {"alt": "Two panels over the steps of the distillation with a line and a band for each of three strategies. Left, the teacher's loss on the filled sentences; right, the student's distance from its target."}, "figure": {"name": "fig-tutor-curves", "caption": "The counterpart of Tutor-KD's Figure 3a, on held-out sentences: mean and one standard deviation over seeds. Left, the teacher's cross entropy for the original words on the filled sentences; right, the student's reward to the tutor."}}
-figure, panels = plt.subplots(1, 2, figsize=(6.4, 2.5))
-for number, way in enumerate(STRATEGIES[:3]):
+# %% mystnb={"image": {"alt": "Two panels over the steps of the distillation with a line and a band for Tutor-KD and each of four other strategies. Left, the teacher's loss on the filled sentences; right, the student's distance from its target."}, "figure": {"name": "fig-tutor-curves", "caption": "The counterpart of Tutor-KD's Figure 3a, on held-out sentences: mean and one standard deviation over seeds. Left, the teacher's cross entropy for the original words on the filled sentences; right, the student's reward to the tutor."}}
+figure, panels = plt.subplots(1, 2, figsize=(5.8, 2.5))
+for number, way in enumerate(STRATEGIES):
     for axes, column in zip(panels, ("validation/teacher_nll", "validation/student_reward"), strict=True):
         steps, values = curve(way, column)
         plots.band(axes, steps, values, label=way, color=f"C{number}")
@@ -1124,7 +1124,7 @@ print(
 # | what every word would earn | {numref}`fig-tutor-words` | Figure 2 |
 # | hidden states and attention, without padding | {eq}`eq-tutor-hidden`, {eq}`eq-tutor-inter` | eqs. (12)-(14) |
 # | a step from small parts, with the library's gradients | {eq}`eq-tutor-student`, {eq}`eq-tutor-total` | eqs. (7), (8) |
-# | losses of teacher and student under three strategies | {numref}`fig-tutor-curves` | Figure 3a |
+# | losses of teacher and student under the sampling strategies | {numref}`fig-tutor-curves` | Figure 3a |
 # | scores after fine-tuning | {numref}`fig-tutor-scores`, "Does the student learn more?" | Tables 1-5, Figure 3b |
 # | eight sentences that nobody chose | "A case study" | Table 6 |
 #
