@@ -1,7 +1,7 @@
 """`make experiments`: fine-tune the book's teachers and make the run records that the chapters read.
 
-`python -m tools.experiments --choose` shows how the students' settings were chosen: by the validation split, with
-seeds of their own.
+`python -m tools.experiments --choose 05_pilot_updates` writes data/choices/05_pilot_updates.csv: the validation
+accuracy of the settings that were tried, with seeds of their own.  A chapter's settings are the best of its table.
 
 A run that has a record under data/runs is skipped unless --force is given, so an interrupted command goes on where it
 was.  Every run uses one thread: the records then agree bit for bit on processors of one kind.
@@ -20,12 +20,15 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("KDLIB_PROGRESS", "0")
 
+import pandas as pd
+from tqdm.auto import tqdm
+
 from kdlib import models, runs
 from kdlib.runs import RunConfig
 from tools import influence_records, static_records, tutor_records
 
 ROOT = Path(__file__).resolve().parents[1]
-RECORDS, TEACHERS = ROOT / "data" / "runs", ROOT / "data" / "teachers"
+RECORDS, TEACHERS, CHOICES = ROOT / "data" / "runs", ROOT / "data" / "teachers", ROOT / "data" / "choices"
 WORK = ROOT / "_build" / "experiments"
 
 TEACHER_TASKS = ("mini-sst2", "mini-mnli")
@@ -190,7 +193,7 @@ META_SWEEPS = {
 }
 """What chapter 5 changes in META_SETTINGS, one field at a time."""
 META_STUDENT_RATES = {"mini-sst2": 4e-3, "mini-mnli": 2e-3}
-META_RATES = {"mini-sst2": 3e-5, "mini-mnli": 1e-4}
+META_RATES = {"mini-sst2": 3e-5, "mini-mnli": 1e-5}
 """Of the students, and of the teacher while it teaches, in chapter 5; see `meta_candidates`."""
 SAVINGS = ({"tangent": "forward-difference"}, {"feedback_every": 2}, {"feedback_layers": 1})
 """What makes a step of LGTM cheaper; chapter 7 compares each with the same runs without it."""
@@ -213,31 +216,35 @@ def candidates() -> Iterator[RunConfig]:
 
 
 def online_candidates() -> Iterator[RunConfig]:
-    """Chapter 4's ways to train a student at several rates, with a seed that no record uses.
+    """Chapter 4's ways to train a student at three rates, and the online teachers' around them; seeds of no record.
 
-    The two online methods differ by the order of the updates only and share their rates.  Two points below the best of
-    the square were tried with one of them.
+    The two online methods differ by the order of the updates only and share their rates.
     """
-    for task in TEACHER_TASKS:
-        settings = {"output_dir": str(WORK / "online_candidates")}
-        for rate, method in itertools.product((2e-3, 4e-3), ("fine_tune", "kd")):
-            yield online_run(task, method, 100, learning_rate=rate, **settings)
-        for rate, method, teaching_rate in itertools.product((2e-3, 4e-3), ("prokt", "dml"), (1e-3, 2e-3)):
-            yield online_run(task, method, 100, learning_rate=rate, teaching_rate=teaching_rate, **settings)
-        for rate, teaching_rate in ((1e-3, 1e-3), (2e-3, 5e-4)):
-            yield online_run(task, "dml", 100, learning_rate=rate, teaching_rate=teaching_rate, **settings)
+    folder = {"output_dir": str(WORK / "online_candidates")}
+    pairs = [*itertools.product((2e-3, 4e-3), (1e-3, 2e-3)), (1e-3, 1e-3), (2e-3, 5e-4)]
+    for task, seed in itertools.product(TEACHER_TASKS, CHOOSING):
+        for rate, method in itertools.product((1e-3, 2e-3, 4e-3), ("fine_tune", "kd")):
+            yield online_run(task, method, seed, learning_rate=rate, **folder)
+        for (rate, teaching_rate), method in itertools.product(pairs, ("prokt", "dml")):
+            yield online_run(task, method, seed, learning_rate=rate, teaching_rate=teaching_rate, **folder)
 
 
 def meta_candidates() -> Iterator[RunConfig]:
-    """Chapter 5's student at several rates and its teacher at four, three seeds that no record uses."""
+    """Chapter 5's student at four rates and its teacher at six, three seeds that no record uses.
+
+    The student's rate is the best on average for a fixed teacher and for MetaDistil, which is tried at two of them with
+    a teacher's rate of 3e-5.  The teacher's is the best on average for MetaDistil's ways, so that these differ by the
+    pilot alone.
+    """
     folder = {"output_dir": str(WORK / "meta_candidates")}
     for task in TEACHER_TASKS:
         for rate, seed in itertools.product((1e-3, 2e-3, 4e-3, 8e-3), CHOOSING):
             yield meta_run(task, "kd", seed, learning_rate=rate, **folder)
-        for rate, seed in itertools.product((2e-3, 4e-3), CHOOSING):
-            yield meta_run(task, "metadistil", seed, learning_rate=rate, **folder)
-        for rate, seed in itertools.product((3e-5, 1e-4, 3e-4, 1e-3), CHOOSING):
-            yield meta_run(task, "metadistil", seed, teaching_rate=rate, **folder)
+        for rate, seed in itertools.product({2e-3, 4e-3} - {META_STUDENT_RATES[task]}, CHOOSING):
+            yield meta_run(task, "metadistil", seed, learning_rate=rate, teaching_rate=3e-5, **folder)
+        ways = [{}, {"pilot_update": False}] + [{"pilot_rule": "adamw"}] * (task == "mini-mnli")
+        for way, rate, seed in itertools.product(ways, (3e-6, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3), CHOOSING):
+            yield meta_run(task, "metadistil", seed, teaching_rate=rate, **way, **folder)
 
 
 def feedback_candidates() -> Iterator[RunConfig]:
@@ -257,34 +264,53 @@ def feedback_candidates() -> Iterator[RunConfig]:
 
 
 def lgtm_candidates() -> Iterator[RunConfig]:
-    """Chapter 7's teacher at three rates, online and with LGTM's "weighted"; three seeds that no record uses.
+    """Chapter 7's teacher at three rates, online and with LGTM's terms; three seeds that no record uses.
 
-    The other influence terms take the rate over.
+    All share the rate that is best for them on average, so that they differ by the influence term alone.
     """
     folder = {"output_dir": str(WORK / "lgtm_candidates")}
-    for method, rate, seed in itertools.product(("prokt", "lgtm"), (1e-4, 3e-4, 1e-3), CHOOSING):
-        yield lgtm_run(method, seed, teaching_rate=rate, **folder)
+    half_as_long = {"influence": "meta", "influence_share": 0.5}
+    terms = [half_as_long, *({"influence": kind} for kind in ("weighted", "printed", "released"))]
+    ways = [("prokt", {}), *(("lgtm", term) for term in terms)]
+    for (method, way), rate, seed in itertools.product(ways, (1e-4, 3e-4, 1e-3), CHOOSING):
+        yield lgtm_run(method, seed, teaching_rate=rate, **way, **folder)
 
 
-def all_candidates() -> Iterator[RunConfig]:
-    """Everything that `choose` looks at."""
-    for some in (candidates, online_candidates, meta_candidates, feedback_candidates, lgtm_candidates):
-        yield from some()
+CANDIDATES = {
+    "01_distillation": (candidates, ("task", "learning_rate")),
+    "04_online_distillation": (online_candidates, ("task", "method", "learning_rate", "teaching_rate")),
+    "05_pilot_updates": (
+        meta_candidates,
+        ("task", "method", "pilot_update", "pilot_rule", "learning_rate", "teaching_rate"),
+    ),
+    "06_student_feedback": (
+        feedback_candidates,
+        ("task", "method", "learning_rate", "meta_weight", "teaching_rate", "pkd_weight"),
+    ),
+    "07_good_teachers": (lgtm_candidates, ("task", "method", "influence", "teaching_rate")),
+}
+"""For each chapter what was tried before its records were made, and the fields that tell the trials apart."""
 
 
-def choose(pool: Pool) -> None:
-    """Print what the validation split says of each candidate; the test split is not looked at."""
-    for _ in pool.imap_unordered(runs.run, all_candidates()):
-        pass
-    for folder, by in (
-        ("candidates", ("task", "learning_rate")),
-        ("online_candidates", ("method", "learning_rate", "teaching_rate")),
-        ("meta_candidates", ("task", "method", "learning_rate", "teaching_rate")),
-        ("feedback_candidates", ("task", "method", "learning_rate", "meta_weight", "teaching_rate", "pkd_weight")),
-        ("lgtm_candidates", ("task", "method", "teaching_rate")),
-    ):
-        table = runs.results(WORK / folder, by=by)
-        print(table[table["metric"] == "validation/accuracy"].to_string(index=False))
+def choose(pool: Pool, chapter: str) -> None:
+    """Write what the validation split says of a chapter's candidates; the test split is not looked at."""
+    configs, by = CANDIDATES[chapter]
+    records = tqdm(pool.imap(runs.run, configs()), chapter, total=len(list(configs())))
+    rows = [{name: r.config.get(name) for name in by} | validated(r) for r in records]
+    grouped = pd.DataFrame(rows).groupby(list(by), dropna=False)
+    table = grouped["accuracy"].agg(["mean", "std", "count"]).join(grouped["teacher"].mean())
+    CHOICES.mkdir(exist_ok=True)
+    temporary = CHOICES / f".{chapter}.tmp"
+    table.round(5).to_csv(temporary)
+    temporary.replace(CHOICES / f"{chapter}.csv")
+
+
+def validated(record: runs.RunRecord) -> dict[str, float]:
+    """The student's accuracy on the validation split, and that of a teacher that was trained along with it."""
+    return {
+        "accuracy": record.metrics["validation/accuracy"],
+        "teacher": record.metrics.get("teacher/validation/accuracy", float("nan")),
+    }
 
 
 def make_teacher(config: RunConfig) -> None:
@@ -340,14 +366,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--force", action="store_true", help="compute runs again that have a record")
     parser.add_argument("--processes", type=int, default=2, help="runs side by side")
-    parser.add_argument("--choose", action="store_true", help="compare settings of the students and stop")
+    parser.add_argument("--choose", nargs="+", choices=CANDIDATES, help="compare settings of these chapters and stop")
     arguments = parser.parse_args()
     if arguments.force:
         for folder in (RECORDS, TEACHERS, WORK):
             shutil.rmtree(folder, ignore_errors=True)
     with get_context("spawn").Pool(arguments.processes) as pool:
         if arguments.choose:
-            choose(pool)
+            for chapter in arguments.choose:
+                choose(pool, chapter)
         else:
             make_records(pool)
         pool.close()
