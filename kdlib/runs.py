@@ -963,6 +963,22 @@ def book_records(chapter: str) -> list[RunRecord]:
     return [read_record(path) for path in paths]
 
 
+def book_choices(chapter: str) -> pd.DataFrame:
+    """What was tried before a chapter's records were made, `data/choices/<chapter>.csv`: a row for each setting.
+
+    Columns: the settings' fields, then mean and std of the validation accuracy over the seeds that choose, their
+    count, and the mean accuracy of a teacher that was trained along (NaN without one), all as fractions.
+
+    Raises FileNotFoundError in an installation without the repository's data.
+    """
+    path = Path(kdlib.__file__).resolve().parents[1] / "data" / "choices" / f"{chapter}.csv"
+    if not path.exists():
+        raise FileNotFoundError(
+            f"no table of choices {path}: `python -m tools.experiments --choose {chapter}` writes it"
+        )
+    return pd.read_csv(path)
+
+
 def is_record(path: Path) -> bool:
     """Whether a file holds a `RunRecord`; a chapter may keep records of its own form beside them."""
     return path.name == RECORD or (path.suffix == ".json" and '"run_id"' in path.read_text()[:40])

@@ -1,52 +1,27 @@
 """Chapter 11 as its users run it: papermill with parameters, on the embedded text and on a file of one's own."""
 
-import ast
 import dataclasses
-from pathlib import Path
 
-import jupytext
 import papermill
 import pytest
 import yaml
 
 from kdlib import miniglue, models, pretraining, runs
+from tests.forms import execute, offered
 
 CHAPTER = "chapters/11_pretraining.py"
 EXTRA = {"downstream": "mini-sst2"}  # what the form offers beside the fields of the configuration
 
 
-def cells(root: Path):
-    return jupytext.read(root / CHAPTER).cells
-
-
-def execute(root: Path, folder: Path, **parameters) -> str:
-    """Run the chapter from its source; return the executed notebook's printed text."""
-    notebook = folder / "chapter.ipynb"
-    jupytext.write(jupytext.read(root / CHAPTER), notebook)
-    out = folder / "out.ipynb"
-    parameters = {"output_dir": str(folder / "runs"), "device": "cpu", **parameters}
-    papermill.execute_notebook(
-        notebook, out, parameters, cwd=folder, kernel_name="python3", progress_bar=False, log_output=False
-    )
-    outputs = [output for cell in jupytext.read(out).cells for output in cell.get("outputs", [])]
-    return "".join(output.get("text", "") for output in outputs)
-
-
 def test_the_form_offers_every_parameter_with_its_default(root):
     """The parameters cell and PretrainingConfig are two lists of the same things; this keeps them one."""
-    (cell,) = [cell for cell in cells(root) if "parameters" in cell.metadata.get("tags", [])]
-    offered = {
-        node.targets[0].id: ast.literal_eval(node.value)
-        for node in ast.parse(cell.source).body
-        if isinstance(node, ast.Assign)
-    }
     defaults = {field.name: field.default for field in dataclasses.fields(pretraining.PretrainingConfig)}
-    assert offered == defaults | EXTRA
+    assert offered(root / CHAPTER) == defaults | EXTRA
 
 
 def test_a_misspelt_parameter_stops_before_any_work(root, tmp_path):
     with pytest.raises(papermill.PapermillExecutionError, match=r"unknown parameter 'stpes'; did you mean 'steps'"):
-        execute(root, tmp_path, stpes=2)
+        execute(root / CHAPTER, tmp_path, stpes=2)
     assert not (tmp_path / "runs").exists()
 
 
@@ -70,7 +45,7 @@ def test_a_text_and_a_teacher_of_ones_own_by_another_method(root, tmp_path):
     tokenizer = miniglue.tokenizer()
     runs.save_pretrained(models.load_masked("tiny-2x32", tokenizer), tokenizer, tmp_path / "teacher")
     text = execute(
-        root,
+        root / CHAPTER,
         tmp_path,
         corpus="own.txt",
         teacher="teacher",
