@@ -295,14 +295,23 @@ def run(config: PretrainingConfig) -> RunRecord:
 
     The folder then holds `record.json` and the student as a folder for `from_pretrained`: a masked language model where
     the method has trained its head, else the encoder; with a tutor also its weights.  An interrupted run goes on from
-    its checkpoint and ends as it would have.
+    its checkpoint and ends as it would have.  A run that another process computes is waited for.
 
     Raises what corpus, models and trainer raise, before any work is done where that is possible;
     `trainer.TrainingInterruptedError` when `max_seconds` are over.
     """
+
+    def finished() -> bool:
+        return config.resume and (config.folder / runs.RECORD).exists()
+
+    if finished():
+        return runs.read_record(config.folder)
+    with trainer.alone_in(config.folder):
+        return runs.read_record(config.folder) if finished() else _compute(config)
+
+
+def _compute(config: PretrainingConfig) -> RunRecord:
     folder = config.folder
-    if config.resume and (folder / runs.RECORD).exists():
-        return runs.read_record(folder)
     trainer.prepare_folder(folder)
     (folder / runs.RECORD).unlink(missing_ok=True)
     accelerator = accelerator_for(config.device, config.precision)

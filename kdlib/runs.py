@@ -580,13 +580,22 @@ def run(config: RunConfig) -> RunRecord:
     """Compute a run, or return its record if it is finished already.
 
     The folder then holds `record.json`, the student as a folder for `from_pretrained`, and GLUE-format predictions of
-    the test split.  An interrupted run goes on from its checkpoint.
+    the test split.  An interrupted run goes on from its checkpoint.  A run that another process computes is waited for.
 
     Raises what data, models and trainer raise; before any work is done where that is possible.
     """
+
+    def finished() -> bool:
+        return config.resume and (config.folder / RECORD).exists()
+
+    if finished():
+        return read_record(config.folder)
+    with trainer.alone_in(config.folder):
+        return read_record(config.folder) if finished() else _compute(config)
+
+
+def _compute(config: RunConfig) -> RunRecord:
     folder = config.folder
-    if config.resume and (folder / RECORD).exists():
-        return read_record(folder)
     trainer.prepare_folder(folder)
     (folder / RECORD).unlink(missing_ok=True)
     accelerator = accelerator_for(config.device, config.precision)

@@ -21,6 +21,7 @@ import pandas as pd
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
+from filelock import FileLock, Timeout
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -30,7 +31,7 @@ from kdlib.methods import Step
 from kdlib.models import predict
 from kdlib.progress import bar, line
 
-CHECKPOINT, BEST = "checkpoint.safetensors", "best.safetensors"
+CHECKPOINT, BEST, LOCK = "checkpoint.safetensors", "best.safetensors", ".lock"
 
 
 @dataclass(frozen=True)
@@ -280,21 +281,49 @@ def training_batch(encoded: glue.Encoded, indices: list[int], device: torch.devi
 
 
 def prepare_folder(folder: Path) -> None:
-    """Create `folder` and see that it can be written, before any work is done.
+    """Create `folder`, see that it can be written, before any work is done, and clear what a killed run left.
 
     Raises CheckpointError that names the folder and the remedy.
     """
-    try:
+    with _writing_to(folder):
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / ".writable"
         probe.touch()
         probe.unlink()
         for stale in folder.glob(".*.tmp"):  # left by a run that was killed while it wrote
             shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
+
+
+@contextmanager
+def _writing_to(folder: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         raise checkpoints.CheckpointError(
             f"cannot write to {folder} ({error.strerror or error}): choose another output_dir"
         ) from error
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Create `folder`; keep others out who compute the same run, or wait until they have left.
+
+    A process that is killed leaves too: its lock is the operating system's.
+
+    Raises CheckpointError if `folder` cannot be written.
+    """
+    lock = FileLock(folder / LOCK)
+    with _writing_to(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire(blocking=False)
+        except Timeout:
+            line(f"{folder.name} is being computed by another process: waiting for it")
+            lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _check_disjoint(encoded: glue.Encoded, feedback: glue.Encoded) -> None:

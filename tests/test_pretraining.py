@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 import shutil
+from concurrent.futures import ThreadPoolExecutor, wait
 
 import pandas as pd
 import pytest
@@ -235,7 +236,7 @@ class TestRun:
             assert logged <= {name.removeprefix("validation/") for name in record.metrics}
             assert {"train_tutor_loss", "train_copied"} <= set(last)
         files = {"record.json", "student"} | ({pretraining.TUTOR_WEIGHTS} if method == "tutor" else set())
-        assert {path.name for path in record.folder.iterdir()} == files
+        assert {path.name for path in record.folder.iterdir()} == files | {trainer.LOCK}
         assert record.samples == {
             "train": 57,
             "validation": 3,
@@ -399,6 +400,17 @@ class TestErrorsBeforeAnyWork:
             self.run(quick, tmp_path, corpus=str(tmp_path / "absent.txt"))
         with pytest.raises(OSError, match="cannot load"):
             self.run(quick, tmp_path, teacher=str(tmp_path / "absent"))
+
+    def test_a_run_that_another_process_computes_is_waited_for(self, quick, tmp_path, monkeypatch):
+        config = pretraining.configure(**{**quick, "output_dir": str(tmp_path)})
+        monkeypatch.setattr(pretraining, "_compute", lambda config: pytest.fail("computed a second time"))
+        monkeypatch.setattr(runs, "read_record", lambda folder: folder)
+        with ThreadPoolExecutor(1) as pool:
+            with trainer.alone_in(config.folder):
+                waiting = pool.submit(pretraining.run, config)
+                assert not wait([waiting], timeout=0.5).done
+                (config.folder / runs.RECORD).touch()
+            assert waiting.result(30) == config.folder
 
     def test_a_folder_that_cannot_be_written(self, quick, tmp_path):
         (tmp_path / "file").write_text("in the way")

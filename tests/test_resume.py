@@ -265,6 +265,6 @@ def test_the_checkpoint_is_small_and_one_file(processes, tmp_path):
     code, _ = start(processes, tmp_path, "student-between-checkpoints")
     assert code == -signal.SIGKILL
     folder = runs.configure(**CONFIG, output_dir=str(tmp_path)).folder
-    assert sorted(p.name for p in folder.iterdir()) == [trainer.BEST, trainer.CHECKPOINT]
+    assert sorted(p.name for p in folder.iterdir()) == [trainer.LOCK, trainer.BEST, trainer.CHECKPOINT]
     step = checkpoints.read_tensors(folder / trainer.CHECKPOINT)[1]["training"]["step"]
     assert step == 4

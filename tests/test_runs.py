@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import shutil
+from concurrent.futures import ThreadPoolExecutor, wait
 
 import numpy as np
 import pandas as pd
@@ -9,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from kdlib import glue, models, runs
+from kdlib import glue, models, runs, trainer
 from kdlib.runs import ConfigurationError
 
 QUICK = {
@@ -43,6 +45,18 @@ def test_others_may_read_the_student(record, tmp_path):
     plain.touch()
     files = list((record.folder / runs.STUDENT).iterdir())
     assert {file.stat().st_mode for file in files} == {plain.stat().st_mode} and len(files) > 2
+
+
+def test_a_run_that_another_process_computes_is_waited_for(record, config, tmp_path, monkeypatch):
+    """The runs that share a teacher start side by side; one of them fine-tunes it."""
+    monkeypatch.setattr(runs, "_compute", lambda config: pytest.fail("computed a second time"))
+    other = dataclasses.replace(config, output_dir=str(tmp_path))
+    with ThreadPoolExecutor(1) as pool:
+        with trainer.alone_in(other.folder):
+            waiting = pool.submit(runs.run, other)
+            assert not wait([waiting], timeout=0.5).done
+            shutil.copy(record.folder / runs.RECORD, other.folder)
+        assert waiting.result(30).metrics == record.metrics
 
 
 class TestConfigure:

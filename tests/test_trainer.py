@@ -4,7 +4,10 @@ import dataclasses
 import itertools
 import os
 import signal
+import threading
+import time
 import types
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pandas as pd
@@ -276,6 +279,36 @@ def test_a_read_only_folder_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(Path, "touch", refused)  # the tests may run as root, whom permission bits do not stop
     with pytest.raises(CheckpointError, match=r"cannot write to .*Permission denied"):
         run(tmp_path)
+
+
+def test_the_second_to_compute_a_run_says_so_and_waits_for_the_first(tmp_path, monkeypatch, capsys):
+    monkeypatch.delenv("KDLIB_PROGRESS", raising=False)
+    inside, order = threading.Event(), []
+
+    def first():
+        with trainer.alone_in(tmp_path / "run"):
+            inside.set()
+            deadline = time.monotonic() + 20
+            while "another process: waiting" not in capsys.readouterr().err and time.monotonic() < deadline:
+                time.sleep(0.01)
+            order.append("first")
+
+    def second():
+        inside.wait(20)
+        with trainer.alone_in(tmp_path / "run"):
+            order.append("second")
+
+    with ThreadPoolExecutor(2) as pool:
+        for done in [pool.submit(first), pool.submit(second)]:
+            done.result(60)
+    assert order == ["first", "second"]
+
+
+def test_a_run_can_be_computed_again_after_an_error(tmp_path):
+    with pytest.raises(ZeroDivisionError), trainer.alone_in(tmp_path):
+        raise ZeroDivisionError
+    with trainer.alone_in(tmp_path):
+        pass
 
 
 def test_left_over_temporary_files_are_removed(tmp_path):
