@@ -613,14 +613,14 @@ def scores(task, name, metric="test/accuracy"):
 # $3 \cdot 10^{-5}$ was the smallest rate of a teacher that was tried; when it came out best, the two below it were added. All that was tried is stored (*read*).
 
 # %%
-DATA = Path(runs.__file__).resolve().parents[1] / "data"
-tried = pd.read_csv(DATA / "choices" / "05_pilot_updates.csv")
+tried = runs.book_choices("05_pilot_updates")
 tried["way"] = tried["pilot_update"].map({True: "with pilot update", False: "without"}).fillna("fixed teacher")
 tried.loc[tried["pilot_rule"] == "adamw", "way"] = "with AdamW's pilot"
 tried[["mean", "std", "teacher"]] *= 100
 at_three = tried["teaching_rate"].isna() | ((tried["teaching_rate"] == 3e-5) & (tried["way"] == "with pilot update"))
 print("validation accuracy (%) by the student's rate; the teacher of MetaDistil has 3e-5")
-tried[at_three].pivot(index="learning_rate", columns=["task", "way"], values="mean")[list(TASKS)].round(1)
+by_rate = tried[at_three].pivot(index="learning_rate", columns=["task", "way"], values="mean")[list(TASKS)]
+by_rate.map("{:.1f}".format).replace("nan", "")
 
 # %% mystnb={"image": {"alt": "Two panels, one for each task: validation accuracy against the teacher's learning rate on a logarithmic axis, for students and teachers of three ways of MetaDistil and, as a level, students of the fixed teacher. All fall steeply above 1e-4."}, "figure": {"name": "fig-pilot-rates", "caption": "Validation accuracy by the teacher's rate while it teaches, at the chosen rate of the student; three seeds that are used for nothing else, bars of one standard deviation. Dotted: the teachers. Dashed: students of the fixed teacher. Grey: the chosen rate."}}
 COLOURS = {"fixed teacher": "C2", "with pilot update": "C0", "without": "C1", "with AdamW's pilot": "C4"}
@@ -899,6 +899,7 @@ plt.show()
 # the data, and those of one size the same initial weights.
 
 # %%
+DATA = Path(runs.__file__).resolve().parents[1] / "data"
 static_records = [json.loads(path.read_text()) for path in sorted((DATA / "runs/05_static_teaching").glob("*.json"))]
 PUPILS = {"tiny-2x32": "ResNet-20", "tiny-3x32": "ResNet-32"}
 FIXED, OWN, ANOTHER, DYNAMIC = "fine-tuned", "own static", "another's static", "dynamic"
