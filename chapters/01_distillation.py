@@ -820,7 +820,8 @@ with tempfile.TemporaryDirectory() as folder:
 # %% [markdown]
 # Now the records: the same two settings with ten seeds each, and the sweeps that follow with six. A seed changes the student's initial
 # weights and the order of the batches; the teacher stays the same, so the spread below is the student's alone. The learning rate was
-# chosen for the student alone on the validation split, with seeds that no record uses (`python -m tools.experiments --choose`).
+# chosen for the student alone, the best on average over both tasks on the validation split, with three seeds that no record uses; `data/choices/01_distillation.csv` has all
+# that was tried.
 
 
 # %%
