@@ -773,7 +773,7 @@ tried["accuracy"] = (100 * tried["mean"]).map("{:.1f}".format)
 names = {"fine_tune": "alone", "kd": "fixed teacher", "prokt": "teacher first", "dml": "mutual"}
 tried["way"] = tried["method"].map(names)
 print("validation accuracy (%), mean of three seeds")
-tried.pivot(index=["rate", "teacher's rate"], columns=["task", "way"], values="accuracy").fillna("")[list(TASKS)]
+tried.pivot(index=["way", "rate", "teacher's rate"], columns="task", values="accuracy")[list(TASKS)]
 
 # %% [markdown]
 # First the counterpart of LGTM's Figure 5: `mini-sst2`, a teacher that learns from labels only.

@@ -29,7 +29,7 @@
 # - read MetaDistil's own evidence for the pilot update, for its final teacher and for its robustness, and say what it shows.
 #
 # The derivations are computed live. The training curves and verdicts are *read* from run records in `data/runs/05_pilot_updates` and
-# `data/runs/05_static_teaching`, the costs of a step from `data/benchmarks`.
+# `data/runs/05_static_teaching`, what was tried before them from `data/choices`, the costs of a step from `data/benchmarks`.
 
 # %% tags=["setup", "hide-input"]
 # Installs kdlib where it is missing, on Colab for example; otherwise does nothing.
