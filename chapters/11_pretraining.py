@@ -261,7 +261,7 @@ else:
 # the method has trained its head, and a bare encoder elsewhere.
 
 # %%
-for path in sorted(record.folder.iterdir()):
+for path in sorted(record.folder.glob("[!.]*")):
     print(path.name + ("/" if path.is_dir() else ""))
 print("\nthe record holds:", ", ".join(name for name in vars(record) if name != "folder"))
 print("of the text:", ", ".join(f"{name} {count:,}" for name, count in record.samples.items()))

@@ -285,7 +285,7 @@ beside_the_papers(record)
 # kdlib any more.
 
 # %%
-for path in sorted(record.folder.iterdir()):
+for path in sorted(record.folder.glob("[!.]*")):
     print(path.name + ("/" if path.is_dir() else ""))
 predictions = sorted(record.folder.glob("*.tsv"))
 if predictions:

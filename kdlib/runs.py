@@ -975,8 +975,8 @@ def book_records(chapter: str) -> list[RunRecord]:
 def book_choices(chapter: str) -> pd.DataFrame:
     """What was tried before a chapter's records were made, `data/choices/<chapter>.csv`: a row for each setting.
 
-    Columns: the settings' fields, then mean and std of the validation accuracy over the seeds that choose, their
-    count, and the mean accuracy of a teacher that was trained along (NaN without one), all as fractions.
+    Columns: the settings, then mean and std (fractions) of the validation accuracy over the seeds that choose, and
+    their count; for teachers that learn also the teacher's mean accuracy.
 
     Raises FileNotFoundError in an installation without the repository's data.
     """

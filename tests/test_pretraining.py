@@ -86,7 +86,7 @@ class TestConfigure:
     def test_defaults_by_method(self, method, filled):
         config = pretraining.configure(method=method)
         assert (config.teacher, config.student, config.corpus) == ("book-mlm", "tiny-2x64h4", "mini-corpus")
-        assert (config.learning_rate, config.evaluate_every) == (2e-3, 30)
+        assert (config.learning_rate, config.evaluate_every) == (1e-3, 30)
         assert {name for name in pretraining._OPTIONAL if getattr(config, name) is not None} == set(filled)
         assert {name: getattr(config, name) for name in filled} == filled
 
@@ -95,7 +95,7 @@ class TestConfigure:
         assert (config.teacher, config.trained) == (None, "all")
         assert pretraining.configure(method="mlm", student="tiny-1x32", teacher="book-mlm") == config
 
-    @pytest.mark.parametrize(("student", "rate"), [("tiny-2x64", 2e-3), ("tutor-9m", 5e-4), ("some/where", 5e-4)])
+    @pytest.mark.parametrize(("student", "rate"), [("tiny-2x64", 1e-3), ("tutor-9m", 5e-4), ("some/where", 5e-4)])
     def test_learning_rates_suit_the_student(self, student, rate):
         assert pretraining.configure(student=student).learning_rate == rate
         assert pretraining.configure(student=student, learning_rate=1e-4).learning_rate == 1e-4

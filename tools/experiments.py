@@ -290,19 +290,26 @@ CANDIDATES = {
     "07_good_teachers": (lgtm_candidates, ("task", "method", "influence", "teaching_rate")),
 }
 """For each chapter what was tried before its records were made, and the fields that tell the trials apart."""
+TUTOR_KD = "09_tutor_kd"
+"""Its trials are `tutor_records.trials`."""
 
 
 def choose(pool: Pool, chapter: str) -> None:
     """Write what the validation split says of a chapter's candidates; the test split is not looked at."""
-    configs, by = CANDIDATES[chapter]
-    records = tqdm(pool.imap(runs.run, configs()), chapter, total=len(list(configs())))
-    rows = [{name: r.config.get(name) for name in by} | validated(r) for r in records]
-    grouped = pd.DataFrame(rows).groupby(list(by), dropna=False)
-    table = grouped["accuracy"].agg(["mean", "std", "count"]).join(grouped["teacher"].mean())
+    table = tutor_records.choose(pool) if chapter == TUTOR_KD else tried(pool, chapter)
     CHOICES.mkdir(exist_ok=True)
     temporary = CHOICES / f".{chapter}.tmp"
     table.round(5).to_csv(temporary)
     temporary.replace(CHOICES / f"{chapter}.csv")
+
+
+def tried(pool: Pool, chapter: str) -> pd.DataFrame:
+    """Mean, standard deviation and number of the seeds' accuracies for each of a chapter's candidates."""
+    configs, by = CANDIDATES[chapter]
+    records = tqdm(pool.imap(runs.run, configs()), chapter, total=len(list(configs())))
+    rows = [{name: r.config.get(name) for name in by} | validated(r) for r in records]
+    grouped = pd.DataFrame(rows).groupby(list(by), dropna=False)
+    return grouped["accuracy"].agg(["mean", "std", "count"]).join(grouped["teacher"].mean())
 
 
 def validated(record: runs.RunRecord) -> dict[str, float]:
@@ -366,7 +373,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--force", action="store_true", help="compute runs again that have a record")
     parser.add_argument("--processes", type=int, default=2, help="runs side by side")
-    parser.add_argument("--choose", nargs="+", choices=CANDIDATES, help="compare settings of these chapters and stop")
+    parser.add_argument("--choose", nargs="+", choices=[*CANDIDATES, TUTOR_KD], help="try settings, then stop")
     arguments = parser.parse_args()
     if arguments.force:
         for folder in (RECORDS, TEACHERS, WORK):

@@ -4,18 +4,19 @@ A student is distilled on the mini-corpus in each of the ways that Tutor-KD's ta
 fine-tuned on two tasks.  One JSON file for a way and a seed, data/runs/09_tutor_kd/<way>-seed<n>.json: the numbers of
 the distillation, step by step, and the scores of the fine-tuned student.
 
-`python -m tools.tutor_records --choose` shows how the learning rates were chosen: by the validation split, with seeds
-of their own.
+`python -m tools.experiments --choose 09_tutor_kd` writes what was tried before: learning rates, judged by the
+validation splits, with seeds of their own.
 """
 
-import argparse
 import itertools
 import json
 import os
 import shutil
 import time
+from collections.abc import Iterator
+from multiprocessing.pool import Pool
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("KDLIB_PROGRESS", "0")
@@ -28,7 +29,7 @@ from tools.chapters import ROOT
 
 FOLDER, TEACHER = ROOT / "data" / "runs" / "09_tutor_kd", ROOT / "data" / "teachers" / "mini-corpus"
 WORK = ROOT / "_build" / "tutor_kd"
-TASKS, SEEDS = ("mini-sst2", "mini-mnli"), range(3)
+TASKS, SEEDS = ("mini-sst2", "mini-mnli"), range(5)
 STUDENT = "tiny-2x64h4"
 NOTHING = "no distillation"
 WAYS: dict[str, dict[str, Any]] = {
@@ -54,10 +55,18 @@ WAYS: dict[str, dict[str, Any]] = {
 TEACHER_SETTINGS = {"method": "mlm", "student": "tiny-4x128", "steps": 3000, "batch_size": 32, "learning_rate": 1e-3}
 SETTINGS = {"student": STUDENT, "steps": 300, "batch_size": 32, "evaluate_every": 30, "device": "cpu"}
 FINE_TUNING = {"method": "fine_tune", "epochs": 4, "batch_size": 32, "max_train": 2000, "device": "cpu"}
-RATES = {"tutor": 1e-3, "untutored": 1e-3, "soft_labels": 1e-3, "distilbert": 1e-3, "minilm": 4e-3}
-"""Of the distillation, by method; 2e-3 where nothing else stands.  See `choose`."""
+RATES = {
+    "tutor": 1e-3,
+    "untutored": 5e-4,
+    "soft_labels": 2.5e-4,
+    "distilbert": 2.5e-4,
+    "tinybert": 5e-4,
+    "minilm": 2.5e-4,
+    "minilm_v2": 2e-3,
+}
+"""Of the distillation, by method; see `choose`."""
 FINE_TUNING_RATE = 2e-3
-GRID, CHOOSING_SEEDS = (1e-3, 2e-3, 4e-3), (100, 101)
+GRID, CHOOSING = (2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3), range(100, 103)
 COMPARED = (
     "tutor-kd",
     "without modification and tutor",
@@ -68,6 +77,15 @@ COMPARED = (
     "minilm v2",
 )
 """The ways whose learning rate is chosen; the variants of Tutor-KD take its."""
+
+
+class Trial(NamedTuple):
+    """A learning rate that is tried, of a way's distillation or of the fine-tuning after it."""
+
+    tuned: str
+    way: str
+    rate: float
+    seed: int
 
 
 def path_of(way: str, seed: int) -> Path:
@@ -83,7 +101,7 @@ def missing() -> list[tuple[str, int]]:
 def config_of(way: str, seed: int, work: Path, **changes: Any) -> pretraining.PretrainingConfig:
     """The distillation of a way and a seed."""
     chosen = WAYS[way]
-    rate = RATES.get(chosen["method"], 2e-3)
+    rate = RATES[chosen["method"]]
     folders = {"output_dir": str(work), "cache_dir": str(WORK / "corpora")}
     return pretraining.configure(**{"seed": seed, "learning_rate": rate, **SETTINGS, **chosen, **folders, **changes})
 
@@ -156,18 +174,28 @@ def make_teacher() -> str:
     return f"tutor-kd  teacher  {record.seconds:.0f} s  {record.metrics}"
 
 
-def choose() -> None:
-    """Print what the validation splits say of the fine-tuning's learning rate, then of each way's."""
-    work = WORK / "candidates"
-    rows = []
-    for way, rate, seed in itertools.product((NOTHING, "tutor-kd", "soft labels"), GRID, CHOOSING_SEEDS):
-        rows += scored(
-            f"{way}, fine-tuning", rate, STUDENT if way == NOTHING else distilled(way, seed, work), seed, rate
-        )
-    for way, rate, seed in itertools.product(COMPARED, GRID, CHOOSING_SEEDS):
-        rows += scored(way, rate, distilled(way, seed, work, learning_rate=rate), seed, FINE_TUNING_RATE)
-    table = pd.DataFrame(rows).pivot_table(index=["way", "rate"], columns="task", values="score")
-    print(table.assign(mean=table.mean(axis=1)).round(4).to_string())
+def trials() -> Iterator[Trial]:
+    """What is tried: first the fine-tuning's learning rate, then that of each way's distillation."""
+    for way, rate, seed in itertools.product((NOTHING, "tutor-kd", "soft labels"), GRID[2:], CHOOSING):
+        yield Trial("fine-tuning", way, rate, seed)
+    for way, rate, seed in itertools.product(COMPARED, GRID, CHOOSING):
+        yield Trial("distillation", way, rate, seed)
+
+
+def tried(trial: Trial) -> list[dict[str, Any]]:
+    """What the validation splits say of a trial, a row a task."""
+    work, fine_tuning = WORK / "candidates", trial.tuned == "fine-tuning"
+    changes = {} if fine_tuning else {"learning_rate": trial.rate}
+    student = STUDENT if trial.way == NOTHING else distilled(trial.way, trial.seed, work, **changes)
+    rate = trial.rate if fine_tuning else FINE_TUNING_RATE
+    found = {task: fine_tuned(student, task, trial.seed, work, rate).metrics for task in TASKS}
+    return [{**trial._asdict(), "task": task, "accuracy": m["validation/accuracy"]} for task, m in found.items()]
+
+
+def choose(pool: Pool) -> pd.DataFrame:
+    """The accuracy of all that is tried on the validation splits, over seeds; the test splits are not looked at."""
+    rows = itertools.chain.from_iterable(pool.imap_unordered(tried, trials()))
+    return pd.DataFrame(rows).groupby(["tuned", "way", "rate", "task"])["accuracy"].agg(["mean", "std", "count"])
 
 
 def distilled(way: str, seed: int, work: Path, **changes: Any) -> str:
@@ -175,23 +203,8 @@ def distilled(way: str, seed: int, work: Path, **changes: Any) -> str:
     return str(pretraining.run(config_of(way, seed, work, **changes)).folder / runs.STUDENT)
 
 
-def scored(way: str, rate: float, student: str, seed: int, fine_tuning_rate: float) -> list[dict[str, Any]]:
-    """What the validation splits say of a student, a row a task."""
-    work = WORK / "candidates"
-    found = {task: fine_tuned(student, task, seed, work, fine_tuning_rate).metrics for task in TASKS}
-    return [
-        {"way": way, "rate": rate, "seed": seed, "task": task, "score": metrics["validation/accuracy"]}
-        for task, metrics in found.items()
-    ]
-
-
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--choose", action="store_true", help="compare learning rates and stop")
-    if parser.parse_args().choose:
-        choose()
-    else:
-        if not has_teacher():
-            print(make_teacher(), flush=True)
-        for job in missing():
-            print(make(job), flush=True)
+    if not has_teacher():
+        print(make_teacher(), flush=True)
+    for job in missing():
+        print(make(job), flush=True)

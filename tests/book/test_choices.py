@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 
 from kdlib import runs
-from tools import experiments
+from tools import experiments, tutor_records
 
 CHAPTERS = list(experiments.CANDIDATES)
 
@@ -84,3 +84,19 @@ def test_chapter_6_takes_its_best_settings():
 
 def test_chapter_7_takes_the_rate_that_is_best_for_all():
     assert best(table_of("07_good_teachers"), "teaching_rate") == experiments.LGTM_RATE
+
+
+def test_chapter_9_takes_its_best_rates():
+    """Of the fine-tuning for all ways together; of the distillation for each way over its tasks."""
+    table = table_of("09_tutor_kd")
+    tuning, distilling = (table[table["tuned"] == tuned] for tuned in ("fine-tuning", "distillation"))
+    assert best(tuning, "rate") == tutor_records.FINE_TUNING_RATE
+    for way in tutor_records.COMPARED:
+        rate = tutor_records.config_of(way, 0, tutor_records.WORK).learning_rate
+        assert best(distilling[distilling["way"] == way], "rate") == rate, way
+    trials = Counter((t.tuned, t.way, t.rate) for t in tutor_records.trials())
+    found = {
+        (row.tuned, row.way, row.rate): row.count_ for row in table.rename(columns={"count": "count_"}).itertuples()
+    }
+    assert found == trials
+    assert not set(tutor_records.CHOOSING) & set(tutor_records.SEEDS)

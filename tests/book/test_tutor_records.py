@@ -49,7 +49,7 @@ def test_every_way_has_as_many_steps_and_sees_as_much_text():
 
 
 def test_the_seeds_of_the_choice_are_not_those_of_the_records():
-    assert not set(tutor_records.CHOOSING_SEEDS) & set(SEEDS)
+    assert not set(tutor_records.CHOOSING) & set(SEEDS)
 
 
 def test_the_records_are_small_and_name_no_machine():
