@@ -29,10 +29,14 @@ def definitions(chapter):
 
 
 def is_literal(node):
+    """Whether a statement gives names literal values; a literal put into a table needs the table."""
+    if not isinstance(node, ast.Assign) or not all(isinstance(t, ast.Name | ast.Tuple) for t in node.targets):
+        return False
     try:
-        return isinstance(node, ast.Assign) and (ast.literal_eval(node.value), True)[1]
+        ast.literal_eval(node.value)
     except ValueError:
         return False
+    return True
 
 
 def solutions(chapter):
