@@ -300,14 +300,7 @@ def run(config: PretrainingConfig) -> RunRecord:
     Raises what corpus, models and trainer raise, before any work is done where that is possible;
     `trainer.TrainingInterruptedError` when `max_seconds` are over.
     """
-
-    def finished() -> bool:
-        return config.resume and (config.folder / runs.RECORD).exists()
-
-    if finished():
-        return runs.read_record(config.folder)
-    with trainer.alone_in(config.folder):
-        return runs.read_record(config.folder) if finished() else _compute(config)
+    return runs.once(config.folder, config.resume, lambda: _compute(config))
 
 
 def _compute(config: PretrainingConfig) -> RunRecord:

@@ -35,6 +35,12 @@ def bar(items: Iterable, description: str, initial: int = 0, total: int | None =
     )
 
 
+def notice(text: str) -> None:
+    """Print a line to stderr that a waiting person needs, beside bars too; KDLIB_PROGRESS=0 silences it."""
+    if os.environ.get("KDLIB_PROGRESS") not in ("0", ""):
+        print(text, file=sys.stderr, flush=True)
+
+
 def line(text: str) -> None:
     """Print a line to stderr for a log file, where no bar is shown and nobody has asked for silence."""
     if not wanted() and os.environ.get("KDLIB_PROGRESS") is None:

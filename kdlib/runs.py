@@ -18,6 +18,7 @@ import shutil
 import subprocess
 import types
 import typing
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -584,14 +585,22 @@ def run(config: RunConfig) -> RunRecord:
 
     Raises what data, models and trainer raise; before any work is done where that is possible.
     """
+    return once(config.folder, config.resume, lambda: _compute(config))
+
+
+def once(folder: Path, resume: bool, compute: Callable[[], RunRecord]) -> RunRecord:
+    """The record in `folder` if there is one and `resume` lets it count, else what `compute` returns.
+
+    While it computes, others who want the same run wait.  Raises CheckpointError if `folder` cannot be written.
+    """
 
     def finished() -> bool:
-        return config.resume and (config.folder / RECORD).exists()
+        return resume and (folder / RECORD).exists()
 
     if finished():
-        return read_record(config.folder)
-    with trainer.alone_in(config.folder):
-        return read_record(config.folder) if finished() else _compute(config)
+        return read_record(folder)  # without a lock, which a folder that is only read could not hold
+    with trainer.alone_in(folder):
+        return read_record(folder) if finished() else compute()
 
 
 def _compute(config: RunConfig) -> RunRecord:

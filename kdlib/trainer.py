@@ -29,7 +29,7 @@ from kdlib import checkpoints, glue, metrics
 from kdlib.learner import Batch, Learner, NonFiniteLossError
 from kdlib.methods import Step
 from kdlib.models import predict
-from kdlib.progress import bar, line
+from kdlib.progress import bar, line, notice
 
 CHECKPOINT, BEST, LOCK = "checkpoint.safetensors", "best.safetensors", ".lock"
 
@@ -318,7 +318,7 @@ def alone_in(folder: Path) -> Iterator[None]:
         try:
             lock.acquire(blocking=False)
         except Timeout:
-            line(f"{folder.name} is being computed by another process: waiting for it")
+            notice(f"{folder.name} is being computed by another process: waiting for it")
             lock.acquire()
     try:
         yield

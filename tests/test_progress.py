@@ -72,6 +72,8 @@ def test_who_gets_what(show, monkeypatch, setting, terminal, kernel, bars, lines
     assert progress.wanted() is bars
     progress.line("one line")
     assert screen.getvalue() == ("one line\n" if lines else "")
+    progress.notice("be patient")  # a bar does not say why nothing happens
+    assert ("be patient\n" in screen.getvalue()) is (setting not in ("0", ""))
 
 
 def test_training_writes_a_line_an_epoch_into_a_log_file(show):

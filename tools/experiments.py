@@ -21,7 +21,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("KDLIB_PROGRESS", "0")
 
 import pandas as pd
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from kdlib import models, runs
 from kdlib.runs import RunConfig

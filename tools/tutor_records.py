@@ -23,6 +23,7 @@ os.environ.setdefault("KDLIB_PROGRESS", "0")
 
 import pandas as pd
 import torch
+from tqdm import tqdm
 
 from kdlib import models, pretraining, runs
 from tools.chapters import ROOT
@@ -194,7 +195,8 @@ def tried(trial: Trial) -> list[dict[str, Any]]:
 
 def choose(pool: Pool) -> pd.DataFrame:
     """The accuracy of all that is tried on the validation splits, over seeds; the test splits are not looked at."""
-    rows = itertools.chain.from_iterable(pool.imap_unordered(tried, trials()))
+    found = tqdm(pool.imap_unordered(tried, trials()), "09_tutor_kd", total=len(list(trials())))
+    rows = itertools.chain.from_iterable(found)
     return pd.DataFrame(rows).groupby(["tuned", "way", "rate", "task"])["accuracy"].agg(["mean", "std", "count"])
 
 

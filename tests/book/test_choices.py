@@ -95,8 +95,6 @@ def test_chapter_9_takes_its_best_rates():
         rate = tutor_records.config_of(way, 0, tutor_records.WORK).learning_rate
         assert best(distilling[distilling["way"] == way], "rate") == rate, way
     trials = Counter((t.tuned, t.way, t.rate) for t in tutor_records.trials())
-    found = {
-        (row.tuned, row.way, row.rate): row.count_ for row in table.rename(columns={"count": "count_"}).itertuples()
-    }
+    found = {(row["tuned"], row["way"], row["rate"]): row["count"] for row in table.to_dict("records")}
     assert found == trials
     assert not set(tutor_records.CHOOSING) & set(tutor_records.SEEDS)
