@@ -87,6 +87,7 @@ method = "tutor"  # "mlm" (no teacher), "soft_labels", "distilbert", "tinybert",
 teacher = None  # a masked language model: "book-mlm", a hub id, a folder
 student = None  # "tiny-2x64h4", "tutor-66m", "tutor-14m", "tutor-9m", "tutor-5.7m", a hub id, a folder, or
 student_layers = None  # the first layers of the teacher's checkpoint
+untrained_teacher = None  # True: a teacher whose head for words was never trained may teach
 trained = None  # mlm: "all" or only the "head", for an encoder that comes without one
 downstream = "mini-sst2"  # a MiniGLUE task to try the student on; None: none
 
@@ -101,7 +102,7 @@ temperature = None
 seed = 0
 evaluate_every = None  # steps; None: ten times
 checkpoint_every = None
-max_seconds = None  # stop after so long; the same command goes on
+max_seconds = None  # stop after so long with a checkpoint; the same command goes on
 precision = "fp32"  # "bf16" on a GPU
 device = "auto"
 output_dir = "_runs"

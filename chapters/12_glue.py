@@ -27,8 +27,9 @@
 # papermill chapters/12_glue.ipynb _build/rte.ipynb -f configs/lgtm.yml -p task rte -p device cuda
 # ```
 #
-# Start the same command again after an interruption, and the run goes on where it was. A parameter that does not exist stops the
-# notebook before any work is done.
+# Start the same command again after an interruption, and the run goes on where it was. Ctrl-C, the signals that a batch system sends
+# before its limit, and `-p max_seconds` all end a run between two steps, with a checkpoint. A parameter that does not exist, or that the
+# method does not read, stops the notebook before any work is done.
 
 # %% tags=["setup", "hide-input"]
 # Installs kdlib where it is missing, on Colab for example; otherwise does nothing.
@@ -79,6 +80,7 @@ task = "mini-mnli"  # cola, sst2, mrpc, stsb, qqp, mnli, qnli, rte, wnli, or one
 text_columns = None  # for a data set of your own: "text" or "first,second"
 label_column = "label"
 regression = False  # for a data set of your own: labels are scores
+metrics = None  # for a data set of your own: "accuracy", "macro_f1", …, several with commas; the first one chooses the best
 max_length = 128  # word pieces of an example
 max_train = None  # a random subset of so many training examples
 max_evaluation = None
@@ -89,10 +91,11 @@ labelled_course = None  # False: only the feedback data have labels (fine_tune, 
 method = "kd"  # "kd", "prokt", "dml", "metadistil", "ikd", "lgtm", or "fine_tune" for no teacher at all
 teacher = None  # "tiny-4x128", "minilm", a hub id, a folder
 teacher_epochs = None  # before it teaches; 0: the teacher is taken as it is
+untrained_teacher = None  # True: kd, metadistil or ikd may learn from a classifier that was never trained
 teacher_learning_rate = None
 teacher_seed = 0
 student = None  # likewise, or
-student_layers = None  # the first layers of the teacher's checkpoint
+student_layers = None  # the first layers of the student's checkpoint, or without a student of the teacher's
 baseline = True  # train the student on the labels alone as well, for comparison
 
 # How
@@ -102,6 +105,7 @@ micro_batches = 1  # more of them need less memory
 learning_rate = None
 weight_decay = 0.01
 warmup_ratio = 0.1
+max_grad_norm = None  # longer gradients are scaled down; None: 1
 alpha = None  # weight of the labels; the teacher's is 1 - alpha
 temperature = None
 objective = None  # kl, reverse_kl, soft_cross_entropy, logit_mse, probability_mse, dist
@@ -112,6 +116,7 @@ seed = 0
 max_steps = None
 evaluate_every = None  # steps; None: once an epoch
 checkpoint_every = None
+max_seconds = None  # stop after so long with a checkpoint; the same command goes on from it
 precision = "fp32"  # "bf16" and "fp16" on a GPU
 device = "auto"
 predict_test = True  # also where the test labels are hidden, for a submission
@@ -151,6 +156,8 @@ feedback_layers = None  # influence through the last layers only
 given = {name: value for name, value in globals().items() if name not in names_before and not name.startswith("_")}
 baseline = given.pop("baseline")
 config = runs.configure(**given)
+if not config.resume:
+    config = runs.afresh(config)  # once, here: the cells below share what they compute anew
 chosen = {name: value for name, value in config.identity.items() if value is not None and given.get(name) is None}
 print("chosen for you:", ", ".join(f"{name} = {value}" for name, value in chosen.items()) or "nothing")
 if config.objective == "logit_mse" and config.glue_task.is_regression:
@@ -175,8 +182,8 @@ if data.task.is_regression:
     axes.hist(labels, bins=20)
     axes.set(xlabel="score", ylabel="training examples")
 else:
-    shares = labels.value_counts(normalize=True).sort_index()
-    axes.barh([data.task.label_names[label] for label in shares.index], shares)
+    shares = labels.value_counts(normalize=True).head(20).sort_index()  # of many classes the largest
+    axes.barh([plots.plain(data.task.label_names[label]) for label in shares.index], shares)
     axes.set(xlabel="share of the training examples")
 plt.show()
 
@@ -216,8 +223,9 @@ print(summary(record))
 # %%
 alone = None
 if baseline and config.method != "fine_tune":
-    settings = {name: value for name, value in given.items() if name != "method"}
-    alone = runs.run(runs.configure(**settings, method="fine_tune"))
+    # The same student on the same rows: where a method keeps some for feedback, the student alone does not get them either.
+    settings = runs.readable(given, "fine_tune") | {"feedback_fraction": config.feedback_fraction}
+    alone = runs.run(runs.configure(**settings | {"method": "fine_tune"}))
     print(summary(alone))
 
 # %% [markdown]
@@ -241,8 +249,11 @@ plt.show()
 # how far the seeds scatter (chapter 1 does).
 
 # %%
-table = pd.DataFrame({name: run.metrics for name, run in curves.items() if run is not None}).T
-table.insert(0, "million parameters", [run.parameters / 1e6 for run in curves.values() if run is not None])
+compared = {name: run for name, run in curves.items() if run is not None}
+table = pd.DataFrame({name: run.metrics for name, run in compared.items()}).T
+table.insert(0, "million parameters", [run.parameters / 1e6 for run in compared.values()])
+table.insert(1, "training rows", [f"{run.samples['train']:,}" for run in compared.values()])
+assert table["training rows"].nunique() == 1, "these runs saw different rows and cannot be compared"
 table.round(3)
 
 # %% [markdown]
@@ -299,7 +310,8 @@ with models.quiet():
 example = next(iter(data.evaluation.values()))[0]
 texts = [example[column] for column in data.task.text_columns]
 print(" | ".join(texts))
-answer = classify({"text": texts[0], **({"text_pair": texts[1]} if len(texts) == 2 else {})}, function_to_apply="none")
+pair = {"text": texts[0], **({"text_pair": texts[1]} if len(texts) == 2 else {})}
+answer = classify(pair, function_to_apply="none", truncation=True, max_length=config.max_length)
 expected = example[data.task.label_column]
 print("student:", answer["label"] if not data.task.is_regression else f"{answer['score']:.2f}", end="; ")
 print("label:", expected if data.task.is_regression else data.task.label_names[expected])

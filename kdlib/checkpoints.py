@@ -4,6 +4,7 @@ Tensors (weights, optimiser moments, random state) are stored as tensors; everyt
 Nothing is pickled, so a checkpoint from elsewhere cannot run code.
 """
 
+import hashlib
 import json
 import os
 import random
@@ -33,8 +34,10 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], state: dict[str, Any] 
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     # Copies: safetensors refuses tensors that share memory, as tied weights do.
     owned = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    told = json.dumps(state or {})
+    metadata = {"format": "pt", "state": told, "sha256": _digest(owned, told)}
     try:
-        save_file(owned, temporary, metadata={"format": "pt", "state": json.dumps(state or {})})
+        save_file(owned, temporary, metadata=metadata)
         share(temporary)
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
@@ -57,13 +60,27 @@ def share(path: Path) -> None:
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read what `write_tensors` wrote.
 
-    Raises CheckpointError, naming the file and the remedy, if it is damaged.
+    Raises CheckpointError, naming the file and the remedy, if it is missing or damaged, be it by one byte.
     """
     try:
         with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, json.loads(file.metadata()["state"])  # noqa: SIM118
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            metadata = file.metadata()
+        if metadata["sha256"] != _digest(tensors, metadata["state"]):
+            raise ValueError("it does not hold what was written into it")
+        return tensors, json.loads(metadata["state"])
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path} is damaged ({error}): delete it, or run with resume=False") from error
+
+
+def _digest(tensors: dict[str, Tensor], state: str) -> str:
+    """A checksum of tensors and state: the format has none of its own."""
+    digest = hashlib.sha256(state.encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy() if tensor.numel() else b"")
+    return digest.hexdigest()
 
 
 def save(path: Path, learners: list[Learner], state: dict[str, Any]) -> None:

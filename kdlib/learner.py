@@ -1,6 +1,7 @@
 """A network that learns: the module with its optimiser and schedule, as every method file needs it."""
 
 import math
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -92,11 +93,24 @@ def split(batch: Batch, pieces: int) -> list[Batch]:
     return [{key: parts[i] for key, parts in cuts.items()} for i in range(len(cuts["labels"]))]
 
 
+def refuse_many_processes() -> None:
+    """Raise RuntimeError if torchrun, accelerate or MPI started this process as one of several."""
+    for name in ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"):
+        if (size := os.environ.get(name, "1")) not in ("", "1"):
+            raise RuntimeError(
+                f"this process is one of {size} ({name} is set), but a run is computed by one process only: start it "
+                "without torchrun, or with --nproc_per_node 1 or --num_processes 1. To use several devices, start "
+                "several runs, each with CUDA_VISIBLE_DEVICES set to one of them; a common output_dir is fine"
+            )
+
+
 def accelerator_for(device: str = "auto", precision: str = "fp32") -> Accelerator:
     """The accelerate object for one device ("auto", "cpu", "cuda") and precision ("fp32", "bf16", "fp16").
 
-    Raises ValueError for an unknown value, for "cuda" without a GPU, and for fp16 on a CPU.
+    Raises ValueError for an unknown value, for "cuda" without a GPU, and for fp16 on a CPU; RuntimeError in a process
+    that is one of several.
     """
+    refuse_many_processes()
     if precision not in PRECISIONS:
         raise ValueError(f"precision is {precision!r}; expected one of {', '.join(PRECISIONS)}")
     if device not in ("auto", "cpu", "cuda"):

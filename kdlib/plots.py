@@ -16,6 +16,11 @@ def use_style() -> None:
     plt.style.use(STYLE)
 
 
+def plain(text: str) -> str:
+    """`text` as matplotlib shows it letter by letter, dollar signs too, which would begin a formula."""
+    return text.replace("$", r"\$")
+
+
 def band(axes: Axes, x: ArrayLike, values: ArrayLike, label: str | None = None, **style) -> Line2D:
     """Draw the mean over seeds as a line and ± 1 standard deviation as a band; return the line.
 

@@ -9,10 +9,9 @@ Folders, records and resuming are those of `kdlib.runs`.
 """
 
 import dataclasses
-import hashlib
-import json
 import math
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -25,10 +24,11 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kdlib import checkpoints, corpus, glue, models, representations, runs, trainer
-from kdlib.learner import Learner, accelerator_for, learner
+from kdlib.learner import Learner, accelerator_for, learner, refuse_many_processes
 from kdlib.methods import Step, task_agnostic, tutor
 from kdlib.methods.task_agnostic import Loss
 from kdlib.methods.tutor import Settings, Student, Tutor
+from kdlib.progress import notice
 from kdlib.runs import STUDENT, RunRecord
 
 TUTOR_WEIGHTS = "tutor.safetensors"
@@ -67,6 +67,9 @@ class PretrainingConfig:
     tiny-2x64h4, unless student_layers is given"""
     student_layers: int | None = None
     """instead of a student: cut the teacher after so many layers"""
+    untrained_teacher: bool | None = None
+    """soft_labels, distilbert, untutored, tutor: True: a teacher whose masked-language-model head was never trained may
+    be asked for words all the same; None: it is refused"""
     trained: str | None = None
     """mlm: what learns, "all" or only the "head", for an encoder that comes without one; None: "all\""""
     steps: int = 300
@@ -135,21 +138,48 @@ class PretrainingConfig:
         return {name: value for name, value in fields.items() if name not in _NOT_IDENTITY and value is not None}
 
     @property
+    def asked_id(self) -> str:
+        """The name of this run by its parameters alone; nothing is read."""
+        return self._named(self.identity)
+
+    @property
     def run_id(self) -> str:
-        """A readable, unique name for what this run computes."""
-        digest = hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()
-        return f"{Path(self.corpus).stem}-{self.method}-seed{self.seed}-{digest[:8]}"
+        """A readable, unique name for what this run computes.
+
+        Text and networks of the book count by their names, local text and all other networks by their content (see
+        `contents`); text from the hub by its id.
+
+        Raises what `corpus.content` and `models.content` raise.
+        """
+        return self._named({**self.identity, **contents(self)})
+
+    def _named(self, identity: dict[str, Any]) -> str:
+        stem = re.sub(r"[^\w.-]+", "-", Path(self.corpus).stem)[-runs.MAX_NAME :]
+        return runs.name_of(f"{stem}-{self.method}-seed{self.seed}", identity)
 
     @property
     def folder(self) -> Path:
         """Where this run keeps its record, checkpoint and student."""
-        return Path(self.output_dir) / self.run_id
+        return Path(self.output_dir).expanduser() / self.run_id
 
     @property
     def settings(self) -> Settings:
         """What `methods.tutor` needs to know."""
         values = {name: getattr(self, name) for name in OF_TUTOR}
         return Settings(**{name: value for name, value in values.items() if value is not None})
+
+
+def contents(config: PretrainingConfig) -> dict[str, str]:
+    """What text and networks from outside the package are, by content, in place of their paths; {} for the book's."""
+    found = {}
+    splits = f"{config.train_split}+{config.validation_split}" if config.validation_split else config.train_split
+    if (content := corpus.content(config.corpus, splits, config.column)) is not None:
+        found["corpus"] = content
+    for who in ("teacher", "student"):
+        name = getattr(config, who)
+        if name is not None and (content := models.content(name)) is not None:
+            found[who] = content
+    return found
 
 
 _VALIDATION = "validation"
@@ -166,23 +196,37 @@ _USED = {
 }
 """The optional fields that each method reads; the others are None for it."""
 _OPTIONAL = {name for names in _USED.values() for name in names}
-_POSITIVE = (
-    *("max_length", "max_lines", "student_layers", "steps", "batch_size", "learning_rate", "max_grad_norm", "samples"),
-    *("temperature", "relation_heads", "evaluate_every", "checkpoint_every", "max_seconds"),
-)
-_AT_LEAST_ZERO = ("weight_decay", "logit_weight", "inner_weight", "kl_weight", "seed")
+_POSITIVE: dict[str, float] = {
+    **dict.fromkeys(("steps", "evaluate_every", "checkpoint_every"), 10**9),
+    **dict.fromkeys(("max_lines",), 10**12),
+    **dict.fromkeys(("max_length", "batch_size", "samples"), 10**6),
+    **dict.fromkeys(("student_layers", "relation_heads"), 1000),
+    **dict.fromkeys(("learning_rate",), 1e3),
+    **dict.fromkeys(("temperature", "max_grad_norm", "max_seconds"), 1e9),
+}
+_AT_LEAST_ZERO: dict[str, float] = {
+    "seed": 2**32 - 1,
+    **dict.fromkeys(("weight_decay", "logit_weight", "inner_weight", "kl_weight"), 1e6),
+}
 _HEADED = ("mlm", "soft_labels", "distilbert", "untutored")
 """The methods that leave a student with a trained masked-language-model head."""
 _PREDICTING = ("soft_labels", "distilbert", "untutored", "tutor")
 """The methods that ask the teacher for words, not only for what is inside it."""
 _LAYERED = ("tinybert", "untutored", "tutor")
 """The methods that pair the student's layers with the teacher's."""
+READ_BY: dict[str, tuple[str, ...]] = {
+    **{name: tuple(method for method, names in _USED.items() if name in names) for name in _OPTIONAL},
+    **dict.fromkeys(("teacher", "student_layers"), tuple(name for name in METHODS if name != "mlm")),
+    "untrained_teacher": _PREDICTING,
+}
+"""The methods that read a field; what is not listed all of them read."""
 
 
 def configure(**parameters: Any) -> PretrainingConfig:
     """Check `parameters`, fill in the defaults that depend on others, and return the configuration.
 
-    Fields without meaning for the method are reset, so that two configurations that compute the same are equal.
+    What the method does not read is refused, so that two configurations that compute the same are equal and none means
+    something else than it says.
 
     Raises `runs.ConfigurationError` with one message that lists all problems and, for names, the nearest valid ones.
     """
@@ -194,14 +238,9 @@ def configure(**parameters: Any) -> PretrainingConfig:
         value = getattr(config, name)
         if value is not None and value not in valid:
             problems.append(f"{name} is {value!r}; expected one of {', '.join(valid)}{runs.nearest(value, valid)}")
-    for name in _POSITIVE:
-        value = getattr(config, name)
-        if value is not None and not (value > 0 and math.isfinite(value)):
-            problems.append(f"{name} is {value}; expected a positive number")
-    for name in _AT_LEAST_ZERO:
-        value = getattr(config, name)
-        if value is not None and not (value >= 0 and math.isfinite(value)):
-            problems.append(f"{name} is {value}; expected 0 or more")
+    problems += runs.path_problems(config, ("corpus", "output_dir", "cache_dir", "teacher", "student"))
+    problems += runs.bound_problems(config, _POSITIVE, _AT_LEAST_ZERO)
+    problems += runs.unread_problems(config, config.method, READ_BY, METHODS) + _unread_choices(config)
     if not 0 < config.mask_rate < 1:
         problems.append(f"mask_rate is {config.mask_rate}; expected a share between 0 and 1")
     if not 0 <= config.warmup_ratio <= 1:
@@ -219,11 +258,9 @@ def configure(**parameters: Any) -> PretrainingConfig:
             f"corpus {config.corpus!r} needs a pretrained teacher: small networks read MiniGLUE's vocabulary only. "
             "Give teacher a folder (a masked language model), or a hub id"
         )
-    if config.method in _PREDICTING and config.teacher == models.MINILM:
-        problems.append(
-            f"teacher 'minilm' comes without a trained head, and {config.method} asks it for words: train it "
-            "first (method 'mlm', student 'minilm') and give teacher the folder of that student"
-        )
+    known_untrained = config.teacher == models.MINILM or models.is_fresh(config.teacher or models.BOOK_MASKED)
+    if config.method in _PREDICTING and known_untrained and not config.untrained_teacher:
+        problems.append(_untrained(config))
     if config.method == "tutor" and config.temperature is not None and 0 < config.temperature < 1:
         problems.append(f"temperature is {config.temperature}; the tutor's divides probabilities: expected 1 or more")
     try:
@@ -233,6 +270,29 @@ def configure(**parameters: Any) -> PretrainingConfig:
         problems.append(str(error))
     runs.refuse(problems)
     return _complete(config)
+
+
+def readable(parameters: Mapping[str, Any], method: str) -> dict[str, Any]:
+    """Those of the parameters that `method` reads: for a grid whose methods share settings."""
+    return {name: value for name, value in parameters.items() if method in READ_BY.get(name, METHODS)}
+
+
+def _unread_choices(config: PretrainingConfig) -> list[str]:
+    """Fields that another choice of this configuration leaves without a meaning."""
+    plain, problems = Settings(), []
+    unread = {
+        "imitated 'distribution'": ("temperature",) if config.imitated == "distribution" else (),
+        "strategy 'no reward'": ("reward_weight", "baseline") if config.strategy == "no reward" else (),
+        f"the corpus {corpus.MINI!r}": ("column",) if config.corpus == corpus.MINI else (),
+    }
+    for choice, names in unread.items():
+        for name in names:
+            value, usual = getattr(config, name), getattr(plain, name, "text")
+            if value not in (None, usual):
+                problems.append(f"{name} is {value!r}, which {choice} does not read: leave it out")
+    if config.method in ("tutor", "untutored") and config.inner_weight == 0 and config.attention is not None:
+        problems.append(f"attention is {config.attention}, but inner_weight is 0, which leaves it out")
+    return problems
 
 
 def _complete(config: PretrainingConfig) -> PretrainingConfig:
@@ -275,6 +335,14 @@ def _complete(config: PretrainingConfig) -> PretrainingConfig:
     return dataclasses.replace(config, **filled)
 
 
+def _untrained(config: PretrainingConfig) -> str:
+    return (
+        f"teacher {config.teacher!r} comes without a trained masked-language-model head, and {config.method} asks it "
+        "for words: train it first (method 'mlm' with it as the student) and give teacher the folder of that student "
+        "(untrained_teacher=True takes it as it is)"
+    )
+
+
 @dataclass(frozen=True)
 class Networks:
     """Who takes part: the student, its teacher (None for mlm), its tutor (for tutor only), and what they do.
@@ -300,13 +368,15 @@ def run(config: PretrainingConfig) -> RunRecord:
     Raises what corpus, models and trainer raise, before any work is done where that is possible;
     `trainer.TrainingInterruptedError` when `max_seconds` are over.
     """
-    return runs.once(config.folder, config.resume, lambda: _compute(config))
+    refuse_many_processes()
+    if not config.resume:
+        runs.forget(config.folder)
+        notice(f"resume is False: {config.run_id} starts afresh")
+    return runs.once(config.folder, lambda: _compute(config))
 
 
 def _compute(config: PretrainingConfig) -> RunRecord:
     folder = config.folder
-    trainer.prepare_folder(folder)
-    (folder / runs.RECORD).unlink(missing_ok=True)
     accelerator = accelerator_for(config.device, config.precision)
     tokenizer = models.load_tokenizer(config.teacher or config.student)
     masking = corpus.masking(tokenizer, config.mask_rate, config.seed)
@@ -331,8 +401,7 @@ def _compute(config: PretrainingConfig) -> RunRecord:
         select=None,
         keep=who.student,
         folder=folder,
-        identity={**config.identity, "tokens": trainer.fingerprint(text.encoded)},
-        resume=config.resume,
+        identity={**config.identity, **contents(config)},
         prepare=masking,
         max_seconds=config.max_seconds,
     )
@@ -344,7 +413,7 @@ def load_corpus(config: PretrainingConfig, tokenizer: PreTrainedTokenizerBase) -
 
     Raises ValueError for a corpus that is too small to hold anything out, and what `corpus.load` raises.
     """
-    cache = config.cache_dir or str(Path(config.output_dir) / "corpora")
+    cache = Path(config.cache_dir or Path(config.output_dir) / "corpora").expanduser()
     options = {"max_length": config.max_length, "packed": config.packed, "column": config.column, "cache": cache}
     text = corpus.load(config.corpus, tokenizer, config.train_split, max_lines=config.max_lines, **options)
     split = config.validation_split or (_VALIDATION if config.corpus == corpus.MINI else None)
@@ -396,6 +465,8 @@ def networks(
         student = taught("student", network, config.steps)
         return Networks(student, None, None, task_agnostic.step(student, loss), loss)
     teacher = models.load_masked(config.teacher, tokenizer, config.seed).requires_grad_(False)
+    if config.method in _PREDICTING and models.head_is_new(teacher) and not config.untrained_teacher:
+        runs.refuse([_untrained(config)])
     if config.student_layers is not None:
         network = models.first_layers(teacher, config.student_layers, config.seed).requires_grad_()
     else:
@@ -473,8 +544,8 @@ def _check_words(
 
 
 def _check_length(config: PretrainingConfig, network: PreTrainedModel) -> None:
-    longest = network.config.max_position_embeddings
-    if config.max_length > longest:
+    longest = models.longest(network)
+    if longest is not None and config.max_length > longest:
         raise ValueError(
             f"max_length is {config.max_length}, but {network.name_or_path or 'the network'} reads {longest} word "
             "pieces at most: give a smaller max_length"
@@ -543,11 +614,12 @@ def _finish(
             **{f"train/{k}": v for k, v in text.counts.items()},
         },
         parameters=sum(p.numel() for p in network.base_model.parameters()),
-        teacher=config.teacher,
+        teacher=None,
         oracle={},
         environment=runs.environment(who.student.accelerator.device),
         git_commit=runs.git_commit(),
         finished=datetime.now(UTC).isoformat(timespec="seconds"),
+        contents=contents(config),
         folder=config.folder,
     )
     runs.write_record(record)

@@ -10,12 +10,15 @@ again.  The teacher is a run too, one of method "fine_tune", so runs that need t
 
 import dataclasses
 import difflib
+import functools
 import hashlib
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
+import time
 import types
 import typing
 from collections.abc import Callable
@@ -33,11 +36,12 @@ from scipy.special import log_softmax
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import kdlib
-from kdlib import checkpoints, glue, losses, metrics, models, trainer
+from kdlib import checkpoints, glue, losses, metrics, miniglue, models, trainer
 from kdlib.imitation import Imitation
 from kdlib.influence import TangentMethod
-from kdlib.learner import PRECISIONS, Batch, Learner, accelerator_for, learner
+from kdlib.learner import PRECISIONS, Batch, Learner, accelerator_for, learner, refuse_many_processes
 from kdlib.methods import Step, ikd, kd, lgtm, metadistil, online
+from kdlib.progress import notice
 
 RECORD, STUDENT, TEACHER_FOLDER = "record.json", "student", "teacher"
 ONLINE = ("prokt", "dml")
@@ -73,6 +77,10 @@ class RunConfig:
     """for a data set of your own: its label column"""
     regression: bool = False
     """for a data set of your own: whether its labels are scores"""
+    metrics: str | None = None
+    """for a data set of your own: what is measured, joined by commas, the first one chooses the best checkpoint:
+    "accuracy", "f1", "micro_f1", "macro_f1", "matthews_correlation", of scores "pearson", "spearmanr"; None: accuracy,
+    of scores both"""
     method: str = "kd"
     """"fine_tune" (the student alone), "kd" (a fixed teacher), and those whose teacher learns: "prokt", "dml",
     "metadistil", "ikd", "lgtm\""""
@@ -81,7 +89,10 @@ class RunConfig:
     student: str | None = None
     """likewise; None: tiny-2x32, unless student_layers is given"""
     student_layers: int | None = None
-    """instead of a student: cut the teacher's checkpoint after so many layers"""
+    """cut the student's checkpoint, or without a student the teacher's, after so many layers"""
+    untrained_teacher: bool | None = None
+    """kd, metadistil, ikd: True: a teacher whose classifier was never trained may teach all the same; None: it is
+    refused"""
     teacher_epochs: int | None = None
     """epochs of fine-tuning before the teacher teaches; 0: take it as it is, fine-tuned elsewhere or not at all;
     None: 0 for prokt, dml and lgtm, else 12 if tiny, else as the student's"""
@@ -99,6 +110,8 @@ class RunConfig:
     """of AdamW, on matrices only"""
     warmup_ratio: float = 0.1
     """share of the steps in which the learning rate rises; it falls linearly afterwards"""
+    max_grad_norm: float | None = None
+    """longer gradients are scaled down, the student's and the teacher's; None: 1"""
     alpha: float | None = None
     """weight of the hard labels, 1 − alpha that of the teacher; None: 0.5, without labels 0"""
     labelled_course: bool | None = None
@@ -183,6 +196,8 @@ class RunConfig:
     """steps between evaluations; None: an epoch"""
     checkpoint_every: int | None = None
     """steps between checkpoints; None: at each evaluation"""
+    max_seconds: float | None = None
+    """stop after so long with a checkpoint; the same command goes on from it"""
     precision: str = "fp32"
     """"fp32", "bf16" or "fp16" (GPU only)"""
     device: str = "auto"
@@ -192,37 +207,78 @@ class RunConfig:
     output_dir: str = "_runs"
     """the folder that holds all runs"""
     resume: bool = True
-    """go on with an interrupted run and reuse a finished one; False: start afresh"""
+    """go on with an interrupted run and reuse a finished one; False: start afresh, the teacher included"""
 
     @property
     def glue_task(self) -> glue.Task:
         """The task's description, the generic one for a data set of your own."""
         if self.text_columns is None:
             return glue.task_for(self.task)
-        columns = [column.strip() for column in self.text_columns.split(",")]
         names = () if self.regression else None
-        return glue.generic_task(self.task, columns, names, label_column=self.label_column)
+        chosen = None if self.metrics is None else _listed(self.metrics)
+        return glue.generic_task(
+            self.task, _listed(self.text_columns), names, chosen, test_splits=None, label_column=self.label_column
+        )
 
     @property
     def identity(self) -> dict[str, Any]:
-        """The fields that decide the result: all but where it is computed, kept and how often it is saved."""
+        """The fields that decide the result, as they were given: all but where it is computed, kept, how often saved.
+
+        See `run_id` for what lies outside the package.
+        """
         fields = dataclasses.asdict(self)
-        unused = {name for name in OF_METHODS if fields[name] is None}
+        unused = {name for name in (*OF_METHODS, *_LATER) if fields[name] is None}
         return {name: value for name, value in fields.items() if name not in _NOT_IDENTITY and name not in unused}
 
     @property
+    def asked_id(self) -> str:
+        """The name of this run by its parameters alone; nothing is read."""
+        return name_of(f"{self.task}-{self.method}-seed{self.seed}", self.identity)
+
+    @property
     def run_id(self) -> str:
-        """A readable, unique name for what this run computes."""
-        digest = hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()
-        return f"{self.task.replace('/', '-')}-{self.method}-seed{self.seed}-{digest[:8]}"
+        """A readable, unique name for what this run computes.
+
+        Data and networks of the book count by their names, all others by their content (see `contents`): corrected
+        labels or other weights under the same path are another run, the same data under another path are not.
+
+        Raises what `load_data` and `models.content` raise.
+        """
+        return name_of(f"{self.task}-{self.method}-seed{self.seed}", {**self.identity, **contents(self)})
 
     @property
     def folder(self) -> Path:
         """Where this run keeps its record, checkpoint, student and predictions."""
-        return Path(self.output_dir) / self.run_id
+        return Path(self.output_dir).expanduser() / self.run_id
 
 
-_NOT_IDENTITY = ("output_dir", "resume", "device", "checkpoint_every")
+def name_of(what: str, identity: dict[str, Any]) -> str:
+    """A readable name that is unique for an identity."""
+    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+    return f"{what.replace('/', '-')}-{digest[:8]}"
+
+
+def contents(config: RunConfig) -> dict[str, str]:
+    """What data and networks from outside the package are, by content, in place of their paths; {} for the book's own.
+
+    Data have a fingerprint of the rows that the run reads; a folder with a network one of its weights, configuration
+    and tokenizer; a network from the hub its id and commit.
+    """
+    found = {} if config.source == "miniglue" else {"source": _fingerprint(*_what_to_load(config))}
+    for who in ("teacher", "student"):
+        name = getattr(config, who)
+        if name is not None and (content := models.content(name)) is not None:
+            found[who] = content
+    return found
+
+
+def _listed(names: str) -> list[str]:
+    return [name.strip() for name in names.split(",")]
+
+
+_NOT_IDENTITY = ("output_dir", "resume", "device", "checkpoint_every", "max_seconds")
+_LATER = ("metrics", "max_grad_norm", "untrained_teacher")
+"""Fields that came after the first records were made: no part of a run's identity where they are None."""
 _IMITATING = ("alpha", "temperature", "objective")
 _PATIENT = ("pkd_weight", "pkd_layers", "pkd_normalisation")
 _ONLINE = ("teacher_alpha", "teacher_objective", "first", "zero_classifiers")
@@ -234,32 +290,140 @@ _IKD = ("meta_weight", "feedback_at", "exam")
 _LGTM = ("influence", "influence_weight", "influence_share", "feedback_every", "feedback_layers")
 OF_METHODS = (*_PATIENT, "teaching_rate", "labelled_course", *_ONLINE, *_META, "feedback_from", *_IKD, *_LGTM)
 """Fields that are None wherever a method does not use them, and no part of a run's identity there."""
-_POSITIVE = (
-    *("teaching_rate", "inner_steps", "pilot_learning_rate", "pilot_pieces", "feedback_batch_size", "feedback_every"),
-    *("student_layers", "epochs", "batch_size", "micro_batches", "teacher_learning_rate", "learning_rate"),
-    *("temperature", "max_length", "max_train", "max_evaluation", "max_steps", "evaluate_every", "checkpoint_every"),
-)
+_TAUGHT, _MUTUAL = tuple(name for name in METHODS if name != "fine_tune"), (*ONLINE, "lgtm")
+_PILOTED = ("metadistil", "ikd", "lgtm")
+READ_BY: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys((*_IMITATING, *_PATIENT, "teacher_epochs", "teacher_learning_rate", "teacher_seed"), _TAUGHT),
+    "labelled_course": ("fine_tune", "kd", "ikd"),
+    "untrained_teacher": ("kd", "metadistil", "ikd"),
+    "teaching_rate": LEARNING_TEACHER,
+    **dict.fromkeys(("teacher_alpha", "teacher_objective", "zero_classifiers"), _MUTUAL),
+    "first": ONLINE,
+    **dict.fromkeys(("pilot_update", "inner_steps"), ("metadistil",)),
+    **dict.fromkeys(("pilot_rule", "pilot_pieces", "observe", "feedback_from"), FEEDBACK),
+    **dict.fromkeys(("pilot_learning_rate", "tangent", "tangent_precision", "feedback_batch_size"), _PILOTED),
+    **dict.fromkeys(_IKD, ("ikd",)),
+    **dict.fromkeys(_LGTM, ("lgtm",)),
+}
+"""The methods that read a field; what is not listed all of them read."""
+_STEPS, _SEED = 10**9, 2**32 - 1
+_POSITIVE: dict[str, float] = {
+    **dict.fromkeys(("epochs", "max_steps", "evaluate_every", "checkpoint_every", "feedback_every"), _STEPS),
+    **dict.fromkeys(("max_train", "max_evaluation"), 10**12),
+    **dict.fromkeys(("batch_size", "micro_batches", "pilot_pieces", "feedback_batch_size", "max_length"), 10**6),
+    **dict.fromkeys(("student_layers", "inner_steps"), 1000),
+    **dict.fromkeys(("learning_rate", "teacher_learning_rate", "teaching_rate", "pilot_learning_rate"), 1e3),
+    **dict.fromkeys(("temperature", "max_grad_norm", "max_seconds"), 1e9),
+}
+"""Numbers above 0, and the largest that means anything."""
+_AT_LEAST_ZERO: dict[str, float] = {
+    **dict.fromkeys(("teacher_epochs",), _STEPS),
+    **dict.fromkeys(("seed", "teacher_seed"), _SEED),
+    **dict.fromkeys(("weight_decay", "pkd_weight", "influence_share"), 1e6),
+    "feedback_layers": 1000,
+}
+_SMALLEST_TEMPERATURE = 1e-3
+"""Logits are divided by it; float32 has no room for much less."""
 _UNIT_INTERVAL = ("alpha", "teacher_alpha", "meta_weight", "warmup_ratio", "feedback_fraction")
 
 
 def configure(**parameters: Any) -> RunConfig:
     """Check `parameters`, fill in the defaults that depend on others, and return the configuration.
 
-    Fields without meaning for the method are reset, so that two configurations that compute the same are equal.
+    What the method does not read is refused (`readable` leaves it out), so that two configurations that compute the
+    same are equal and none means something else than it says.
 
     Raises ConfigurationError with one message that lists all problems and, for names, the nearest valid ones.
     """
     known, problems = typed(RunConfig, parameters)
     config = RunConfig(**known)
-    problems += _range_problems(config)
+    problems += _name_problems(config)
+    problems += bound_problems(config, _POSITIVE, _AT_LEAST_ZERO)
+    for name in _UNIT_INTERVAL:
+        value = getattr(config, name)
+        if value is not None and not 0 <= value <= 1:
+            problems.append(f"{name} is {value}; expected a number between 0 and 1")
+    if config.temperature is not None and 0 < config.temperature < _SMALLEST_TEMPERATURE:
+        problems.append(f"temperature is {config.temperature}; expected at least {_SMALLEST_TEMPERATURE}")
     task = None
     try:
         task = config.glue_task
     except ValueError as error:
         problems.append(str(error))
     problems += _choice_problems(config, task)
+    problems += unread_problems(config, config.method, READ_BY, METHODS)
     refuse(problems)
     return _complete(config)
+
+
+def readable(parameters: typing.Mapping[str, Any], method: str) -> dict[str, Any]:
+    """Those of the parameters that `method` reads: for a grid whose methods share settings."""
+    alone = method == "fine_tune" and parameters.get("student") is not None
+    read = {name: value for name, value in parameters.items() if method in READ_BY.get(name, METHODS)}
+    return {name: value for name, value in read.items() if not (alone and name == "teacher")}
+
+
+def unread_problems(
+    config: Any, method: str, read_by: typing.Mapping[str, typing.Sequence[str]], methods: typing.Sequence[str]
+) -> list[str]:
+    """A sentence on the fields that differ from their defaults and that the method does not read, if there are any."""
+    given = {entry.name: getattr(config, entry.name) for entry in dataclasses.fields(config)}
+    defaults = {entry.name: entry.default for entry in dataclasses.fields(config)}
+    unread = [n for n, value in given.items() if value != defaults[n] and method not in read_by.get(n, methods)]
+    if not unread or method not in methods:
+        return []
+    said = "; ".join(f"{name} = {given[name]!r} (for {', '.join(read_by[name])})" for name in unread)
+    return [f"method {method!r} does not read {said}: leave {'it' if len(unread) == 1 else 'them'} out"]
+
+
+def bound_problems(
+    config: Any, positive: typing.Mapping[str, float], at_least_zero: typing.Mapping[str, float]
+) -> list[str]:
+    """One sentence for each number that is not finite, too small, or larger than anything it could mean."""
+    problems = []
+    for bounds, expected in ((positive, "a positive number"), (at_least_zero, "0 or more")):
+        for name, highest in bounds.items():
+            value = getattr(config, name)
+            if value is None:
+                continue
+            low = value > 0 if bounds is positive else value >= 0
+            if not low or value == float("inf"):
+                problems.append(f"{name} is {value}; expected {expected}")
+            elif value > highest:
+                problems.append(f"{name} is {value}; expected {highest:,} at most")
+    return problems
+
+
+MAX_NAME = 100
+"""Characters of a task's name, which names folders and files."""
+
+
+def _name_problems(config: RunConfig) -> list[str]:
+    """Names that cannot be those of files, and empty ones."""
+    problems = path_problems(config, ("source", "output_dir", "teacher", "student"))
+    if not re.fullmatch(r"\w[\w .+-]*", config.task) or len(config.task) > MAX_NAME:
+        problems.append(
+            f"task is {config.task[:MAX_NAME]!r}; files are named after it: expected a letter or digit, then letters, "
+            f"digits, blanks and . + - _, {MAX_NAME} at most"
+        )
+    for name in ("text_columns", "metrics"):
+        value = getattr(config, name)
+        if value is not None and not all(_listed(value)):
+            problems.append(f"{name} is {value!r}; expected one name, or several with one comma between each two")
+    return problems
+
+
+def path_problems(config: Any, names: typing.Sequence[str]) -> list[str]:
+    """One sentence for each path or name that is empty or that no file system knows."""
+    problems = []
+    for name in names:
+        value = getattr(config, name)
+        if value is None:
+            continue
+        printable = "\0" not in value and value.encode(errors="ignore").decode() == value
+        if not value.strip() or not printable:
+            problems.append(f"{name} is {value!r}; expected a name or a path, or leave it out")
+    return problems
 
 
 def typed(kind: type, parameters: typing.Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
@@ -350,7 +514,7 @@ def _of_the_teacher(config: RunConfig) -> dict[str, Any]:
     if config.method in FEEDBACK:
         filled |= {
             "pilot_pieces": None if config.pilot_pieces == 1 else config.pilot_pieces,
-            "pilot_rule": config.pilot_rule or ("adamw" if config.influence == "released" else "sgd"),
+            "pilot_rule": config.pilot_rule or ("adamw" if _released(config) else "sgd"),
             "pilot_learning_rate": config.pilot_learning_rate,
             "tangent": config.tangent or "jvp",
             "tangent_precision": config.tangent_precision or "fp32",
@@ -366,7 +530,7 @@ def _of_the_teacher(config: RunConfig) -> dict[str, Any]:
     if config.method == "lgtm":
         weight = None if config.influence_share is not None else config.influence_weight
         if weight is None and config.influence_share is None:
-            weight = "teacher_rate" if config.influence == "released" else 1.0
+            weight = "teacher_rate" if _released(config) else 1.0
         filled |= {
             "influence": config.influence or "weighted",
             "influence_weight": weight,
@@ -390,6 +554,10 @@ def _of_the_teacher(config: RunConfig) -> dict[str, Any]:
     return filled
 
 
+def _released(config: RunConfig) -> bool:
+    return config.method == "lgtm" and config.influence == "released"
+
+
 def _teacher_epochs(method: str, teacher: str, student_epochs: int) -> int:
     if teacher == models.BOOK_TEACHER or method in (*ONLINE, "lgtm"):
         return 0
@@ -398,24 +566,6 @@ def _teacher_epochs(method: str, teacher: str, student_epochs: int) -> int:
 
 def _default(value: Any, otherwise: Any) -> Any:
     return otherwise if value is None else value
-
-
-def _range_problems(config: RunConfig) -> list[str]:
-    problems = []
-    for name in _POSITIVE:
-        value = getattr(config, name)
-        if value is not None and not (value > 0 and np.isfinite(value)):
-            problems.append(f"{name} is {value}; expected a positive number")
-    for name in _UNIT_INTERVAL:
-        value = getattr(config, name)
-        if value is not None and not 0 <= value <= 1:
-            problems.append(f"{name} is {value}; expected a number between 0 and 1")
-    at_least_zero = ("teacher_epochs", "seed", "teacher_seed", "weight_decay", "pkd_weight", "influence_share")
-    for name in (*at_least_zero, "feedback_layers"):
-        value = getattr(config, name)
-        if value is not None and not value >= 0:
-            problems.append(f"{name} is {value}; expected 0 or more")
-    return problems
 
 
 def _choice_problems(config: RunConfig, task: glue.Task | None) -> list[str]:
@@ -441,8 +591,27 @@ def _choice_problems(config: RunConfig, task: glue.Task | None) -> list[str]:
         value = getattr(config, name)
         if value is not None and value not in valid:
             problems.append(f"{name} is {value!r}; expected one of {', '.join(valid)}{nearest(value, valid)}")
-    if config.student is not None and config.student_layers is not None:
-        problems.append("student and student_layers are both given; give one")
+    if config.method == "fine_tune" and config.teacher is not None and config.student is not None:
+        problems.append(
+            f"teacher is {config.teacher!r}, but method 'fine_tune' trains the student {config.student!r} alone: leave "
+            "it out"
+        )
+    if config.text_columns is None:
+        for name in ("label_column", "regression", "metrics"):
+            if getattr(config, name) != RunConfig.__dataclass_fields__[name].default:
+                problems.append(
+                    f"{name} is {getattr(config, name)!r}, which describes data of your own: give text_columns, too"
+                )
+    if not config.pkd_weight:
+        for name in ("pkd_layers", "pkd_normalisation"):
+            if config.method in _TAUGHT and getattr(config, name) is not None:
+                problems.append(f"{name} is {getattr(config, name)!r}, but pkd_weight is 0, which leaves PKD out")
+    own_exam = config.method == "ikd" and config.exam in (None, "course") and config.labelled_course is not False
+    if own_exam and config.feedback_batch_size is not None:
+        problems.append(
+            f"feedback_batch_size is {config.feedback_batch_size}, but the exam is the course batch itself: leave it "
+            "out, or give exam 'train' or 'feedback'"
+        )
     for name in ("objective", "teacher_objective") if task is not None and task.is_regression else ():
         if getattr(config, name) not in (None, *losses.REGRESSION_OBJECTIVES):
             problems.append(
@@ -454,6 +623,9 @@ def _choice_problems(config: RunConfig, task: glue.Task | None) -> list[str]:
     for name in names:
         if name.startswith("tiny") and not models.is_tiny(name):
             problems.append(f"{name!r} is not of the form 'tiny-<layers>x<hidden>', for example 'tiny-2x64'")
+    fresh = models.is_fresh(config.teacher or TEACHER)
+    if fresh and config.teacher_epochs == 0 and config.method in READ_BY["untrained_teacher"]:
+        problems += [] if config.untrained_teacher else [untrained(config.teacher or TEACHER, config.method)]
     if config.source != "miniglue" and models.is_small(config.teacher or TEACHER) and config.method != "fine_tune":
         problems.append(
             f"source {config.source!r} needs a pretrained teacher: tiny networks read MiniGLUE's small vocabulary. "
@@ -462,6 +634,15 @@ def _choice_problems(config: RunConfig, task: glue.Task | None) -> list[str]:
     if config.source != "miniglue" and config.student is None and config.student_layers is None:
         problems.append(f"source {config.source!r} needs a student: give student or student_layers")
     return problems
+
+
+def untrained(teacher: str, method: str) -> str:
+    """What is wrong with a teacher whose head is new."""
+    return (
+        f"the head of teacher {teacher!r} was never trained, and {method} would teach its random answers: leave "
+        "teacher_epochs out, or give the epochs of a fine-tuning, or a teacher that was fine-tuned elsewhere "
+        "(untrained_teacher=True asks for this one by name)"
+    )
 
 
 def _teaching_problems(config: RunConfig) -> list[str]:
@@ -489,7 +670,10 @@ def _teaching_problems(config: RunConfig) -> list[str]:
             problems.append("feedback_fraction and feedback_from 'validation' are both given; give one")
     try:
         if config.method == "metadistil":
-            metadistil.check_settings(config.inner_steps or 1, config.pilot_rule or "sgd", config.micro_batches)
+            rule = (
+                config.pilot_rule if config.pilot_rule in metadistil.PILOT_RULES else "sgd"
+            )  # another one: said above
+            metadistil.check_settings(config.inner_steps or 1, rule, config.micro_batches)
         if config.method == "lgtm":
             if config.influence_weight is not None and config.influence_share is not None:
                 problems.append("influence_weight and influence_share are both given; give one")
@@ -505,10 +689,6 @@ def _ikd_problems(config: RunConfig) -> list[str]:
     """What does not go together for ikd, and where the course has no labels."""
     problems = []
     few = config.labelled_course is False
-    if few and config.method not in ("fine_tune", "kd", "ikd"):
-        problems.append(
-            f"labelled_course is False, but {config.method} reads all labels; expected fine_tune, kd or ikd"
-        )
     if few and config.method == "kd" and config.alpha:
         problems.append(f"alpha is {config.alpha}, a weight for the labels of a course that has none; expected 0")
     if config.method == "ikd":
@@ -569,6 +749,10 @@ class RunRecord:
     environment: dict[str, str]
     git_commit: str | None
     finished: str
+    contents: dict[str, str] = field(default_factory=dict)
+    """what data and networks from outside the package were, see `contents`"""
+    unknown: dict[str, float] = field(default_factory=dict)
+    """the share of word pieces that the vocabulary does not have, by split; only where there are any"""
     folder: Path = field(default=Path(), compare=False)
 
     @property
@@ -583,35 +767,75 @@ def run(config: RunConfig) -> RunRecord:
     The folder then holds `record.json`, the student as a folder for `from_pretrained`, and GLUE-format predictions of
     the test split.  An interrupted run goes on from its checkpoint.  A run that another process computes is waited for.
 
-    Raises what data, models and trainer raise; before any work is done where that is possible.
+    Raises what data, models and trainer raise; before any work is done where that is possible.  Raises
+    `trainer.TrainingInterruptedError` when `max_seconds` are over or somebody asked the process to end.
     """
-    return once(config.folder, config.resume, lambda: _compute(config))
+    refuse_many_processes()
+    config = afresh(config)
+    return once(config.folder, lambda: _compute(config))
 
 
-def once(folder: Path, resume: bool, compute: Callable[[], RunRecord]) -> RunRecord:
-    """The record in `folder` if there is one and `resume` lets it count, else what `compute` returns.
+def afresh(config: RunConfig) -> RunConfig:
+    """Where `resume` is False: forget what is left of this run and of its teacher's, say so, and let resuming begin.
 
-    While it computes, others who want the same run wait.  Raises CheckpointError if `folder` cannot be written.
+    Several runs that follow each other can so share what the first of them computes anew.
     """
+    if config.resume:
+        return config
+    left = [config] if config.method == "fine_tune" or config.teacher_epochs == 0 else [config, teacher_config(config)]
+    for each in left:
+        forget(each.folder)
+    notice(f"resume is False: {' and '.join(each.run_id for each in left)} start afresh")
+    return dataclasses.replace(config, resume=True)
 
-    def finished() -> bool:
-        return resume and (folder / RECORD).exists()
 
-    if finished():
+def forget(folder: Path) -> None:
+    """Remove what a run left in `folder`, the record first; nothing else.  Waits for a process that computes it.
+
+    Raises CheckpointError if the folder cannot be written.
+    """
+    if folder.exists():
+        with trainer.alone_in(folder):
+            (folder / RECORD).unlink(missing_ok=True)
+            _clear(folder)
+            for state in (trainer.CHECKPOINT, trainer.BEST):
+                (folder / state).unlink(missing_ok=True)
+
+
+def once(folder: Path, compute: Callable[[], RunRecord]) -> RunRecord:
+    """The record in `folder` if there is one, else what `compute` returns.
+
+    While it computes, others who want the same run wait.  What a finished run whose record is gone has left is removed
+    before: it may be of other data.  Raises CheckpointError if `folder` cannot be written.
+    """
+    with trainer.writing_to(folder):  # a name that is too long for a file is an error here already
+        finished = (folder / RECORD).exists()
+    if finished:
         return read_record(folder)  # without a lock, which a folder that is only read could not hold
     with trainer.alone_in(folder):
-        return read_record(folder) if finished() else compute()
+        if (folder / RECORD).exists():
+            return read_record(folder)
+        trainer.prepare_folder(folder)
+        _clear(folder)
+        return compute()
+
+
+def _clear(folder: Path) -> None:
+    """Remove what only a finished run has: networks, predictions, logits."""
+    for left in (STUDENT, TEACHER_FOLDER):
+        shutil.rmtree(folder / left, ignore_errors=True)
+    for left in (*folder.glob(f"{trainer.LOGITS}*"), *folder.glob("*.tsv")):
+        left.unlink()
 
 
 def _compute(config: RunConfig) -> RunRecord:
-    folder = config.folder
-    trainer.prepare_folder(folder)
-    (folder / RECORD).unlink(missing_ok=True)
+    folder, started = config.folder, time.perf_counter()
     accelerator = accelerator_for(config.device, config.precision)
     data = load_data(config)
     tokenizer = models.load_tokenizer(config.teacher or config.student)
     student_network = load_student(config, data.task, tokenizer)
     encoded = encode_all(data, tokenizer, config.max_length)
+    check_lengths(encoded, student_network, config.student or f"the student of {config.student_layers} layers")
     # Without labels elsewhere, fine-tuning has the feedback split alone.
     course = encoded["feedback" if config.method == "fine_tune" and config.labelled_course is False else "train"]
     student = _learner("student", student_network, config, accelerator, len(course))
@@ -626,10 +850,10 @@ def _compute(config: RunConfig) -> RunRecord:
         select=f"{next(iter(data.evaluation))}/{data.task.metrics[0]}",
         keep=student,
         folder=folder,
-        identity=config.identity,
-        resume=config.resume,
+        identity={**config.identity, **contents(config)},
         feedback=feedback_data(config, data, encoded),
         feedback_batch_size=config.feedback_batch_size,
+        max_seconds=None if config.max_seconds is None else config.max_seconds - (time.perf_counter() - started),
     )
     if teacher is not None:
         save_pretrained(teacher.module, tokenizer, folder / TEACHER_FOLDER)
@@ -659,36 +883,88 @@ def teacher_of(config: RunConfig) -> tuple[str, RunRecord | None]:
     """Where the teacher of `config` is, fine-tuned if need be, and its record (None if it was fine-tuned elsewhere)."""
     if config.teacher_epochs == 0:
         return config.teacher, None
-    # Asking to start afresh means the student: a stored teacher is what the runs share.
-    record = run(dataclasses.replace(teacher_config(config), resume=True))
+    record = run(teacher_config(config))
+    if not (record.folder / STUDENT / "config.json").exists():
+        notice(f"the network of the finished run {record.run_id} is gone: it is computed again")
+        forget(record.folder)
+        record = run(teacher_config(config))
     return str(record.folder / STUDENT), record
 
 
 def load_data(config: RunConfig) -> glue.TaskData:
-    """The run's data, checked, with the feedback split carved out."""
+    """The run's data, checked, with the feedback split carved out; read again only if the files have changed."""
+    return _loaded(*_what_to_load(config))
+
+
+def _what_to_load(config: RunConfig) -> tuple:
+    what = (config.source, config.glue_task, config.max_train, config.max_evaluation, config.feedback_fraction)
+    return *what, config.predict_test, _signature(config.source)
+
+
+@functools.lru_cache(maxsize=2)  # a teacher and its student share the data, one run after the other
+def _loaded(
+    source: str,
+    task: glue.Task,
+    max_train: int | None,
+    max_evaluation: int | None,
+    feedback_fraction: float,
+    want_test: bool,
+    signature: tuple,
+) -> glue.TaskData:
     return glue.load(
-        config.source,
-        config.glue_task,
-        max_train=config.max_train,
-        max_evaluation=config.max_evaluation,
-        feedback_fraction=config.feedback_fraction,
+        source,
+        task,
+        max_train=max_train,
+        max_evaluation=max_evaluation,
+        feedback_fraction=feedback_fraction,
         seed=0,  # the split belongs to the task, not to the run: all seeds and methods see the same rows
+        want_test=want_test,
     )
 
 
+@functools.lru_cache(maxsize=16)
+def _fingerprint(*what: Any) -> str:
+    return f"sha256:{glue.fingerprint(_loaded(*what))}"
+
+
+def _signature(source: str) -> tuple:
+    """What tells whether the files of a local source have changed; () for others."""
+    folder = miniglue.folder() if source == "miniglue" else Path(source).expanduser()
+    if not folder.is_dir():
+        return ()
+    files = sorted(path for path in (*folder.glob("*"), *folder.glob("*/*"), *folder.glob("*/*/*")) if path.is_file())
+    return str(folder.resolve()), *((str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files)
+
+
 def load_student(config: RunConfig, task: glue.Task, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    """The student before training: loaded by name, or cut from the teacher's checkpoint."""
-    if config.student_layers is not None:
-        whole = models.load(config.teacher, task, tokenizer, config.seed)
-        return models.first_layers(whole, config.student_layers, config.seed)
-    if config.teacher is not None and not models.is_small(config.student) and not models.is_fresh(config.student):
-        theirs, ours = tokenizer.get_vocab(), models.load_tokenizer(config.student).get_vocab()
+    """The student before training: loaded by name, or cut from its checkpoint or the teacher's.
+
+    Raises ValueError if the student reads other words than its teacher, and what `models` raises.
+    """
+    named = config.student
+    if named is not None and config.teacher is not None and not models.is_small(named) and not models.is_fresh(named):
+        theirs, ours = tokenizer.get_vocab(), models.load_tokenizer(named).get_vocab()
         if theirs != ours:
             raise ValueError(
-                f"student {config.student!r} ({len(ours)} word pieces) and teacher {config.teacher!r} ({len(theirs)}) "
+                f"student {named!r} ({len(ours)} word pieces) and teacher {config.teacher!r} ({len(theirs)}) "
                 "have different tokenizers: distillation needs one vocabulary"
             )
-    return models.load(config.student, task, tokenizer, config.seed)
+    network = models.load(named or config.teacher, task, tokenizer, config.seed)
+    if config.student_layers is None:
+        return network
+    return models.first_layers(network, config.student_layers, config.seed)
+
+
+def check_lengths(encoded: typing.Mapping[str, glue.Encoded], network: PreTrainedModel, name: str) -> None:
+    """Raise ValueError if a split holds an example that is longer than what the network can read."""
+    longest = models.longest(network)
+    for split, samples in encoded.items():
+        if longest is not None and len(samples) and (found := int(samples.lengths.max())) > longest:
+            row = int(samples.rows[samples.lengths.argmax()])
+            raise ValueError(
+                f"{name} reads {longest} word pieces at most, but row {row} of {split} has {found}: give max_length "
+                f"{longest}, which cuts longer texts"
+            )
 
 
 def encode_all(data: glue.TaskData, tokenizer: PreTrainedTokenizerBase, max_length: int) -> dict[str, glue.Encoded]:
@@ -719,7 +995,8 @@ def _learner(name: str, network: PreTrainedModel, config: RunConfig, accelerator
         _schedule(config).total_steps(samples),
         config.weight_decay,
         config.warmup_ratio,
-        micro_batches=config.micro_batches,
+        _default(config.max_grad_norm, 1.0),
+        config.micro_batches,
     )
 
 
@@ -737,6 +1014,9 @@ def _method(
     # What the fine-tuning drew has made another head; a teacher that starts untrained has a seed of its own.
     network = models.load(where, data.task, tokenizer, config.teacher_seed)
     models.check_pair(network, student.module)
+    check_lengths(encoded, network, f"teacher {config.teacher!r}")
+    if config.teacher_epochs == 0 and models.head_is_new(network) and config.method in READ_BY["untrained_teacher"]:
+        refuse([] if config.untrained_teacher else [untrained(config.teacher, config.method)])
     accelerator, imitation = student.accelerator, imitation_of(config)
     if config.method == "kd":
         if imitation.wanted:  # hidden states of a whole training set are too many to keep
@@ -849,7 +1129,7 @@ def _finish(
     network, autocast = student.module, student.accelerator.autocast
     labelled = [n for n in (*data.evaluation, *data.test) if not (encoded[n].labels == glue.HIDDEN).any()]
     wanted = {*labelled, *(data.test if config.predict_test else ())}
-    if "flipped" in data.train.column_names:
+    if has_oracle(config, data):
         wanted.add("train")
     outputs = {
         name: models.predict(network, encoded[name], description=f"predicting {name}", autocast=autocast)
@@ -862,7 +1142,8 @@ def _finish(
         values |= {f"{name}/{metric}": value for metric, value in scores.items()}
     # The teacher that is left in the folder is the one after the last step.
     last = result.history.iloc[-1]
-    values |= {name: float(last[name]) for name in result.history if name.startswith("teacher/")}
+    told = [name for name in result.history if name.startswith("teacher/") and not name.endswith(f"/{trainer.LOSS}")]
+    values |= {name: float(last[name]) for name in told}
     if config.predict_test:
         for name in data.test:
             glue.write_predictions(config.folder, data.task, outputs[name], name)
@@ -877,10 +1158,12 @@ def _finish(
         samples={name: len(split) for name, split in encoded.items()},
         parameters=sum(p.numel() for p in network.parameters()),
         teacher=None if teacher is None else teacher.run_id,
-        oracle=compare_with_oracle(data, outputs),
+        oracle=compare_with_oracle(data, outputs) if has_oracle(config, data) else {},
         environment=environment(student.accelerator.device),
         git_commit=git_commit(),
         finished=datetime.now(UTC).isoformat(timespec="seconds"),
+        contents=contents(config),
+        unknown={name: round(split.unknown, 4) for name, split in encoded.items() if split.unknown},
         folder=config.folder,
     )
     write_record(record)
@@ -889,15 +1172,18 @@ def _finish(
     return record
 
 
+def has_oracle(config: RunConfig, data: glue.TaskData) -> bool:
+    """Whether the true posterior and the planted errors are known: of MiniGLUE's classes, not of own data."""
+    return config.source == "miniglue" and config.text_columns is None and not data.task.is_regression
+
+
 def compare_with_oracle(data: glue.TaskData, outputs: dict[str, np.ndarray]) -> dict[str, float]:
-    """How the outputs compare with MiniGLUE's true posterior; empty for other data and for regression.
+    """How the outputs compare with MiniGLUE's true posterior.
 
     * `<split>/kl`: mean KL(p* ‖ p), in nats, on validation and test;
     * `train/flipped_given`, `train/flipped_clean`: on the training examples with a planted wrong label, the share for
       which the network predicts that wrong label, and the share for which it predicts the label before flipping.
     """
-    if data.task.is_regression or "posterior" not in data.train.column_names:
-        return {}
     values = {}
     for name, split in {**data.evaluation, **data.test}.items():
         posterior = np.array(split["posterior"])
@@ -941,7 +1227,7 @@ def read_record(folder: Path | str) -> RunRecord:
     path = path / RECORD if path.is_dir() else path
     try:
         return RunRecord(**json.loads(path.read_text()), folder=path.parent)
-    except (json.JSONDecodeError, TypeError) as error:
+    except (ValueError, TypeError, IsADirectoryError) as error:  # not UTF-8 and not JSON are ValueErrors
         raise ValueError(f"{path} is not a complete run record ({error}): delete it and run again") from error
 
 

@@ -8,8 +8,6 @@ import hashlib
 import itertools
 import math
 import shutil
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -22,16 +20,20 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from filelock import FileLock, Timeout
-from safetensors.torch import load_file
 from torch import Tensor
 
-from kdlib import checkpoints, glue, metrics
+from kdlib import checkpoints, glue, losses, metrics, models
+from kdlib.interrupts import asked_to_stop
 from kdlib.learner import Batch, Learner, NonFiniteLossError
 from kdlib.methods import Step
 from kdlib.models import predict
 from kdlib.progress import bar, line, notice
 
 CHECKPOINT, BEST, LOCK = "checkpoint.safetensors", "best.safetensors", ".lock"
+LOGITS = "logits-"
+"""How the files begin that keep a fixed teacher's logits."""
+LOSS = "loss"
+"""What the mean of the task's own loss on a split is called beside the task's metrics."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,7 @@ class Result:
 
 
 class TrainingInterruptedError(KeyboardInterrupt):
-    """Ctrl-C was pressed or the time was up; the state was saved after the step that was under way."""
+    """Somebody asked the run to end or the time was up; the state was saved after the step that was under way."""
 
 
 Evaluate = Callable[[], dict[str, float]]
@@ -83,7 +85,8 @@ def evaluation(
 ) -> Evaluate:
     """A function that returns the learner's metrics on every split, named "validation/accuracy" and so on.
 
-    Those of `others` follow under their names: "teacher/validation/accuracy".
+    "validation/loss" is the mean of the task's own loss.  Those of `others` follow under their names:
+    "teacher/validation/accuracy".
     """
 
     def evaluate() -> dict[str, float]:
@@ -94,6 +97,9 @@ def evaluation(
                 outputs = predict(who.module, encoded, batch_size, description, who.accelerator.autocast)
                 for metric, value in metrics.compute(task.metrics, outputs, encoded.labels.numpy()).items():
                     values[f"{prefix}{name}/{metric}"] = value
+                # In float64: a mean over a large split.
+                loss = losses.task_loss(torch.from_numpy(outputs).double(), encoded.labels)
+                values[f"{prefix}{name}/{LOSS}"] = loss.item()
         return values
 
     return evaluate
@@ -108,21 +114,35 @@ def teacher_logits(
 ) -> Callable[[Batch], Tensor]:
     """The logits of a fixed teacher, computed once for the whole training set and then looked up by position.
 
-    With `cache`, a folder that belongs to this teacher, they are also kept on disk for later runs on the same data in
-    the same precision.
+    With `cache`, a folder that belongs to this teacher, they are also kept on disk for later runs with the same weights
+    on the same tokens in the same precision.  A file that is damaged is written anew.
     """
-    path = None
+    path, table = None, None
     if cache is not None:
-        path = cache / f"logits-{fingerprint(encoded)}-{accelerator.mixed_precision}.safetensors"
-    if path is not None and path.exists():
-        table = checkpoints.read_tensors(path)[0]["logits"]
-    else:
+        weights, tokens = models.fingerprint(teacher), fingerprint(encoded)
+        path = cache / f"{LOGITS}{weights}-{tokens}-{accelerator.mixed_precision}.safetensors"
+        table = _kept_logits(path, len(encoded))
+    if table is None:
         teacher.to(accelerator.device)
         table = torch.from_numpy(predict(teacher, encoded, batch_size, "teacher logits", accelerator.autocast))
         if path is not None:
             checkpoints.write_tensors(path, {"logits": table})
     table = table.to(accelerator.device)
     return lambda batch: table[batch["positions"]]
+
+
+def _kept_logits(path: Path, samples: int) -> Tensor | None:
+    """What `teacher_logits` has kept; None if there is nothing that can be used."""
+    if not path.exists():
+        return None
+    try:
+        table = checkpoints.read_tensors(path)[0]["logits"]
+    except (checkpoints.CheckpointError, KeyError):
+        table = None
+    if table is None or len(table) != samples:
+        notice(f"{path} is damaged: the teacher's logits are computed again")
+        return None
+    return table
 
 
 def train(
@@ -152,15 +172,16 @@ def train(
     goes into the history as "train_<name>".  Learners other than `keep` end with their last weights.
 
     With a `folder` the run survives being killed at any moment: started again, it goes on from the last checkpoint and
-    ends with the same weights and history, bit for bit.  `identity` is stored with the checkpoint; one that was written
-    under another identity is refused.  Without a folder the best weights are held in memory.
+    ends with the same weights and history, bit for bit.  `identity` is stored with the checkpoint, together with the
+    schedule and a fingerprint of all data; one that was written under another identity is refused.  Without a folder
+    the best weights are held in memory.
 
-    Ctrl-C finishes the step under way, saves and raises TrainingInterruptedError, which says how to resume.  So it
-    ends after `max_seconds` of this call, too, if there are steps left.
+    Ctrl-C, SIGTERM and SIGUSR1 finish the step under way, save and raise TrainingInterruptedError, which says how to
+    resume.  So it ends after `max_seconds` of this call, too, if there are steps left.
 
     Raises NonFiniteLossError for a NaN or infinite loss (with the step, the rows and the last good checkpoint),
-    CheckpointError if the folder cannot be written or holds a checkpoint of another run, ValueError for no data and for
-    other feedback data that are also trained on.
+    CheckpointError if the folder cannot be written or holds a checkpoint of another run or a damaged one, ValueError
+    for no data and for other feedback data that are also trained on.
     """
     accelerator = keep.accelerator
     total = schedule.total_steps(len(encoded))
@@ -168,7 +189,11 @@ def train(
         raise ValueError(f"nothing to train on: {len(encoded)} samples, {schedule.epochs} epochs")
     if feedback is not None and feedback is not encoded:
         _check_disjoint(encoded, feedback)
-    identity = {**asdict(schedule), "samples": len(encoded), **(identity or {})}
+    # How often the state is saved may change from one sitting to the next.
+    own = {name: value for name, value in asdict(schedule).items() if name != "checkpoint_every"}
+    identity = {**own, "samples": len(encoded), "data": fingerprint(encoded, labels=True), **(identity or {})}
+    if feedback is not None:
+        identity["feedback data"] = fingerprint(feedback, labels=True)
     state: dict[str, Any] = {
         "identity": identity,
         "step": 0,
@@ -185,6 +210,8 @@ def train(
         prepare_folder(folder)
         if resume and (folder / CHECKPOINT).exists():
             state = _resume(folder / CHECKPOINT, learners, identity)
+            if select is not None and state["best_step"] >= 0:
+                best_weights = _best(folder / BEST, keep)  # now, not after all the work that is left
         elif not resume:
             for stale in (CHECKPOINT, BEST):
                 (folder / stale).unlink(missing_ok=True)
@@ -198,7 +225,7 @@ def train(
 
     for learner in learners:
         learner.module.train()
-    with _interruptible() as interrupted:
+    with asked_to_stop() as stopping:
         batches = training_batches(encoded, schedule, state["step"], total)
         quizzes = feedback_batches(feedback, feedback_batch_size or schedule.batch_size, schedule.seed, state["step"])
         for indices in bar(batches, f"training {keep.name}", initial=state["step"], total=total):
@@ -225,8 +252,6 @@ def train(
                     **evaluate(),
                 }
                 state["history"].append(row)
-                chosen = "" if select is None else f", {select} {row[select]:.4f}"
-                line(f"{keep.name}: epoch {row['epoch']:.2f}, loss {row['train_loss']:.4f}{chosen}")
                 state["sums"], state["counts"] = {}, {}
                 if not state["best_metrics"] or select is None or row[select] > state["best_metrics"][select]:
                     state["best_step"] = state["step"]
@@ -237,14 +262,16 @@ def train(
                         checkpoints.write_tensors(folder / BEST, best_weights)
                 if schedule.checkpoint_every is None:
                     save()
+                chosen = "" if select is None else f", {select} {row[select]:.4f}"
+                line(f"{keep.name}: epoch {row['epoch']:.2f}, loss {row['train_loss']:.4f}{chosen}", started)
             if schedule.checkpoint_every is not None and state["step"] % schedule.checkpoint_every == 0:
                 save()
             late = max_seconds is not None and time.perf_counter() - started > max_seconds and state["step"] < total
-            if interrupted.is_set() or late:
+            if stopping() or late:
                 save()
                 raise TrainingInterruptedError(_how_to_resume(state["step"], total, folder))
     if select is not None:
-        keep.module.load_state_dict(best_weights or load_file(folder / BEST))
+        keep.module.load_state_dict(best_weights)
     for learner in learners:
         learner.module.eval()
     seconds = seconds_before + time.perf_counter() - started
@@ -285,7 +312,7 @@ def prepare_folder(folder: Path) -> None:
 
     Raises CheckpointError that names the folder and the remedy.
     """
-    with _writing_to(folder):
+    with writing_to(folder):
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / ".writable"
         probe.touch()
@@ -295,7 +322,8 @@ def prepare_folder(folder: Path) -> None:
 
 
 @contextmanager
-def _writing_to(folder: Path) -> Iterator[None]:
+def writing_to(folder: Path) -> Iterator[None]:
+    """Put an OSError of the block into a CheckpointError that names the folder and the remedy."""
     try:
         yield
     except OSError as error:
@@ -313,7 +341,7 @@ def alone_in(folder: Path) -> Iterator[None]:
     Raises CheckpointError if `folder` cannot be written.
     """
     lock = FileLock(folder / LOCK)
-    with _writing_to(folder):
+    with writing_to(folder):
         folder.mkdir(parents=True, exist_ok=True)
         try:
             lock.acquire(blocking=False)
@@ -337,10 +365,11 @@ def _check_disjoint(encoded: glue.Encoded, feedback: glue.Encoded) -> None:
         )
 
 
-def fingerprint(encoded: glue.Encoded) -> str:
-    """A short name for exactly these tokens."""
+def fingerprint(encoded: glue.Encoded, labels: bool = False) -> str:
+    """A short name for exactly these tokens, or for these tokens with these labels."""
     digest = hashlib.sha256()
-    for tensor in (encoded.input_ids, encoded.token_type_ids, encoded.offsets):
+    parts = [encoded.input_ids, encoded.token_type_ids, encoded.offsets]
+    for tensor in (*parts, encoded.labels) if labels else parts:
         digest.update(tensor.numpy().tobytes())
     return digest.hexdigest()[:12]
 
@@ -362,6 +391,23 @@ def _resume(path: Path, learners: list[Learner], identity: dict[str, Any]) -> di
     return checkpoints.load(path, learners)
 
 
+def _best(path: Path, keep: Learner) -> dict[str, Tensor]:
+    """The weights of the best evaluation so far.  Raises CheckpointError if they are gone or not this network's."""
+    try:
+        weights = checkpoints.read_tensors(path)[0]
+    except checkpoints.CheckpointError as error:
+        raise checkpoints.CheckpointError(
+            f"the weights of the best evaluation so far cannot be read ({error}). The run cannot end without them: "
+            "start it afresh with resume=False"
+        ) from error
+    expected = keep.module.state_dict()
+    if {n: t.shape for n, t in weights.items()} != {n: t.shape for n, t in expected.items()}:
+        raise checkpoints.CheckpointError(
+            f"{path} holds the weights of another network than the {keep.name}: start the run afresh with resume=False"
+        )
+    return weights
+
+
 def _located(error: NonFiniteLossError, step: int, folder: Path | None) -> NonFiniteLossError:
     checkpoint = None if folder is None else folder / CHECKPOINT
     kept = f"the last good checkpoint is {checkpoint}" if checkpoint and checkpoint.exists() else "no checkpoint yet"
@@ -373,23 +419,3 @@ def _how_to_resume(step: int, total: int, folder: Path | None) -> str:
     if folder is None:
         return f"interrupted after step {step} of {total}; nothing was saved, because the run has no folder"
     return f"interrupted after step {step} of {total}; run the same command again to go on from {folder / CHECKPOINT}"
-
-
-@contextmanager
-def _interruptible() -> Iterator[threading.Event]:
-    """Turn the first Ctrl-C into an event that the loop looks at between steps; the second one interrupts at once."""
-    event = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield event
-        return
-    before = signal.getsignal(signal.SIGINT)
-
-    def handler(number, frame) -> None:
-        event.set()
-        signal.signal(signal.SIGINT, before)
-
-    signal.signal(signal.SIGINT, handler)
-    try:
-        yield event
-    finally:
-        signal.signal(signal.SIGINT, before)

@@ -54,6 +54,48 @@ def tutor_of(record: runs.RunRecord) -> dict[str, bytes]:
     return {name: tensor.numpy().tobytes() for name, tensor in tensors.items()}
 
 
+CHANGES = {
+    "corpus": "mini-corpus+mini-corpus",
+    "column": "words",
+    "train_split": "validation",
+    "validation_split": "train",
+    "packed": True,
+    "max_length": 64,
+    "max_lines": 50,
+    "mask_rate": 0.3,
+    "method": "untutored",
+    "teacher": "other",
+    "student": "tiny-1x32",
+    "student_layers": 1,
+    "untrained_teacher": True,
+    "trained": "head",
+    "steps": 7,
+    "batch_size": 8,
+    "learning_rate": 1e-4,
+    "warmup_ratio": 0.0,
+    "weight_decay": 0.1,
+    "max_grad_norm": 2.0,
+    "temperature": 3.0,
+    "relation_heads": 2,
+    "attention": False,
+    "logit_weight": 1.0,
+    "inner_weight": 1.0,
+    "reward_weight": 0.25,
+    "strategy": "reverse",
+    "kl_weight": 0.5,
+    "samples": 2,
+    "baseline": "running mean",
+    "imitated": "distribution",
+    "everywhere": True,
+    "order": "in turns",
+    "tutor_start": "random",
+    "seed": 1,
+    "evaluate_every": 7,
+    "precision": "bf16",
+}
+"""A value of every field that is not its default."""
+
+
 class TestConfigure:
     @pytest.mark.parametrize(
         ("method", "filled"),
@@ -93,7 +135,8 @@ class TestConfigure:
     def test_without_a_teacher(self):
         config = pretraining.configure(method="mlm", student="tiny-1x32")
         assert (config.teacher, config.trained) == (None, "all")
-        assert pretraining.configure(method="mlm", student="tiny-1x32", teacher="book-mlm") == config
+        with pytest.raises(ConfigurationError, match="'mlm' does not read teacher = 'book-mlm'"):
+            pretraining.configure(method="mlm", student="tiny-1x32", teacher="book-mlm")
 
     @pytest.mark.parametrize(("student", "rate"), [("tiny-2x64", 1e-3), ("tutor-9m", 5e-4), ("some/where", 5e-4)])
     def test_learning_rates_suit_the_student(self, student, rate):
@@ -125,7 +168,13 @@ class TestConfigure:
             ({"method": "soft_labels", "temperature": 0.0}, "temperature is 0.0; expected a positive number"),
             ({"logit_weight": -1.0}, "logit_weight is -1.0; expected 0 or more"),
             ({"precision": "fp16"}, "precision is 'fp16'; expected one of fp32, bf16"),
-            ({"teacher": "minilm"}, "'minilm' comes without a trained head, and tutor asks it for words"),
+            ({"teacher": "minilm"}, "'minilm' comes without a trained masked-language-model head, and tutor asks it"),
+            (
+                {"teacher": "tiny-2x32", "method": "soft_labels"},
+                "comes without a trained .* head, and soft_labels asks",
+            ),
+            ({"seed": 2**32}, "seed is 4294967296; expected 4,294,967,295 at most"),
+            ({"corpus": ""}, "corpus is ''; expected a name or a path"),
         ],
     )
     def test_what_means_nothing_is_refused(self, wrong, message):
@@ -149,60 +198,41 @@ class TestConfigure:
             ({"imitated": "distribution"}, {"temperature": 3.0}),
             ({"strategy": "no reward"}, {"reward_weight": 0.1, "baseline": "running mean"}),
             ({"inner_weight": 0.0}, {"attention": False}),
-            ({}, {"column": "words", "validation_split": "validation"}),
+            ({}, {"column": "words"}),
         ],
     )
-    def test_fields_without_meaning_are_reset(self, given, unused):
-        assert pretraining.configure(**given, **unused) == pretraining.configure(**given)
+    def test_fields_without_meaning_are_refused_each_by_its_name(self, given, unused):
+        for name, value in unused.items():
+            with pytest.raises(ConfigurationError, match=rf"{name} (= |is ).*out"):
+                pretraining.configure(**given, **{name: value})
+
+    def test_the_usual_names_of_the_mini_corpus_may_be_given(self):
+        assert pretraining.configure(column="text", validation_split="validation") == pretraining.configure()
+
+    @pytest.mark.parametrize("name", sorted(pretraining.READ_BY))
+    @pytest.mark.parametrize("method", METHODS)
+    def test_a_field_is_read_or_refused_never_ignored(self, method, name):
+        plain = {"method": method, **({"student": "tiny-1x32"} if method == "mlm" else {})}
+        value = CHANGES[name]
+        if method in pretraining.READ_BY[name]:
+            assert pretraining.configure(**{**plain, name: value}).asked_id != pretraining.configure(**plain).asked_id
+        else:
+            with pytest.raises(ConfigurationError, match=rf"does not read .*{name} = "):
+                pretraining.configure(**{**plain, name: value})
 
     def test_the_run_id_tells_results_apart(self):
         """Every field but those that decide nothing gives another run, and the list of them is complete."""
-        changes = {
-            "corpus": "mini-corpus+mini-corpus",
-            "column": "words",
-            "train_split": "validation",
-            "validation_split": "train",
-            "packed": True,
-            "max_length": 64,
-            "max_lines": 50,
-            "mask_rate": 0.3,
-            "method": "untutored",
-            "teacher": "other",
-            "student": "tiny-1x32",
-            "student_layers": 1,
-            "trained": "head",
-            "steps": 7,
-            "batch_size": 8,
-            "learning_rate": 1e-4,
-            "warmup_ratio": 0.0,
-            "weight_decay": 0.1,
-            "max_grad_norm": 2.0,
-            "temperature": 2.0,
-            "relation_heads": 2,
-            "attention": False,
-            "logit_weight": 1.0,
-            "inner_weight": 1.0,
-            "reward_weight": 0.25,
-            "strategy": "reverse",
-            "kl_weight": 0.5,
-            "samples": 2,
-            "baseline": "running mean",
-            "imitated": "distribution",
-            "everywhere": True,
-            "order": "in turns",
-            "tutor_start": "random",
-            "seed": 1,
-            "evaluate_every": 7,
-            "precision": "bf16",
-        }
         fields = {field.name for field in dataclasses.fields(PretrainingConfig)}
-        assert set(changes) == fields - set(pretraining._NOT_IDENTITY)
+        assert set(CHANGES) == fields - set(pretraining._NOT_IDENTITY)
         base = {"corpus": "a.txt", "teacher": "folder"}
-        special = {"trained": {"method": "mlm", "student": "tiny-1x32"}, "relation_heads": {"method": "minilm_v2"}}
-        for name, value in changes.items():
+        special = {
+            "trained": {"method": "mlm", "student": "tiny-1x32", "teacher": None},
+            "relation_heads": {"method": "minilm_v2"},
+        }
+        for name, value in CHANGES.items():
             given = {**base, **special.get(name, {})}
             changed = {**given, name: value}
-            assert pretraining.configure(**given).run_id != pretraining.configure(**changed).run_id, name
+            assert pretraining.configure(**given).asked_id != pretraining.configure(**changed).asked_id, name
 
     def test_where_and_how_often_it_is_saved_is_no_part_of_the_run_id(self):
         where = {"output_dir": "x", "cache_dir": "y", "resume": False, "device": "cpu", "checkpoint_every": 5}
@@ -224,7 +254,7 @@ class TestConfigure:
 class TestRun:
     @pytest.mark.parametrize("method", METHODS)
     def test_every_method_leaves_a_record_and_a_student_that_can_be_fine_tuned(self, quick, home, monkeypatch, method):
-        config = pretraining.configure(**quick, method=method)
+        config = pretraining.configure(**pretraining.readable(quick, method), method=method)
         record = pretraining.run(config)
         assert record.folder == config.folder and record.config == dataclasses.asdict(config)
         assert [row["step"] for row in record.history] == [2, 3] and record.best_step == 3
@@ -295,7 +325,7 @@ class TestRun:
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
 
     def test_training_the_head_leaves_the_encoder_alone(self, quick, taught):
-        settings = {**quick, "method": "mlm", "student": quick["teacher"], "trained": "head"}
+        settings = {**quick, "method": "mlm", "teacher": None, "student": quick["teacher"], "trained": "head"}
         record = pretraining.run(pretraining.configure(**settings))
         made, given = (
             AutoModelForMaskedLM.from_pretrained(path) for path in (record.folder / "student", quick["teacher"])
@@ -370,7 +400,7 @@ class TestErrorsBeforeAnyWork:
             ({"method": "tutor", "student": "tiny-1x32h4", "attention": True}, "4 heads, the teacher 2.*attention"),
             ({"method": "minilm_v2", "relation_heads": 5}, "relation_heads is 5, which does not divide the student's"),
             ({"method": "soft_labels", "max_length": 256}, "max_length is 256, but .* reads 128 word pieces at most"),
-            ({"method": "mlm", "max_length": 256}, "reads 128 word pieces at most"),
+            ({"method": "mlm", "teacher": None, "max_length": 256}, "reads 128 word pieces at most"),
         ],
     )
     def test_networks_that_do_not_fit(self, quick, tmp_path, before_reading, changes, message):

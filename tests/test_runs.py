@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import shutil
 from concurrent.futures import ThreadPoolExecutor, wait
 
@@ -12,7 +13,7 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from kdlib import glue, models, runs, trainer
-from kdlib.runs import ConfigurationError
+from kdlib.runs import ConfigurationError, RunConfig
 
 QUICK = {
     "task": "mini-mnli",
@@ -65,7 +66,8 @@ class TestConfigure:
         assert (config.source, config.task, config.method) == ("miniglue", "mini-mnli", "kd")
         left = {name for name, value in dataclasses.asdict(config).items() if value is None}
         limits = {"max_train", "max_evaluation", "max_steps", "evaluate_every", "checkpoint_every"}
-        assert left == limits | {"text_columns", "student_layers", *runs.OF_METHODS}
+        later = {"metrics", "untrained_teacher", "max_grad_norm", "max_seconds"}
+        assert left == limits | {"text_columns", "student_layers", *later, *runs.OF_METHODS}
 
     @pytest.mark.parametrize(
         ("networks", "teacher", "student"),
@@ -102,7 +104,6 @@ class TestConfigure:
     @pytest.mark.parametrize(
         ("parameters", "message"),
         [
-            ({"student": "tiny-1x32", "student_layers": 2}, "student and student_layers are both given"),
             ({"task": "mini-stsb", "objective": "kl"}, "regression task, where a softmax has no meaning"),
             ({"teacher": "tiny4x128"}, "not of the form 'tiny-<layers>x<hidden>'"),
             ({"source": "glue", "task": "rte", "student": "minilm"}, "needs a pretrained teacher"),
@@ -112,20 +113,57 @@ class TestConfigure:
             ({"teacher_epochs": -1}, "teacher_epochs is -1; expected 0 or more"),
             ({"precision": "fp61"}, "did you mean 'fp16'"),
             ({"task": "mine", "text_columns": "a,b,c"}, "expected one or two"),
+            ({"task": "mine", "text_columns": "a,"}, "text_columns is 'a,'; expected one name, or several"),
+            ({"task": "mine", "text_columns": ""}, "text_columns is ''; expected one name, or several"),
+            ({"label_column": "stars"}, "label_column is 'stars', which describes data of your own: give text_columns"),
+            ({"regression": True}, "regression is True, which describes data of your own"),
+            ({"metrics": "f1"}, "metrics is 'f1', which describes data of your own"),
+            ({"pkd_layers": "last"}, "pkd_layers is 'last', but pkd_weight is 0, which leaves PKD out"),
+            ({"method": "ikd", "feedback_batch_size": 4}, "feedback_batch_size is 4, but the exam is the course batch"),
+            ({"method": "fine_tune", "teacher": "minilm", "student": "minilm"}, "trains the student 'minilm' alone"),
+            ({"teacher_epochs": 0}, "the head of teacher 'tiny-2x64' was never trained, and kd would teach"),
+            ({"teacher_epochs": 0, "method": "metadistil"}, "was never trained, and metadistil would teach"),
+            ({"teacher": ""}, "teacher is ''; expected a name or a path"),
+            ({"output_dir": " "}, "output_dir is ' '; expected a name or a path"),
+            ({"source": "a\0b", "teacher": "minilm", "student": "minilm"}, "expected a name or a path"),
+            ({"student": "\udcff"}, "expected a name or a path"),
+            ({"seed": 2**32}, "seed is 4294967296; expected 4,294,967,295 at most"),
+            ({"batch_size": 10**30}, "batch_size is 1000000000000000000000000000000; expected 1,000,000 at most"),
+            ({"learning_rate": 1e300}, "expected 1,000.0 at most"),
+            ({"temperature": 1e-320}, "temperature is 1e-320; expected at least 0.001"),
+            ({"weight_decay": float("inf")}, "weight_decay is inf; expected 0 or more"),
         ],
     )
     def test_single_problems(self, parameters, message):
-        with pytest.raises(ConfigurationError, match=message):
+        with pytest.raises(ConfigurationError, match=message) as caught:
             runs.configure(**parameters)
+        assert str(caught.value).count("\n  - ") == 1
+
+    @pytest.mark.parametrize("name", ["../../evil", "/etc/x", "..", "a\nb", "$(ls)", "<script>", "", "x" * 200, "a/b"])
+    def test_a_task_whose_name_is_no_file_name_is_refused(self, name):
+        with pytest.raises(ConfigurationError, match="files are named after it"):
+            runs.configure(task=name, text_columns="text")
+
+    @pytest.mark.parametrize("field", [f for f in dataclasses.fields(RunConfig) if "int" in str(f.type)], ids=str)
+    @pytest.mark.parametrize("value", [10**40, -(10**40)])
+    def test_every_whole_number_has_a_limit(self, field, value):
+        method = next(iter(runs.READ_BY.get(field.name, ["kd"])))
+        given = {"pkd_weight": 1.0} if field.name.startswith("pkd") else {}
+        with pytest.raises(ConfigurationError, match=f"{field.name} is "):
+            runs.configure(**{"method": method, **given, field.name: value})
 
     def test_an_integer_is_a_float_and_equal_configurations_share_an_identity(self):
         one, other = runs.configure(temperature=2), runs.configure(temperature=2.0, output_dir="x", resume=False)
         assert one.identity == other.identity and one.run_id == other.run_id
         assert one.run_id != runs.configure(temperature=3).run_id
 
-    def test_what_fine_tuning_does_not_use_does_not_matter(self):
-        one = runs.configure(method="fine_tune", alpha=0.1, temperature=9, teacher="tiny-1x32", teacher_seed=4)
-        assert one.run_id == runs.configure(method="fine_tune").run_id
+    def test_what_fine_tuning_does_not_read_is_refused_and_can_be_left_out(self):
+        given = {"alpha": 0.1, "temperature": 9, "teacher": "tiny-1x32", "teacher_seed": 4, "student": "tiny-2x32"}
+        with pytest.raises(ConfigurationError) as caught:
+            runs.configure(method="fine_tune", **given)
+        assert all(name in str(caught.value) for name in given)
+        left = runs.readable(given, "fine_tune")
+        assert runs.configure(method="fine_tune", **left) == runs.configure(method="fine_tune", student="tiny-2x32")
 
     def test_regression_distils_logits(self):
         assert runs.configure(task="mini-stsb").objective == "logit_mse"
@@ -137,7 +175,7 @@ class TestConfigure:
         assert runs.teacher_config(runs.configure(teacher_seed=1)).run_id != one.run_id
 
     def test_no_teacher_to_fine_tune(self):
-        for parameters in ({"method": "fine_tune"}, {"teacher_epochs": 0}):
+        for parameters in ({"method": "fine_tune"}, {"method": "prokt"}):
             with pytest.raises(ValueError, match="fine-tunes no teacher"):
                 runs.teacher_config(runs.configure(**parameters))
 
@@ -174,12 +212,14 @@ class TestRun:
         monkeypatch.setattr(runs.trainer, "train", lambda *_, **__: pytest.fail("ran again"))
         assert runs.run(config) == record
 
-    def test_resume_false_runs_again_with_the_same_result_and_keeps_the_teacher(self, record, config, monkeypatch):
+    def test_resume_false_runs_again_with_the_same_result_and_so_does_the_teacher(self, record, config, monkeypatch):
         calls = []
         train = runs.trainer.train
         monkeypatch.setattr(runs.trainer, "train", lambda *a, **k: calls.append(1) or train(*a, **k))
+        monkeypatch.setattr(runs, "notice", calls.append)
         again = runs.run(dataclasses.replace(config, resume=False))
-        assert calls == [1]
+        told = f"resume is False: {record.run_id} and {record.teacher} start afresh"
+        assert calls == [told, 1, 1]
         assert again.metrics == record.metrics and again.history == record.history
 
     def test_the_teacher_is_a_run_with_a_cache_of_its_logits(self, record, folder):
@@ -205,7 +245,8 @@ class TestRun:
             runs.run(deeper)
 
     def test_the_student_alone_and_the_oracle(self, folder, record):
-        alone = runs.run(runs.configure(**QUICK, method="fine_tune", output_dir=str(folder)))
+        given = runs.readable(QUICK, "fine_tune")
+        alone = runs.run(runs.configure(**given, method="fine_tune", output_dir=str(folder)))
         assert alone.teacher is None and alone.run_id != record.run_id
         assert set(alone.oracle) == {"validation/kl", "test/kl", "train/flipped_given", "train/flipped_clean"}
         assert alone.oracle["test/kl"] > 0
@@ -304,6 +345,22 @@ OTHERS = {
     "feedback_every": 2,
     "feedback_layers": 1,
 }
+CHANGED = {
+    "alpha": 0.3,
+    "temperature": 3.0,
+    "objective": "reverse_kl",
+    "teacher_epochs": 3,
+    "teacher_learning_rate": 3e-3,
+    "teacher_seed": 7,
+    "teaching_rate": 2e-4,
+    "labelled_course": False,
+    "untrained_teacher": True,
+    "zero_classifiers": False,
+    "pilot_rule": "adamw",
+    "feedback_from": "validation",
+    "influence_share": 0.3,
+}
+"""Further values that no default has."""
 WEIGHTED = {"influence": "weighted", "influence_weight": 1.0, "influence_share": None, "feedback_every": 1}
 LGTM = {
     name: value for name, value in {**ONLINE, **PILOT}.items() if name not in ("first", "pilot_update", "inner_steps")
@@ -352,19 +409,30 @@ class TestTeachersThatLearn:
         assert (config.objective, config.teacher_objective) == ("logit_mse", "logit_mse")
 
     @pytest.mark.parametrize("method", runs.METHODS)
-    def test_fields_of_other_methods_are_reset_and_identify_nothing(self, method):
+    def test_fields_of_other_methods_are_refused_in_one_message(self, method):
         """Catches a field that leaks into another method's run id."""
-        own = set(runs.configure(method=method).identity)
-        patient = {"pkd_weight", "pkd_layers", "pkd_normalisation"}
-        config = runs.configure(method=method, **OTHERS)
-        used = {name for name in OTHERS if getattr(config, name) is not None}
-        assert used <= own | patient | {"pilot_learning_rate", "pilot_pieces", "feedback_batch_size", "feedback_layers"}
-        assert all(getattr(config, name) == OTHERS[name] for name in used)
-        ignored = {name: value for name, value in OTHERS.items() if name not in used}
-        assert runs.configure(method=method, **ignored).run_id == runs.configure(method=method).run_id
+        used = runs.readable(OTHERS, method)
+        config = runs.configure(method=method, **used)
+        assert all(getattr(config, name) == value for name, value in used.items())
         counts = {"fine_tune": 0, "kd": 3, "prokt": 8, "dml": 8, "metadistil": 12, "ikd": 11, "lgtm": 17}
-        count = counts[method]
-        assert len(used) == count
+        assert len(used) == counts[method]
+        with pytest.raises(ConfigurationError) as caught:
+            runs.configure(method=method, **OTHERS)
+        said = re.search(rf"method '{method}' does not read (.*): leave them out", str(caught.value))[1]
+        assert {part.split(" = ")[0] for part in said.split("; ")} == OTHERS.keys() - used.keys()
+
+    @pytest.mark.parametrize("name", runs.READ_BY)
+    @pytest.mark.parametrize("method", runs.METHODS)
+    def test_a_field_is_read_or_refused_never_ignored(self, method, name):
+        """A field that a method reads changes its run; any other is an error."""
+        plain = {"method": method, **({"pkd_weight": 0.5} if name in ("pkd_layers", "pkd_normalisation") else {})}
+        plain |= {"exam": "train"} if (method, name) == ("ikd", "feedback_batch_size") else {}
+        value = {**OTHERS, **CHANGED}[name]
+        if method in runs.READ_BY[name]:
+            assert runs.configure(**{**plain, name: value}).run_id != runs.configure(**plain).run_id
+        else:
+            with pytest.raises(ConfigurationError, match=rf"does not read .*{name} = "):
+                runs.configure(**{**plain, name: value})
 
     def test_runs_without_a_learning_teacher_keep_their_names(self):
         """Their folders, and those of the teachers that are shared, were named before these fields were there."""
@@ -408,13 +476,13 @@ class TestTeachersThatLearn:
                 {"method": "kd", "labelled_course": False, "feedback_fraction": 0.0},
                 "feedback_fraction is 0, but labels",
             ),
-            ({"exam": "quiz"}, "exam is 'quiz'; expected one of course, train, feedback"),
-            ({"feedback_at": "first"}, "feedback_at is 'first'; expected one of before, after"),
-            ({"meta_weight": 2}, "meta_weight is 2.0; expected a number between 0 and 1"),
+            ({"method": "ikd", "exam": "quiz"}, "exam is 'quiz'; expected one of course, train, feedback"),
+            ({"method": "ikd", "feedback_at": "first"}, "feedback_at is 'first'; expected one of before, after"),
+            ({"method": "ikd", "meta_weight": 2}, "meta_weight is 2.0; expected a number between 0 and 1"),
             ({"method": "ikd", "labelled_course": False, "exam": "course"}, "exam is 'course', but only the feedback"),
             ({"method": "ikd", "labelled_course": False, "alpha": 0.5}, "alpha is 0.5, a weight for the labels of a"),
             ({"method": "kd", "labelled_course": False, "alpha": 0.5}, "alpha is 0.5, a weight for the labels of a"),
-            ({"method": "prokt", "labelled_course": False}, "labelled_course is False, but prokt reads all labels"),
+            ({"method": "prokt", "labelled_course": False}, "'prokt' does not read labelled_course = False"),
             ({"method": "lgtm", "feedback_fraction": 0.0}, "lgtm needs a feedback split"),
             (
                 {"method": "lgtm", "feedback_fraction": 0.1, "feedback_from": "validation"},
@@ -435,18 +503,30 @@ class TestTeachersThatLearn:
             ({"method": "kd", "objective": "dist", "micro_batches": 2}, "compares the samples of a whole batch"),
             ({"method": "lgtm", "precision": "fp16"}, "lgtm needs 'bf16'"),
             ({"objective": "reverse_soft_cross_entropy"}, "objective is 'reverse_soft_cross_entropy'; expected one of"),
-            ({"teacher_objective": "reverse_soft_crossentropy"}, "did you mean 'reverse_soft_cross_entropy'"),
-            ({"first": "both"}, "first is 'both'; expected one of teacher, student, simultaneous"),
-            ({"pkd_layers": "all"}, "pkd_layers is 'all'; expected one of skip, last"),
-            ({"pkd_normalisation": "max"}, "pkd_normalisation is 'max'; expected one of sum, mean"),
-            ({"pilot_rule": "adam"}, "did you mean 'adamw'"),
-            ({"tangent": "forward"}, "tangent is 'forward'; expected one of jvp, finite-difference"),
-            ({"tangent_precision": "bf16"}, "tangent_precision is 'bf16'; expected one of fp32, autocast"),
-            ({"inner_steps": 0}, "inner_steps is 0; expected a positive number"),
-            ({"pilot_learning_rate": 0}, "pilot_learning_rate is 0.0; expected a positive number"),
-            ({"teaching_rate": float("nan")}, "teaching_rate is nan"),
+            (
+                {"method": "prokt", "teacher_objective": "reverse_soft_crossentropy"},
+                "did you mean 'reverse_soft_cross_entropy'",
+            ),
+            ({"method": "prokt", "first": "both"}, "first is 'both'; expected one of teacher, student, simultaneous"),
+            ({"pkd_weight": 1.0, "pkd_layers": "all"}, "pkd_layers is 'all'; expected one of skip, last"),
+            ({"pkd_weight": 1.0, "pkd_normalisation": "max"}, "pkd_normalisation is 'max'; expected one of sum, mean"),
+            ({"method": "metadistil", "pilot_rule": "adam"}, "did you mean 'adamw'"),
+            (
+                {"method": "metadistil", "tangent": "forward"},
+                "tangent is 'forward'; expected one of jvp, finite-difference",
+            ),
+            (
+                {"method": "metadistil", "tangent_precision": "bf16"},
+                "tangent_precision is 'bf16'; expected one of fp32, autocast",
+            ),
+            ({"method": "metadistil", "inner_steps": 0}, "inner_steps is 0; expected a positive number"),
+            (
+                {"method": "metadistil", "pilot_learning_rate": 0},
+                "pilot_learning_rate is 0.0; expected a positive number",
+            ),
+            ({"method": "prokt", "teaching_rate": float("nan")}, "teaching_rate is nan"),
             ({"pkd_weight": -1}, "pkd_weight is -1.0; expected 0 or more"),
-            ({"teacher_alpha": 2}, "teacher_alpha is 2.0; expected a number between 0 and 1"),
+            ({"method": "prokt", "teacher_alpha": 2}, "teacher_alpha is 2.0; expected a number between 0 and 1"),
             ({"pilot_updates": True}, "did you mean 'pilot_update'"),
             ({"task": "mini-stsb", "method": "prokt", "teacher_objective": "kl"}, "teacher_objective is 'kl', but"),
         ],
@@ -489,7 +569,9 @@ class TestTeachersThatLearn:
         if config.observe or config.influence_share is not None:
             watched = {"watch_better", "teacher_closer"}
             logged |= {"influence_weight", "influence_ratio", "influence_cosine"} if method == "lgtm" else watched
-        assert set(done.history[-1]) == {"step", "epoch", "learning_rate", *scores, *(f"train_{n}" for n in logged)}
+        lost = {"validation/loss", "teacher/validation/loss"}
+        told = {"step", "epoch", "learning_rate", *scores, *lost, *(f"train_{n}" for n in logged)}
+        assert set(done.history[-1]) == told
         assert all(np.isfinite(value) for value in done.history[-1].values())
         if config.feedback_fraction:
             assert done.samples["feedback"] > 0 and done.samples["train"] + done.samples["feedback"] == 96
@@ -509,8 +591,9 @@ class TestTeachersThatLearn:
     @pytest.mark.parametrize("exam", ["course", "train", "feedback"])
     def test_course_and_exam_come_from_where_the_configuration_says(self, folder, monkeypatch, exam):
         """Catches exams from the validation split, or from rows that the student trains on where it must not."""
+        size = {} if exam == "course" else {"feedback_batch_size": 8}
         config = runs.configure(
-            **{**QUICK, "teacher_epochs": 1}, method="ikd", exam=exam, feedback_batch_size=8, output_dir=str(folder)
+            **{**QUICK, "teacher_epochs": 1}, method="ikd", exam=exam, output_dir=str(folder), **size
         )
         seen: list[list[set[int]]] = []
         original = runs.ikd.ikd

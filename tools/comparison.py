@@ -66,26 +66,26 @@ def comparison() -> Iterator[RunConfig]:
 def teachers_of(configs: list[RunConfig]) -> list[RunConfig]:
     """The fine-tunings that these runs share."""
     needed = [c for c in configs if c.method != "fine_tune" and c.teacher_epochs]
-    return list({teacher.run_id: teacher for teacher in map(runs.teacher_config, needed)}.values())
+    return list({teacher.asked_id: teacher for teacher in map(runs.teacher_config, needed)}.values())
 
 
 def recorded(config: RunConfig) -> bool:
-    """Whether the run has a record in the repository."""
-    return (RECORDS / CHAPTER / f"{config.run_id}.json").exists()
+    """Whether the run has a record in the repository, under the name of what was asked of the hub's data."""
+    return (RECORDS / CHAPTER / f"{config.asked_id}.json").exists()
 
 
 def make(job: tuple[RunConfig, str]) -> str:
     """Compute one run on the data in `folder`, keep its record under the hub's name, return a line about it."""
     config, folder = job
     if recorded(config):  # by another process, since this one started
-        return f"{config.run_id} is there"
+        return f"{config.asked_id} is there"
     record = runs.run(dataclasses.replace(config, source=folder))
     named = dataclasses.asdict(config)
-    teacher = None if record.teacher is None else runs.teacher_config(config).run_id
-    keep(dataclasses.replace(record, run_id=config.run_id, config=named, teacher=teacher), CHAPTER)
+    teacher = None if record.teacher is None else runs.teacher_config(config).asked_id
+    keep(dataclasses.replace(record, run_id=config.asked_id, config=named, teacher=teacher), CHAPTER)
     if config.student_layers is not None:  # a teacher is needed again
         shutil.rmtree(record.folder)
-    return f"{config.run_id}  {record.seconds:.0f} s  {record.metrics}"
+    return f"{config.asked_id}  {record.seconds:.0f} s  {record.metrics}"
 
 
 def main() -> None:

@@ -77,7 +77,7 @@ def online_run(task: str, method: str, seed: int, start: str = "one-stage", **ch
         settings |= {"teacher": "tiny-2x64", "teacher_epochs": changes.get("epochs", 8) if two_stage else 0}
     if teaching_rate is not None:
         settings["teaching_rate"] = teaching_rate
-    return runs.configure(task=task, method=method, **{**settings, **changes})
+    return runs.configure(task=task, method=method, **runs.readable({**settings, **changes}, method))
 
 
 def chapter_05() -> Iterator[RunConfig]:
@@ -123,7 +123,7 @@ def feedback_run(task: str, method: str, seed: int, **changes) -> RunConfig:
     settings |= {"learning_rate": FEEDBACK_STUDENT_RATES[task]}
     if method == "ikd":
         settings |= {"meta_weight": 0.5, "teaching_rate": FEEDBACK_RATES[task, changes.get("meta_weight", 0.5)]}
-    return runs.configure(task=task, method=method, **{**settings, **changes})
+    return runs.configure(task=task, method=method, **runs.readable({**settings, **changes}, method))
 
 
 def chapter_07() -> Iterator[RunConfig]:

@@ -52,8 +52,8 @@ def has_record(name: str) -> bool:
 def keep_as(record: RunRecord, name: str, names: dict[str, Any], metrics: dict[str, float] | None = None) -> None:
     """Keep a record under a name of its own, with `names` in the place of this machine's folders."""
     config, told = {**record.config, **names}, {**record.metrics, **(metrics or {})}
-    config["cache_dir"] = None
-    keep(dataclasses.replace(record, run_id=name, config=config, metrics=told, teacher=config.get("teacher")), CHAPTER)
+    config |= {"cache_dir": None} if "cache_dir" in config else {}
+    keep(dataclasses.replace(record, run_id=name, config=config, metrics=told), CHAPTER)
 
 
 def teacher(text: str) -> str:

@@ -17,12 +17,12 @@ def paths():
 
 
 def test_the_records_are_those_of_the_command():
-    expected = {config.run_id for config in (*RUNS, *TEACHERS)}
+    expected = {config.asked_id for config in (*RUNS, *TEACHERS)}
     assert {path.stem for path in paths()} == expected
     for path in paths():
         record = runs.read_record(path)
-        assert runs.configure(**record.config).run_id == record.run_id == path.stem
-        assert record.teacher in {None, *(t.run_id for t in TEACHERS)}
+        assert runs.configure(**record.config).asked_id == record.run_id == path.stem
+        assert record.teacher in {None, *(t.asked_id for t in TEACHERS)}
 
 
 def test_every_method_sees_the_same_rows_as_often():
@@ -42,7 +42,7 @@ def test_a_record_names_no_machine():
 def test_the_teachers_are_shared_and_none_of_the_teaching_settings_matters_to_them():
     assert len({t.seed for t in TEACHERS if t.task == "sst2"}) == len(comparison.SEEDS["sst2"])
     needed = [c for c in RUNS if c.teacher_epochs]
-    assert needed and {runs.teacher_config(c).run_id for c in needed} == {t.run_id for t in TEACHERS}
+    assert needed and {runs.teacher_config(c).asked_id for c in needed} == {t.asked_id for t in TEACHERS}
 
 
 @pytest.fixture
@@ -52,9 +52,9 @@ def pretend(monkeypatch, tmp_path):
 
     def run(config):
         called.append(config)
-        folder = tmp_path / config.run_id
+        folder = tmp_path / config.asked_id
         folder.mkdir(exist_ok=True)
-        fields = {"run_id": config.run_id, "config": dataclasses.asdict(config), "folder": folder}
+        fields = {"run_id": config.asked_id, "config": dataclasses.asdict(config), "folder": folder}
         return dataclasses.replace(example, **fields)
 
     monkeypatch.setattr(runs, "run", run)
@@ -71,11 +71,11 @@ def test_a_run_reads_the_local_folder_and_is_kept_under_the_hubs_name(pretend, t
     assert comparison.recorded(config)
     (kept,) = (tmp_path / "records" / comparison.CHAPTER).glob("*.json")
     record = runs.read_record(kept)
-    assert record.run_id == config.run_id and "/somewhere" not in kept.read_text()
-    assert record.teacher is None or record.teacher == runs.teacher_config(config).run_id
-    assert not (tmp_path / pretend[0].run_id).exists()  # a student's weights are not kept
+    assert record.run_id == config.asked_id and "/somewhere" not in kept.read_text()
+    assert record.teacher is None or record.teacher == runs.teacher_config(config).asked_id
+    assert not (tmp_path / pretend[0].asked_id).exists()  # a student's weights are not kept
 
 
 def test_a_teacher_stays_for_the_next_run(pretend, tmp_path):
     comparison.make((TEACHERS[0], "/somewhere/glue"))
-    assert (tmp_path / pretend[0].run_id).exists()
+    assert (tmp_path / pretend[0].asked_id).exists()
