@@ -136,8 +136,11 @@ def test_two_chapters_run_side_by_side_and_each_is_measured_alone(small_book):
 
 
 def test_the_book_stops_at_the_first_failing_cell(small_book, capsys):
-    small_book.write("01_first", "# %%\nprint('fine')\n")
-    small_book.write("02_second", "# %%\nbound = 3\nassert bound > 5, 'the bound is broken'\n")
+    # The first two run side by side: one goes on until the other has failed, and has time to see a third begin.
+    waits = "import time\nfrom pathlib import Path\n\nwhile not Path('../failing').exists():\n    time.sleep(0.05)\n"
+    small_book.write("01_first", f"# %%\n{waits}time.sleep(3)\n")
+    fails = "open('../failing', 'w').close()\nbound = 3\nassert bound > 5, 'the bound is broken'\n"
+    small_book.write("02_second", f"# %%\n{fails}")
     small_book.write("03_third", "# %%\nopen('reached', 'w').close()\n")
     assert book.main([], small_book.root) == 1
     screen = capsys.readouterr().out
