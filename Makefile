@@ -23,10 +23,10 @@ setup:  ## create .venv and install everything; skipped when nothing has changed
 	echo "Install one (on Debian and Ubuntu: python3.11 and python3.11-venv) or name yours: make PYTHON=/path/to/python" >&2; \
 	exit 1
 
-book: setup  ## execute every chapter, then build the site into _build/html
+book: setup  ## execute the chapters that have changed, then build the site into _build/html
 	@$(PY) -m tools.book $(if $(FORCE),--force)
 
-test: setup  ## check everything: lint, format, tests, chapters
+test: setup  ## check everything: lint, format, tests, outputs of the chapters
 	@$(PY) -m tools.check
 
 lab: setup  ## open the chapters in JupyterLab
@@ -48,3 +48,4 @@ lock: setup  ## resolve requirements.txt anew and write requirements.lock
 
 clean:  ## remove what was built, not .venv
 	@rm -rf _build
+	@mkdir _build

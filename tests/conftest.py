@@ -1,23 +1,38 @@
 """What all tests share: the real GLUE files if they are there, no network, one thread, reproducible examples."""
 
 import os
+import tempfile
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+import tools.offline.sitecustomize  # noqa: F401  (refuses the network in this process)
+from tools.offline import refuse_network
 
 # Before anything imports a library that reads them.
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
+refuse_network()  # in the processes that tests start
 os.environ.setdefault("KDLIB_PROGRESS", "0")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("JUPYTER_PLATFORM_DIRS", "1")  # else jupyter_core warns that this will be the default
 os.environ.setdefault("MPLBACKEND", "agg")
 
-from hypothesis import settings
-
 settings.register_profile("kdlib", deadline=None, derandomize=True, max_examples=30)
 settings.load_profile("kdlib")
 
 ROOT = Path(__file__).resolve().parents[1]
+ASKED = Path(tempfile.gettempdir()) / f"kdlib-asked-{os.getpid()}"
+
+
+@pytest.fixture(autouse=True)
+def no_other_machine(monkeypatch):
+    """Fails a test during which another machine was asked for, here or in a process that the test started."""
+    monkeypatch.setenv("KDLIB_ASKED", str(ASKED))
+    yield
+    if ASKED.exists():
+        asked = sorted(set(ASKED.read_text().splitlines()))
+        ASKED.unlink()
+        pytest.fail(f"no test needs the network, but this one asked for {', '.join(asked)}")
 
 
 @pytest.fixture(scope="session")

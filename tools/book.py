@@ -1,13 +1,17 @@
 """Make the book: `python -m tools.book` executes the chapters and builds the site; `--store` keeps the outputs instead.
 
-A chapter is executed again only if its source, kdlib, the data or the pinned packages have changed since the last time;
-the site is built again only if a page has.  Both are told by the content of the files, not by their dates.
+A chapter is executed again only if its source, kdlib, the data or the pinned packages have changed since the last time,
+here or in `make test`; the site is built again only if a page has.  Both are told by the content of the files, not by
+their dates.
 """
 
 import argparse
 import json
+import multiprocessing
 import shutil
 import sys
+from collections.abc import Iterator
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -15,8 +19,10 @@ import nbformat
 
 from tools import site
 from tools.chapters import ROOT, Chapter, chapters, read_source, strip
-from tools.execute import execute
+from tools.execute import Execution, execute
 from tools.site import fingerprint
+
+WORKERS = 2  # chapters side by side, each with one thread
 
 
 @dataclass(frozen=True)
@@ -31,40 +37,70 @@ class Record:
 
 
 def execute_book(root: Path, force: bool = False) -> tuple[dict[str, Record], list[tuple[str, str, str, str]]]:
-    """Execute the chapters in order until one fails.
+    """Execute the chapters that have changed, two side by side; after a failure none is begun.
 
     Returns the records by name and the rows of the closing table: chapter, seconds, MiB, result.
     """
-    build, records, rows = root / "_build", _read_records(root), []
-    failed = False
-    for chapter in chapters(root):
-        if failed:
+    records, listed = _read_records(root), chapters(root)
+    wanted = {chapter.name: chapter_fingerprint(chapter, root) for chapter in listed}
+    fresh = {
+        name
+        for name, record in records.items()
+        if record.result == "ok" and record.fingerprint == wanted.get(name) and executed_path(root, name).exists()
+    }
+    results = {name: "up to date" for name in fresh if not force}
+    for chapter, run in _side_by_side([chapter for chapter in listed if chapter.name not in results], root):
+        result = results[chapter.name] = "failed" if run.failure else "ok"
+        record = Record(chapter.name, round(run.seconds, 1), round(run.peak_mib), result, wanted[chapter.name])
+        records[chapter.name] = record
+        _write_records(root, records)
+        print(f"{chapter.name} {record.seconds:.1f} s", flush=True)
+        if run.failure:
+            print(f"\nchapters/{chapter.name}.ipynb {run.failure}\n", flush=True)
+    rows = []
+    for chapter in listed:
+        if chapter.name not in results:
             rows.append((chapter.name, "", "", "not run"))
             continue
-        wanted = chapter_fingerprint(chapter, root)
-        record = records.get(chapter.name)
-        executed = build / "executed" / f"{chapter.name}.ipynb"
-        fresh = record is not None and record.result == "ok" and record.fingerprint == wanted and executed.exists()
-        if not fresh or force:
-            print(f"{chapter.name} ...", end=" ", flush=True)
-            run = execute(read_source(chapter.source), executed, cwd=empty_folder(build / "work" / chapter.name))
-            failed = run.failure is not None
-            result = "failed" if failed else "ok"
-            record = Record(chapter.name, round(run.seconds, 1), round(run.peak_mib), result, wanted)
-            records[chapter.name] = record
-            _write_records(root, records)
-            print(f"{record.seconds:.1f} s", flush=True)
-            if failed:
-                print(f"\nchapters/{chapter.name}.ipynb {run.failure}\n", flush=True)
-        rows.append(
-            (
-                chapter.name,
-                f"{record.seconds:.1f}",
-                f"{record.peak_mib:.0f}",
-                "up to date" if fresh and not force else record.result,
-            )
-        )
+        record = records[chapter.name]
+        rows.append((chapter.name, f"{record.seconds:.1f}", f"{record.peak_mib:.0f}", results[chapter.name]))
     return records, rows
+
+
+def _side_by_side(waiting: list[Chapter], root: Path) -> Iterator[tuple[Chapter, Execution]]:
+    """Execute chapters in order in two processes, and yield each when it ends; after a failure none is begun.
+
+    A process of its own for each, because what a chapter takes is measured as that of all processes below this one.
+    """
+    if min(WORKERS, len(waiting)) < 2:  # a process more would only cost its start
+        for chapter in waiting:
+            run = execute_chapter(chapter, root)
+            yield chapter, run
+            if run.failure:
+                return
+        return
+    waiting, running = list(waiting), {}
+    with ProcessPoolExecutor(WORKERS, mp_context=multiprocessing.get_context("spawn")) as pool:
+        while waiting or running:
+            while waiting and len(running) < WORKERS:
+                chapter = waiting.pop(0)
+                running[pool.submit(execute_chapter, chapter, root)] = chapter
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                run = future.result()
+                if run.failure:
+                    waiting.clear()
+                yield running.pop(future), run
+
+
+def execute_chapter(chapter: Chapter, root: Path) -> Execution:
+    """Execute one chapter in an empty folder and keep the notebook with its outputs."""
+    cwd = empty_folder(root / "_build" / "work" / chapter.name)
+    return execute(read_source(chapter.source), executed_path(root, chapter.name), cwd=cwd)
+
+
+def executed_path(root: Path, name: str) -> Path:
+    """Where the executed notebook of a chapter is kept."""
+    return root / "_build" / "executed" / f"{name}.ipynb"
 
 
 def empty_folder(folder: Path) -> Path:
@@ -76,18 +112,23 @@ def empty_folder(folder: Path) -> Path:
 
 def chapter_fingerprint(chapter: Chapter, root: Path) -> str:
     """Everything that a chapter's outputs depend on."""
-    names = ("kdlib", "data", "requirements.lock", "tools/execute.py")
+    names = ("kdlib", "data", "requirements.lock", "tools/execute.py", "tools/offline")
     return fingerprint([chapter.source, *(root / name for name in names if (root / name).exists())], root)
 
 
 def store(root: Path) -> None:
     """Write the executed chapters to chapters/*.ipynb, without whatever changes from run to run."""
     for chapter in chapters(root):
-        stored = strip(nbformat.read(root / "_build" / "executed" / f"{chapter.name}.ipynb", as_version=4))
+        stored = strip(nbformat.read(executed_path(root, chapter.name), as_version=4))
         text = nbformat.writes(stored) + "\n"
         if not chapter.notebook.exists() or chapter.notebook.read_text() != text:
             chapter.notebook.write_text(text)
             print(f"stored chapters/{chapter.name}.ipynb")
+
+
+def finished(rows: list[tuple[str, str, str, str]]) -> bool:
+    """Whether every chapter has been executed without a failure."""
+    return all(row[3] in ("ok", "up to date") for row in rows)
 
 
 def table(rows: list[tuple[str, str, str, str]]) -> str:
@@ -109,7 +150,7 @@ def main(arguments: list[str] | None = None, root: Path = ROOT) -> int:
     parser.add_argument("--force", action="store_true", help="execute every chapter, up to date or not")
     options = parser.parse_args(arguments)
     records, rows = execute_book(root, options.force)
-    executed = all(row[3] in ("ok", "up to date") for row in rows)
+    executed = finished(rows)
     built = False
     if executed and options.store:
         store(root)

@@ -1,7 +1,7 @@
 """The chapters as files: what book.yml lists, the two forms of a chapter, and what must hold for every one of them.
 
 `chapters/NN_name.py` (py:percent) is the source.  `chapters/NN_name.ipynb` has the same cells with stored outputs, for
-reading and for nbval.  Every check here returns its complaints as sentences, none if all is well;
+reading and to compare with.  Every check here returns its complaints as sentences, none if all is well;
 `python -m tools.chapters` prints them for the whole book and executes nothing.
 """
 
@@ -23,6 +23,8 @@ from nbformat import NotebookNode
 ROOT = Path(__file__).resolve().parents[1]
 PAPERMILL = ("11_pretraining", "12_glue")  # the chapters that take parameters
 PREFACE = "00_preface"
+MARK = "# NBVAL_CHECK_OUTPUT"  # the first line of a cell whose text output must not change
+COMPARED = ("text/plain", "text/html", "text/markdown")  # beside what is printed
 CELL_METADATA = ("tags", "mystnb")  # what a cell may say about itself; mystnb holds captions and alt texts
 MAX_NOTEBOOK_BYTES = 500_000
 MAX_FIGURE_BYTES = 60_000
@@ -120,6 +122,7 @@ def problems(chapter: Chapter, root: Path = ROOT) -> list[str]:
         *output_problems(stored, root),
         *size_problems(chapter.notebook, stored),
         *caption_problems(stored),
+        *mark_problems(stored),
         *parameter_problems(chapter.name, source),
         *agreement_problems(chapter.name, source, library_names(root)),
     ]
@@ -144,11 +147,7 @@ def pair_problems(source: NotebookNode, stored: NotebookNode) -> Iterator[str]:
 def output_problems(stored: NotebookNode, root: Path = ROOT) -> Iterator[str]:
     """Outputs that are missing, out of order, of another source, errors, or tied to one machine."""
     code = [cell for cell in stored.cells if cell.cell_type == "code" and cell.source.strip()]
-    for number, cell in enumerate(stored.cells, start=1):
-        for output in cell.get("outputs", []):
-            if output.get("name") == "stderr":
-                noise = " ".join(output.text.split())[:200]
-                yield f"cell {number} prints to stderr: {noise!r}; mend the cause, or filter it by name with the reason"
+    yield from noise_problems(stored)
     counts = [cell.execution_count for cell in code]
     if counts != list(range(1, len(code) + 1)):
         yield f"the cells were not run once, in order, from a fresh kernel (counts {counts}): run `make notebooks`"
@@ -164,6 +163,15 @@ def output_problems(stored: NotebookNode, root: Path = ROOT) -> Iterator[str]:
             for text in _texts(output):
                 if match := machine.search(text):
                     yield f"the output of cell {number} shows {match[0]!r}, which is different on another machine"
+
+
+def noise_problems(notebook: NotebookNode) -> Iterator[str]:
+    """What was printed to stderr: progress bars are off, so it is a library's warning."""
+    for number, cell in enumerate(notebook.cells, start=1):
+        for output in cell.get("outputs", []):
+            if output.get("name") == "stderr":
+                noise = " ".join(output.text.split())[:200]
+                yield f"cell {number} prints to stderr: {noise!r}; mend the cause, or filter it by name with the reason"
 
 
 def size_problems(path: Path, stored: NotebookNode) -> Iterator[str]:
@@ -190,6 +198,34 @@ def caption_problems(stored: NotebookNode) -> Iterator[str]:
         if not said.get("image", {}).get("alt") or not said.get("figure", {}).get("caption"):
             example = '# %% mystnb={"image": {"alt": "..."}, "figure": {"caption": "..."}}'
             yield f"the figure of cell {number} needs an alt text and a caption: {example}"
+
+
+def marked(cell: NotebookNode) -> bool:
+    """Whether `make test` compares what a cell shows with what is stored."""
+    return cell.cell_type == "code" and cell.source.splitlines()[:1] == [MARK]
+
+
+def shown(cell: NotebookNode) -> dict[str, str]:
+    """The text that a cell shows, by kind: what it prints ("stdout"), and its results as plain text, HTML, Markdown."""
+    found: dict[str, str] = {}
+    for output in cell.outputs:
+        if output.get("name") == "stdout":
+            found["stdout"] = found.get("stdout", "") + output.text
+        for kind in COMPARED:
+            if kind in output.get("data", {}):
+                found[kind] = found.get(kind, "") + output.data[kind] + "\n"
+    return found
+
+
+def mark_problems(stored: NotebookNode) -> Iterator[str]:
+    """A chapter whose outputs `make test` would not compare, and marks that compare nothing."""
+    if not any(marked(cell) for cell in stored.cells):
+        yield f"no output is compared: begin each cell that prints rounded or recorded numbers with {MARK!r}"
+    for number, cell in enumerate(stored.cells, start=1):
+        if marked(cell) and not shown(cell):
+            yield f"cell {number} is marked {MARK!r}, but it shows no text to compare: take the mark away"
+        if cell.cell_type == "code" and any(line.strip() == MARK for line in cell.source.splitlines()[1:]):
+            yield f"cell {number} has {MARK!r} below its first line, where it does not count: move it up"
 
 
 def parameter_problems(name: str, source: NotebookNode) -> Iterator[str]:

@@ -3,18 +3,14 @@
 Names of steps as arguments run only those: `python -m tools.check lint tests`.
 """
 
-import os
-import shutil
 import subprocess
 import sys
 import time
 
-from tools.book import empty_folder
-from tools.chapters import ROOT, chapters
-from tools.execute import CELL_TIMEOUT, kernel_environment
+from tools.chapters import ROOT
+from tools.execute import kernel_environment
 
 WORKERS = "2"
-NOTEBOOKS = "_build/nbval"
 PYTHON = ".venv/bin/python"  # as a reader types it
 
 
@@ -24,18 +20,8 @@ def steps() -> dict[str, list[str]]:
         "lint": ["ruff", "check", "."],
         "format": ["ruff", "format", "--check", "."],
         "tests": ["pytest", "-q", "-n", WORKERS, "--dist", "loadscope", "--cov", "--cov-report", "term"],
-        "notebooks": [
-            *("pytest", "-q", "-n", WORKERS, "--dist", "loadscope", "-o", "filterwarnings=default", "-o", "timeout=0"),
-            *("--nbval-lax", "--nbval-current-env", f"--nbval-cell-timeout={CELL_TIMEOUT}", NOTEBOOKS),
-        ],
+        "notebooks": ["tools.compare"],
     }
-
-
-def copy_notebooks() -> None:
-    """Put the notebooks where nbval runs them: an empty folder, so that no run is left from before."""
-    folder = empty_folder(ROOT / NOTEBOOKS)
-    for chapter in chapters():
-        shutil.copy(chapter.notebook, folder)
 
 
 def main(names: list[str]) -> int:
@@ -46,15 +32,12 @@ def main(names: list[str]) -> int:
         print(f"unknown step {unknown[0]!r}; there are {', '.join(available)}")
         return 2
     kernel_environment()
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # two workers with two threads each would fight over two cores
     lines = []
     for name, command in available.items():
         if names and name not in names:
             continue
         print(f"== {name}: {' '.join(command)}", flush=True)
         started = time.perf_counter()
-        if name == "notebooks":
-            copy_notebooks()
         failed = subprocess.run([sys.executable, "-m", *command], cwd=ROOT).returncode
         lines.append(f"{name:<10} {time.perf_counter() - started:6.1f} s  {'failed' if failed else 'ok'}")
         if failed:

@@ -46,6 +46,7 @@ def run(*command: str) -> None:
 
 def main(root: Path = ROOT) -> None:
     """Create or refresh the environment unless its stamp says that nothing has changed."""
+    (root / "_build").mkdir(exist_ok=True)  # where the README's commands write, and papermill makes no folders
     environment = root / ".venv"
     stamp = environment / "kdlib-setup"
     wanted = fingerprint(root)

@@ -20,7 +20,7 @@ from tools import api
 ROOT = Path(__file__).resolve().parents[1]
 LEDGER = "data/ledger.yml"
 PAGE = "docs/papers.md"
-STATUSES = ("derived", "measured", "not yet", "not possible here")
+STATUSES = ("derived", "measured", "shown", "not yet", "left out")
 KINDS = {"": "equation", "alg": "algorithm", "fig": "figure", "tab": "table"}
 
 
@@ -52,11 +52,15 @@ Every numbered equation, algorithm, figure and table of the four papers, and wha
 meanings are in our words and our notation, see {{doc}}`notation`.
 
 - *derived*: a chapter derives it, and the tests named beside it fail if the code says something else
-- *measured*: a chapter shows its counterpart, on data and networks of our size
-- *not yet*: with what is there already, and the chapter it belongs to
-- *not possible here*: with the reason
+- *measured*: a chapter measures its counterpart, on data and networks of our size; the remark says on which
+- *shown*: a drawing, or a table of settings, in which there is nothing to measure
+- *not yet*: with what is there already, and what is missing
+- *left out*: by choice, with the reason
 
 {counts}
+
+No table was computed at a paper's size: that takes a GPU, the hub and the files in `configs`. Only what a paper numbers
+is listed; the rivals, data sets and pairs of networks of a table that do not exist here are named in its remark.
 
 The numbers that the papers print in their tables are in `data/published`, but for one table of example sentences.
 """
@@ -236,17 +240,17 @@ def field_problems(entry: Entry) -> Iterator[str]:
     if not 10 < len(entry.meaning) < 160:
         yield f"the meaning has {len(entry.meaning)} characters"
     theory = entry.kind in ("equation", "algorithm")
-    if entry.status in ("derived", "measured"):
-        if not entry.anchor:
+    if entry.status in ("derived", "measured", "shown"):
+        if not entry.anchor and entry.status != "shown":
             yield f"{entry.status}, but no anchor says where"
         if theory != (entry.status == "derived"):
             yield f"{entry.status} is for {'figures and tables' if theory else 'equations and algorithms'}"
     elif entry.anchor:
         yield f"{entry.status}, but it has an anchor"
-    elif not entry.why:
-        yield f"{entry.status}, but nothing says why"
-    if entry.status == "not possible here" and (entry.functions or entry.tests):
-        yield "not possible here, but it has functions or tests"
+    if entry.status != "derived" and not entry.why:
+        yield f"{entry.status}, but no remark says on what, where or why"
+    if entry.status == "left out" and (entry.functions or entry.tests):
+        yield "left out, but it has functions or tests"
     if (entry.status == "derived" or entry.functions) and not entry.tests:
         yield "no test holds it to the code"
 

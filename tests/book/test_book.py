@@ -25,13 +25,14 @@ def outputs(notebook):
     return "".join(output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", []))
 
 
-def test_the_kernel_is_this_python_in_the_given_folder_without_network(small_book, monkeypatch, tmp_path):
+def test_the_kernel_is_this_python_in_the_given_folder_with_one_thread(small_book, monkeypatch, tmp_path):
     elsewhere = tmp_path / "kernels" / "python3"  # a kernel of the same name that goes before ours, if we let it
     elsewhere.mkdir(parents=True)
     (elsewhere / "kernel.json").write_text('{"argv": ["false"], "display_name": "Another", "language": "python"}')
     monkeypatch.setenv("JUPYTER_PATH", str(tmp_path))
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
     source = (
-        "# %%\nimport os\nimport sys\n\nprint(sys.executable, os.getcwd(), os.environ['HF_HUB_OFFLINE'], sep='|')\n"
+        "# %%\nimport os\nimport sys\n\nprint(sys.executable, os.getcwd(), os.environ['OMP_NUM_THREADS'], sep='|')\n"
     )
     result, notebook = run(small_book, source)
     assert result.failure is None
@@ -75,9 +76,71 @@ def test_an_endless_cell_is_a_failure(small_book):
     assert "more than 2 s" in result.failure.error
 
 
+UNKNOWN = "other.invalid"  # a name that no machine ever has
+
+
+@pytest.mark.parametrize(
+    ("ask", "address"),
+    [
+        (f"socket.create_connection(('{UNKNOWN}', 443), 1)", f"{UNKNOWN}:443"),
+        (f"socket.gethostbyname('{UNKNOWN}')", UNKNOWN),
+        (f"urllib.request.urlopen('https://{UNKNOWN}/a')", f"{UNKNOWN}:443"),
+        ("socket.socket().connect(('192.0.2.1', 80))", "192.0.2.1:80"),
+        ("socket.socket(type=socket.SOCK_DGRAM).sendto(b'', ('192.0.2.1', 53))", "192.0.2.1:53"),
+        (f"subprocess.run([sys.executable, '-c', 'import socket; socket.gethostbyname(b\"{UNKNOWN}\")'])", UNKNOWN),
+        (f"subprocess.run([sys.executable, '-c', PROXY + 'urlopen(\"http://{UNKNOWN}/\")'])", f"{UNKNOWN}:80"),
+    ],
+)
+def test_asking_another_machine_is_a_failure_whatever_is_caught(small_book, monkeypatch, ask, address):
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")  # which would hide whom it is asked for
+    source = "import contextlib, socket, subprocess, sys, urllib.request\n\n"
+    source += "PROXY = 'from urllib.request import urlopen; '\n"
+    source += f"with contextlib.suppress(Exception):\n    {ask}\nprint('went on')\n"
+    result, notebook = run(small_book, f"# %%\n{source}")
+    assert "went on" in outputs(notebook)
+    assert str(result.failure).startswith(f"asked the network, which no chapter may: {address}")
+    if "subprocess" not in ask:
+        assert f"in the line {ask!r}" in str(result.failure)
+
+
+def test_this_machine_may_be_asked(small_book):
+    source = (
+        "# %%\nimport socket\n\nwith socket.create_server(('127.0.0.1', 0)) as server:\n"
+        "    for host in ('127.0.0.1', 'localhost'):\n"
+        "        socket.create_connection((host, server.getsockname()[1])).close()\n"
+    )
+    result, _ = run(small_book, source)
+    assert result.failure is None
+
+
+def test_too_much_memory_is_a_failure(small_book):
+    source = "# %%\nimport time\n\nx = bytearray(300 * 2**20)\ntime.sleep(0.5)\n"
+    result, _ = run(small_book, source, max_mib=300)
+    assert re.fullmatch(r"took \d{3} MiB, 300 are allowed: use smaller batches or networks", str(result.failure))
+    result, _ = run(small_book, source)
+    assert result.failure is None
+
+
+def test_two_chapters_run_side_by_side_and_each_is_measured_alone(small_book):
+    """Each waits for a file that the other writes; together they take 400 MiB."""
+    for number, other in ((1, 2), (2, 1)):
+        source = (
+            "# %%\nimport time\nfrom pathlib import Path\n\n"
+            f"x = bytearray({100 * number} * 2**20)\nPath('../started_{number}').touch()\n"
+            f"while not Path('../started_{other}').exists():\n    time.sleep(0.05)\ntime.sleep(0.5)\n"
+        )
+        small_book.write(f"0{number}_waits", source)
+    assert book.main(["--store"], small_book.root) == 0
+    first, second = json.loads((small_book.root / "_build" / "book.json").read_text())["chapters"]
+    assert 80 < second["peak_mib"] - first["peak_mib"] < 120
+
+
 def test_the_book_stops_at_the_first_failing_cell(small_book, capsys):
-    small_book.write("01_first", "# %%\nprint('fine')\n")
-    small_book.write("02_second", "# %%\nbound = 3\nassert bound > 5, 'the bound is broken'\n")
+    # The first two run side by side: one goes on until the other has failed, and has time to see a third begin.
+    waits = "import time\nfrom pathlib import Path\n\nwhile not Path('../failing').exists():\n    time.sleep(0.05)\n"
+    small_book.write("01_first", f"# %%\n{waits}time.sleep(3)\n")
+    fails = "open('../failing', 'w').close()\nbound = 3\nassert bound > 5, 'the bound is broken'\n"
+    small_book.write("02_second", f"# %%\n{fails}")
     small_book.write("03_third", "# %%\nopen('reached', 'w').close()\n")
     assert book.main([], small_book.root) == 1
     screen = capsys.readouterr().out
@@ -152,7 +215,8 @@ plt.plot([1, 2]);
 
 
 @pytest.fixture
-def site_book(small_book, root):
+def site_book(small_book, root, monkeypatch):
+    monkeypatch.setattr(book, "WORKERS", 1)  # starting processes would take longer than the chapters
     shutil.copytree(root / "docs", small_book.root / "docs", dirs_exist_ok=True)
     (small_book.root / "docs" / "papers.md").write_text("# The ledger\n")  # the real one names the real chapters
     parts = yaml.safe_load((root / "book.yml").read_text())["parts"]

@@ -22,9 +22,11 @@ def half(x):
 half(3)
 
 # %% tags=["agrees"]
+# NBVAL_CHECK_OUTPUT
 from kdlib.losses import half as library_half
 
 assert half(3) == library_half(3)
+print(half(3))
 """
 
 
@@ -119,7 +121,7 @@ def test_cells_run_out_of_order_are_caught(small_book):
 
 def test_missing_outputs_are_caught(small_book):
     chapter = changed(stored(small_book), lambda notebook: notebook.cells[3].update(outputs=[]))
-    assert "no outputs are stored" in only_problem(chapter, small_book)
+    assert "no outputs are stored" in chapters.problems(chapter, small_book.root)[0]
 
 
 def add_output(output):
@@ -172,15 +174,34 @@ def test_a_large_notebook_is_caught(small_book):
     assert "500,000 are allowed: draw smaller or fewer figures" in only_problem(chapter, small_book)
 
 
+def test_a_chapter_without_a_compared_output_is_caught(small_book):
+    problem = only_problem(stored(small_book, GOOD.replace(f"{chapters.MARK}\n", "")), small_book)
+    assert "no output is compared" in problem and f"with '{chapters.MARK}'" in problem
+
+
+def test_a_mark_that_compares_nothing_is_caught(small_book):
+    source = GOOD.replace("# %%\nhalf(3)", f"# %%\n{chapters.MARK}\nx = half(3)")
+    assert "cell 3 is marked" in only_problem(stored(small_book, source), small_book)
+    image = new_output("display_data", data={"image/svg+xml": "<svg/>"})
+    chapter = changed(stored(small_book, source), add_output(image))
+    assert "cell 3 is marked" in chapters.problems(chapter, small_book.root)[-1], "figures are not compared"
+
+
+def test_a_mark_in_the_wrong_place_is_caught(small_book):
+    source = GOOD.replace("# %%\nhalf(3)", f"# %%\nhalf(3)\n  {chapters.MARK}")
+    assert "cell 3 has '# NBVAL_CHECK_OUTPUT' below" in only_problem(stored(small_book, source), small_book)
+
+
 def test_a_stray_parameters_cell_is_caught(small_book):
-    source = GOOD + '\n# %% tags=["parameters"]\nseed = 0\n'
+    source = GOOD.replace("# %%\nhalf(3)", '# %% tags=["parameters"]\nseed = 0')
     assert "1 cells are tagged 'parameters', expected 0" in only_problem(stored(small_book, source), small_book)
 
 
 def test_a_papermill_chapter_needs_its_parameters_cell(small_book):
-    chapter = stored(small_book, "# %%\nprint(1)\n", "12_glue")
+    chapter = stored(small_book, f"# %%\n{chapters.MARK}\nprint(1)\n", "12_glue")
     assert "0 cells are tagged 'parameters', expected 1" in only_problem(chapter, small_book)
-    chapter = stored(small_book, '# %% tags=["parameters"]\nseed = 0\n', "12_glue")
+    source = f'# %% tags=["parameters"]\nseed = 0\n\n# %%\n{chapters.MARK}\nprint(1)\n'
+    chapter = stored(small_book, source, "12_glue")
     assert chapters.problems(chapter, small_book.root) == []
 
 

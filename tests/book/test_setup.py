@@ -50,6 +50,19 @@ def test_the_first_set_up_makes_an_environment_and_installs_the_pins_then_the_pa
     assert package[-4:] == ("--no-deps", "--no-build-isolation", "-e", str(repository))
 
 
+def test_the_folder_that_the_readmes_papermill_commands_write_to_is_there(repository, commands, copy, root):
+    environment.main(repository)
+    assert (repository / "_build").is_dir()
+    (repository / "_build").rmdir()
+    environment.main(repository)
+    assert (repository / "_build").is_dir(), "although nothing else is done the second time"
+    (copy / "_build" / "html").mkdir(parents=True)
+    assert make(copy, "clean").returncode == 0
+    assert list((copy / "_build").iterdir()) == []
+    commands_named = re.findall(r"^papermill \S+ (\S+)", (root / "README.md").read_text(), re.MULTILINE)
+    assert commands_named and {Path(place).parent for place in commands_named} == {Path("_build")}
+
+
 def test_nothing_is_done_twice(repository, commands, capsys):
     environment.main(repository)
     commands.clear()
@@ -148,7 +161,7 @@ def test_ci_runs_what_the_readme_says(root):
     ci = (root / ".ci" / "run").read_text()
     assert "set -euo pipefail" in ci
     assert re.search(r"^make test$", ci, re.MULTILINE)
-    assert re.search(r"^make book$", ci, re.MULTILINE)
+    assert re.search(r"^book=\$\(make book \| tee /dev/stderr\)$", ci, re.MULTILINE)
     assert (root / ".ci" / "run").stat().st_mode & 0o111
 
 

@@ -56,10 +56,14 @@ class Page(HTMLParser):
             self.loaded.append(said[LOADED[tag]])
 
 
+read = functools.cache(Page)  # a page is asked for by several tests
+derived = functools.cache(api.derived)
+
+
 def pages(folder: Path) -> dict[str, Page]:
     """The pages by their path; the theme leaves templates in _static, which are none."""
     paths = [path.relative_to(folder) for path in sorted(folder.rglob("*.html"))]
-    return {str(path): Page(folder / path) for path in paths if path.parts[0] != "_static"}
+    return {str(path): read(folder / path) for path in paths if path.parts[0] != "_static"}
 
 
 def outside(address: str) -> bool:
@@ -123,7 +127,7 @@ REAL = chapters.chapters()
 
 @pytest.mark.parametrize("chapter", REAL, ids=[chapter.name for chapter in REAL])
 def test_a_chapter_offers_its_files(html, chapter):
-    page = Page(html / "chapters" / f"{chapter.name}.html")
+    page = read(html / "chapters" / f"{chapter.name}.html")
     offered = {Path(link).name: page.path.parent / link for link in page.links if "_downloads" in link}
     assert set(offered) == {chapter.source.name, chapter.notebook.name}
     assert offered[chapter.source.name].read_text() == chapter.source.read_text()
@@ -133,11 +137,11 @@ def test_a_chapter_offers_its_files(html, chapter):
 
 @pytest.mark.parametrize("chapter", REAL, ids=[chapter.name for chapter in REAL])
 def test_a_chapter_links_to_what_the_library_took_from_it_and_back(html, root, chapter):
-    page = Page(html / "chapters" / f"{chapter.name}.html")
-    for entry in api.derived(root).get(chapter.name, []):
+    page = read(html / "chapters" / f"{chapter.name}.html")
+    for entry in derived(root).get(chapter.name, []):
         name = f"{entry.module}.{entry.name}" if entry.name else f"module-{entry.module}"
         assert f"../api/{entry.module}.html#{name}" in page.links, name
-        back = Page(html / "api" / f"{entry.module}.html").links
+        back = read(html / "api" / f"{entry.module}.html").links
         assert f"../chapters/{chapter.name}.html" in back, name
 
 
@@ -150,12 +154,12 @@ def test_a_long_output_is_folded(lines, folded):
 
 
 def test_the_library_names_the_chapter_that_derives_a_function(root):
-    derived = {f"{entry.module}.{entry.name}" for entry in api.derived(root)["01_distillation"]}
-    assert {"kdlib.losses.kl_divergence", "kdlib.losses.distillation_loss", "kdlib.methods.kd."} <= derived
+    names = {f"{entry.module}.{entry.name}" for entry in derived(root)["01_distillation"]}
+    assert {"kdlib.losses.kl_divergence", "kdlib.losses.distillation_loss", "kdlib.methods.kd."} <= names
 
 
 def test_every_public_function_is_on_a_page(html, root):
-    shown = {name: Page(html / "api" / f"{name}.html").anchors for name in api.modules(root)}
+    shown = {name: read(html / "api" / f"{name}.html").anchors for name in api.modules(root)}
     public = [f"{module}.{name}" for name, where in chapters.library_names(root).items() for module in where]
     assert [name for name in public if name not in shown[name.rpartition(".")[0]]] == []
 
