@@ -200,15 +200,12 @@ def temperature_for(gap, probability):
 
 
 # %% tags=["check"]
-def untouched(answer):
-    """Whether a stub still returns what it came with."""
-    return answer is None or answer is NotImplemented
+from kdlib.classroom import untouched
 
 
 def compare(answer, expected):
-    """Say "not yet" while the stub is untouched; otherwise the answer must equal `expected`."""
+    """The answer must equal `expected`; a stub that is untouched says "not yet"."""
     if untouched(answer):
-        print("not yet")
         return
     torch.testing.assert_close(answer, expected, rtol=1e-4, atol=1e-5)
     print("right")
@@ -218,7 +215,9 @@ def compare(answer, expected):
 def check_temperature_for(temperature_for):
     gap, wanted = torch.tensor(3.0).double(), torch.tensor([0.6, 0.9, 0.99]).double()
     found = temperature_for(gap, wanted)
-    compare(found if untouched(found) else soften(torch.stack([gap, 0 * gap]), found[:, None])[:, 0], wanted)
+    if untouched(found):
+        return
+    compare(soften(torch.stack([gap, 0 * gap]), found[:, None])[:, 0], wanted)
 
 
 check_temperature_for(temperature_for)

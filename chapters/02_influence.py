@@ -249,15 +249,12 @@ def truth_over_forecast(n):
 
 
 # %% tags=["check"]
-def untouched(answer):
-    """Whether a stub still returns what it came with."""
-    return answer is None or answer is NotImplemented
+from kdlib.classroom import untouched
 
 
 def compare(answer, expected):
-    """Say "not yet" while the stub is untouched; otherwise the answer must equal `expected`."""
+    """The answer must equal `expected`; a stub that is untouched says "not yet"."""
     if untouched(answer):
-        print("not yet")
         return
     torch.testing.assert_close(torch.as_tensor(answer), torch.as_tensor(expected), rtol=1e-6, atol=1e-9)
     print("right")
@@ -265,15 +262,14 @@ def compare(answer, expected):
 
 # %% tags=["check"]
 def check_truth_over_forecast(truth_over_forecast):
+    if untouched(truth_over_forecast(2)):
+        return
     answers, expected = [], []
     for n in (2, 5, 40):
         sample = torch.linspace(0, 1, n, dtype=torch.float64) ** 2
         change = (sample.sum() - sample[0]) / (n - 1) - sample.mean()  # without the first sample
         expected.append(change / ((sample.mean() - sample[0]) / n))
         answers.append(truth_over_forecast(n))
-    if any(untouched(answer) for answer in answers):
-        print("not yet")
-        return
     compare([float(answer) for answer in answers], [float(value) for value in expected])
 
 
@@ -293,6 +289,9 @@ def newton_removal(hessian, sample_hessian, sample_gradient, n):
 
 # %% tags=["check"]
 def check_newton_removal(newton_removal):
+    eye = torch.eye(2, dtype=torch.float64)
+    if untouched(newton_removal(eye, eye, eye[0], 12)):
+        return
     generator = torch.Generator().manual_seed(3)
     a, b = (torch.randn(*shape, dtype=torch.float64, generator=generator) for shape in ((12, 3), (12,)))
     fit = torch.linalg.lstsq(a, b).solution

@@ -247,15 +247,12 @@ def best_forward(second, noise):
 
 
 # %% tags=["check"]
-def untouched(answer):
-    """Whether a stub still returns what it came with."""
-    return answer is None or answer is NotImplemented
+from kdlib.classroom import untouched
 
 
 def compare(answer, expected):
-    """Say "not yet" while the stub is untouched; otherwise the answer must equal `expected`."""
+    """The answer must equal `expected`; a stub that is untouched says "not yet"."""
     if untouched(answer):
-        print("not yet")
         return
     torch.testing.assert_close(answer, expected, rtol=1e-3, atol=1e-9)
     print("right")
@@ -267,7 +264,9 @@ def check_best_forward(best_forward):
     steps = torch.logspace(-6, 1, 200_001, dtype=torch.float64)
     bounds = steps / 2 * second + 2 * noise / steps
     answer = best_forward(second, noise)
-    compare(answer if untouched(answer) else torch.stack(answer), torch.stack([steps[bounds.argmin()], bounds.min()]))
+    if untouched(answer):
+        return
+    compare(torch.stack(answer), torch.stack([steps[bounds.argmin()], bounds.min()]))
 
 
 check_best_forward(best_forward)
@@ -288,7 +287,6 @@ def richardson(f, x, step):
 def check_richardson(richardson):
     x = torch.linspace(-1, 2, 7, dtype=torch.float64)
     if untouched(richardson(torch.sin, x, 0.1)):
-        print("not yet")
         return
     for power in range(5):
         torch.testing.assert_close(
@@ -1142,10 +1140,12 @@ def check_two_class_factor(two_class_factor):
     draws = torch.randn(3, 6, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
     zs, zt, tangent = draws
     factor = two_class_factor(zs, zt)
+    if untouched(factor):
+        return
     weight = influence(zs, tangent, zt)
     weighted = grad(lambda t: (weight * kl(zs, t)).sum())(zt)
     printed = grad(lambda t: influence(zs, tangent, t).sum())(zt)
-    compare(factor if untouched(factor) else factor[:, None] * printed, weighted)
+    compare(factor[:, None] * printed, weighted)
 
 
 check_two_class_factor(two_class_factor)
@@ -1399,6 +1399,8 @@ def influence_pull(teacher_logits, tangent, temperature):
 def check_influence_pull(influence_pull):
     zs, zt, tangent = torch.randn(3, 5, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
     answers = [influence_pull(zt, tangent, T) for T in (1.0, 3.0)]
+    if untouched(answers[0]):
+        return
     expected = []
     for T in (1.0, 3.0):
 
@@ -1406,7 +1408,7 @@ def check_influence_pull(influence_pull):
             return distillation_influence(lambda a, b: T**2 * kl(a / T, b / T), zs, tangent, t).sum()
 
         expected.append(grad(total)(zt))
-    compare(answers[0] if untouched(answers[0]) else torch.stack(answers), torch.stack(expected))
+    compare(torch.stack(answers), torch.stack(expected))
 
 
 check_influence_pull(influence_pull)
