@@ -22,8 +22,9 @@
 # | IKD | what did the student's exam say about my soft targets? |
 # | Tutor-KD | which examples should I make up for it? |
 #
-# Behind the first three stands one quantity, cheap and exact, which chapter 2 introduces. Behind all chapters stands `kdlib`, a library
-# small enough to be read in an evening.
+# Behind the first three stands one quantity, cheap and exact, which chapter 2 introduces. Behind all chapters stands `kdlib`, a tested
+# library. An evening is enough for its reading path, which is the losses, the student's trial step and its tangent, the four methods and
+# the training loop; the rest is plumbing, and you can use it without having read it.
 #
 # | | |
 # |---|---|
@@ -61,7 +62,8 @@ except (ImportError, AttributeError):
 # the derivation judge the result: automatic differentiation, an enumeration, another library. Only then comes an experiment.
 #
 # - **Run it.** Each chapter runs from top to bottom on a laptop's processor, without a network, in about a minute, and needs no other
-#   chapter's variables. Change a number, run the cell again.
+#   chapter's variables. Change a number, run the cell again. Where a number is a setting of runs that the chapter reads, and your
+#   setting has no records, chapter 1 trains a few seeds of it on the spot; elsewhere choose among the settings that have records.
 # - **Guess first.** Where the text asks what you expect, decide before you run the cell. The surprises are what you will remember.
 # - **Numbers come from cells.** No measured number is typed into the text: the cell that measured it prints the sentence. Small
 #   experiments run live, for one seed. Bands over many seeds are read from records in `data/runs`, and the chapter says which is which.
@@ -73,7 +75,8 @@ except (ImportError, AttributeError):
 # %% [markdown]
 # ## Notation
 #
-# One notation serves all four papers.
+# One notation serves all four papers. A chapter that needs further letters has a table of its own; {doc}`../notation` lists those
+# that mean something else elsewhere.
 #
 # | symbol | meaning | shape |
 # |---|---|---|
@@ -83,7 +86,7 @@ except (ImportError, AttributeError):
 # | $p^t$, $p^s$ | probabilities, $\mathrm{softmax}(z / T)$ at temperature $T$ | `(batch, classes)` |
 # | $y$ | labels | `(batch,)` |
 # | $\ell_i(z^s_i, z^t_i)$ | distillation objective of one sample | `(batch,)` |
-# | $L$ | its mean over the batch, $L = \frac{1}{n} \sum_i \ell_i$ | scalar |
+# | $L$ | its mean over the batch, $L = \frac{1}{B} \sum_i \ell_i$ with $B$ samples in the batch | scalar |
 # | $\alpha$ | weight of the hard labels; the teacher's outputs weigh $1 - \alpha$ | scalar |
 # | $e$ | feedback batch: LGTM's "validation batch", MetaDistil's "quiz", IKD's "exam" | |
 # | $\theta_s'$ | pilot student: $\theta_s' = \theta_s - \eta_s \nabla_{\theta_s} L$ | |
@@ -99,8 +102,10 @@ except (ImportError, AttributeError):
 # papers, but they are made by a program, so that two things are known which nobody knows of real data: the true posterior of every
 # example, and which training labels were flipped. Claims about teachers can be held against the truth.
 #
-# The last chapter runs on MiniGLUE, on GLUE itself and on your own data. Feedback for the teacher is always carved out of the training
-# set. The validation set is for choosing and reporting, never for teaching.
+# The last chapter runs on MiniGLUE, on GLUE itself and on your own data. Feedback for the teacher comes from the training set: from a
+# part that is carved out of it, or, in IKD's way, from the very batch that the student has just learned. The validation set is for
+# choosing and reporting. One setting, `feedback_from`, lets it teach as LGTM's code does, and chapter 7 measures what that does to a
+# score; otherwise it never teaches.
 
 # %% [markdown]
 # ## Is everything in place?
@@ -124,6 +129,7 @@ print(f"{'accelerator':<14} {torch.cuda.get_device_name() if torch.cuda.is_avail
 # clear-cut: its posterior says how a reader who knows the true rule would bet.
 
 # %%
+# NBVAL_CHECK_OUTPUT
 from kdlib import glue
 
 data = glue.load("miniglue", "mini-sst2")
@@ -138,6 +144,7 @@ for name, probability in zip(data.task.label_names, example["posterior"], strict
 # the parameters move in a given direction? For a linear layer we know the answer.
 
 # %%
+# NBVAL_CHECK_OUTPUT
 layer = torch.nn.Linear(3, 2, dtype=torch.float64)
 x = torch.randn(4, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 direction = {"weight": torch.ones(2, 3, dtype=torch.float64), "bias": torch.zeros(2, dtype=torch.float64)}
@@ -157,15 +164,15 @@ print("ready")
 # | | chapter |
 # |---|---|
 # | 1 | [What is distilled, and why?](01_distillation.ipynb) |
-# | 2 | Which example helped? |
-# | 3 | What does a derivative along one direction cost, and how exact is it? |
-# | 4 | What changes when the teacher learns while it teaches? |
-# | 5 | Can a teacher learn from its student, and why try the lesson on a copy? |
-# | 6 | What can a student tell its teacher? |
-# | 7 | Does it help to weigh a teacher's lessons by their influence? |
-# | 8 | How does a network learn from words that it has drawn? |
-# | 9 | Does a student learn more from text that is easy for its teacher and hard for itself? |
-# | 11 | Full pretraining runs |
+# | 2 | [Which example helped?](02_influence.ipynb) |
+# | 3 | [What does a derivative along one direction cost, and how exact is it?](03_finite_differences.ipynb) |
+# | 4 | [What changes when the teacher learns while it teaches?](04_online_distillation.ipynb) |
+# | 5 | [Can a teacher learn from its student, and why try the lesson on a copy?](05_pilot_updates.ipynb) |
+# | 6 | [What can a student tell its teacher?](06_student_feedback.ipynb) |
+# | 7 | [Does it help to weigh a teacher's lessons by their influence?](07_good_teachers.ipynb) |
+# | 8 | [How does a network learn from words that it has drawn?](08_policy_gradient.ipynb) |
+# | 9 | [Does a student learn more from text that is easy for its teacher and hard for itself?](09_tutor_kd.ipynb) |
+# | 11 | [Full pretraining runs](11_pretraining.ipynb) |
 # | 12 | [Full GLUE runs](12_glue.ipynb) |
 #
-# Read chapter 1 next. If you have come to run experiments, chapter 12 (GLUE) and chapter 11 (text without labels) stand on their own.
+# There is no chapter 10 yet: the number is kept for the methods that these four papers compare themselves with. Read chapter 1 next. If you have come to run experiments, chapter 12 (GLUE) and chapter 11 (text without labels) stand on their own.

@@ -146,10 +146,12 @@ def central_quotient(f, x, step):
 #
 # $$\varepsilon_+ = 2 \sqrt{\frac{c u}{|f''|}}, \qquad \varepsilon_\pm = \left( \frac{3 c u}{|f'''|} \right)^{1/3}. $$ (eq-fd-best)
 #
-# The best error is proportional to $\sqrt u$ for the forward quotient and to $u^{2/3}$ for the central one. That is half, or two thirds, of
-# the digits of the number format. No step does better.
+# With these steps the bounds are $2 \sqrt{c\,|f''|\, u}$ and $\frac 3 2 \sqrt[3]{c^2\,|f'''| / 3}\; u^{2/3}$, and no step has smaller ones. So the
+# number of digits that one may count on is half of those of the number format for the forward quotient and two thirds for the central one,
+# plus or minus something that depends on $f$ and not on the format.
 #
-# **Before you run it:** bfloat16 has $u = 2^{-8}$, float32 $2^{-24}$, float64 $2^{-53}$. How many digits of a derivative can bfloat16 give?
+# **Before you run it:** bfloat16 has $u = 2^{-8}$, float32 $2^{-24}$, float64 $2^{-53}$. How many digits of a derivative can bfloat16 give,
+# where two thirds of its own would be one and a half?
 #
 # We try $f(x) = \log(1 + e^x)$, the cross entropy of two classes, whose derivatives are known: with $\sigma$ the sigmoid, $f' = \sigma$,
 # $f'' = \sigma (1 - \sigma)$, $f''' = \sigma (1 - \sigma)(1 - 2 \sigma)$. Errors are root mean squares over 400 places $x$ between 0.5 and
@@ -226,14 +228,30 @@ for (name, quotient), (steps, errors) in found.items():
 print("every error lies below the bound; every best step is within a factor of 3 of the derived one")
 
 # %%
-rows = []
+# NBVAL_CHECK_OUTPUT
+digits_of = {}
 for name, dtype in DTYPES.items():
-    smallest = [found[name, quotient][1].min() for quotient in QUOTIENTS]
-    rows.append([name, *(f"{-math.log10(value):.1f}" for value in (constants(dtype)[0], *smallest))])
-columns = ["", "digits of the format", "digits by the forward quotient", "by the central one"]
-pd.DataFrame(rows, columns=columns).set_index("")
+    row = {"the format": constants(dtype)[0]}
+    for quotient in QUOTIENTS:
+        row[f"{quotient}, bound"] = error_bound(quotient, dtype, best_step(quotient, dtype))
+        row[f"{quotient}, measured"] = found[name, quotient][1].min().item()
+    digits_of[name] = {column: -math.log10(value) for column, value in row.items()}
+    for quotient, share in (("forward", 1 / 2), ("central", 2 / 3)):
+        counted, had = digits_of[name][f"{quotient}, bound"], digits_of[name][f"{quotient}, measured"]
+        assert abs(counted - share * digits_of[name]["the format"]) < 0.2 and 0.3 < had - counted < 0.9
+coarse = digits_of["bfloat16"]
+print(
+    f"bfloat16 has {coarse['the format']:.1f} digits; the central quotient keeps {coarse['central, measured']:.1f} of them"
+)
+pd.DataFrame(digits_of).T.map("{:.1f}".format).rename_axis(columns="digits of")
 
 # %% [markdown]
+# The bounds are at half and at two thirds of the digits in every format, because the constants of this $f$ hardly matter. What is measured is
+# better by half a digit or a little more: the bound adds up the worst cases of all roundings, and a root mean square does not. This surplus is the
+# same in all formats. In float64 it is a small part of what there is; in bfloat16 it takes the central quotient as far as the format itself
+# reaches. So bfloat16 loses next to nothing here, but only because it has so little to lose: about two digits, for an $f$ that is one smooth
+# function. A whole network in bfloat16 will not be as kind.
+#
 # The minimum is flat: half the best step or twice of it costs little. It is enough to know the best step to within a factor.
 #
 # **Exercise 1** (easy, 5 minutes). Someone hands you a noisy $f$: every value is off by up to `noise`, whatever its size. Which step of the
@@ -247,15 +265,12 @@ def best_forward(second, noise):
 
 
 # %% tags=["check"]
-def untouched(answer):
-    """Whether a stub still returns what it came with."""
-    return answer is None or answer is NotImplemented
+from kdlib.classroom import untouched
 
 
 def compare(answer, expected):
-    """Say "not yet" while the stub is untouched; otherwise the answer must equal `expected`."""
+    """The answer must equal `expected`; a stub that is untouched says "not yet"."""
     if untouched(answer):
-        print("not yet")
         return
     torch.testing.assert_close(answer, expected, rtol=1e-3, atol=1e-9)
     print("right")
@@ -267,7 +282,9 @@ def check_best_forward(best_forward):
     steps = torch.logspace(-6, 1, 200_001, dtype=torch.float64)
     bounds = steps / 2 * second + 2 * noise / steps
     answer = best_forward(second, noise)
-    compare(answer if untouched(answer) else torch.stack(answer), torch.stack([steps[bounds.argmin()], bounds.min()]))
+    if untouched(answer):
+        return
+    compare(torch.stack(answer), torch.stack([steps[bounds.argmin()], bounds.min()]))
 
 
 check_best_forward(best_forward)
@@ -288,7 +305,6 @@ def richardson(f, x, step):
 def check_richardson(richardson):
     x = torch.linspace(-1, 2, 7, dtype=torch.float64)
     if untouched(richardson(torch.sin, x, 0.1)):
-        print("not yet")
         return
     for power in range(5):
         torch.testing.assert_close(
@@ -306,7 +322,7 @@ check_richardson(richardson)
 #
 # $$\dot z = \frac{\mathrm d}{\mathrm d \varepsilon} z^s(\theta_s + \varepsilon g) \Big|_{\varepsilon = 0} \approx \frac{z^s(\theta_s + \varepsilon g) - z^s(\theta_s - \varepsilon g)}{2 \varepsilon}. $$ (eq-fd-tangent)
 #
-# The stage is `mini-mnli`, whose pairs of sentences fall into three classes. The teacher is the book's fine-tuned BERT of 4 layers and
+# The data are `mini-mnli`, whose pairs of sentences fall into three classes. The teacher is the book's fine-tuned BERT of 4 layers and
 # width 128. The student is cut from its first two layers, gets a fresh head and a few steps of training on labels.
 
 # %%
@@ -443,7 +459,7 @@ radii = torch.logspace(-6, 0, 13, dtype=torch.float64)
 curves = {name: torch.tensor([tangent_error(name, radius) for radius in radii]) for name in FORMATS}
 by_jvp = {name: tangent_error(name) for name in FORMATS}
 
-# %% mystnb={"image": {"alt": "Relative error of the tangent against the distance the weights move: V-shaped curves for four number formats."}, "figure": {"name": "fig-fd-tangent", "caption": "The same V for a BERT's tangent. The rule $r = 0.01$ is near the best radius under autocast only."}}
+# %% mystnb={"image": {"alt": "Relative error of the tangent against the distance the weights move: V-shaped curves for four number formats."}, "figure": {"name": "fig-fd-tangent", "caption": "The same V for a BERT's tangent. The rule $r = 0.01$ is below the best radius of the two formats with bfloat16 in them, and above that of the finer ones."}}
 figure, axes = plt.subplots()
 for name, errors in curves.items():
     axes.loglog(radii, errors, "o-", markersize=2.5, label=name)
@@ -456,7 +472,8 @@ plt.show()
 # %% [markdown]
 # The same V. On the right all formats agree, because truncation does not know about rounding. On the left they part.
 #
-# LGTM's code takes $\varepsilon = 0.01 / \lVert g \rVert$, a rule inherited from architecture search (DARTS). Judge it here (dotted line).
+# LGTM's code takes $\varepsilon = 0.01 / \lVert g \rVert$ (`utils_glue.py`, lines 177-178, commit e9b615f), a rule inherited from DARTS, a method that
+# searches for the architecture of a network by gradients (`cnn/architect.py`, lines 76-77, commit f276dd3). Judge it here (dotted line).
 # To find the best $r$ of a format we need no theory of rounding in BERT: by {eq}`eq-fd-bound` the error is $a r^2 + b / r$. One measurement
 # in float64 gives $a$, since truncation is the same in every format; one on the left arm of the format gives $b$; and the best radius is
 # $(b / 2a)^{1/3}$.
@@ -480,20 +497,24 @@ for name in ("float32", "autocast", "bfloat16"):
     ratio = row["error at r = 0.01"] / row["error there"]
     print(f"{name}: the rule's error is {row['error at r = 0.01']:.1%}, {ratio:.1f} times the best;", end=" ")
     print(f"jvp in the same format: {row['error of jvp']:.1g}")
+    too_far = 0.01 / row["best r, found"]
+    assert (too_far if name == "float32" else 1 / too_far) > 1.5 and ratio > 1.5  # above the best, or below it
 stored = weights_of(student, torch.bfloat16)
 moved = shifted(stored, {name: value.float() for name, value in g.items()}, 0.01 / size(g).item())
 still = sum((moved[name].bfloat16() == stored[name]).sum() for name in g) / sum(value.numel() for value in g.values())
 print(f"weights stored in bfloat16 that do not move at r = 0.01: {still:.0%}")
+assert still > 0.9 and judged.loc["bfloat16", "error there"] > 3 * judged.loc["autocast", "error there"]
 
 # %% [markdown]
-# The rule is a compromise, not a law. In float32 a smaller step would be more exact, but few need those digits. Under autocast the rule
-# lies near the best radius, and the best is mediocre. With weights *stored* in bfloat16 it fails: the step is smaller than the spacing of
-# nearly all weights, so they do not move at all, and no radius helps. jvp never forms a difference of nearby numbers. Its error is that of the
+# The rule is a compromise, not a law. In float32 a smaller step would be more exact, but few need those digits. Under autocast the best
+# radius is larger than the rule's, and its error mediocre. With weights *stored* in bfloat16 the rule's step is smaller than the
+# spacing of nearly all weights, so that they do not move at all; a larger radius helps there too, but even the best error remains
+# several times as large as under autocast. jvp never forms a difference of nearby numbers. Its error is that of the
 # arithmetic itself.
 #
 # ### What the perturbation does to the weights
 #
-# LGTM's code moves the weights in place: add $R g$, evaluate, subtract $2 R g$, evaluate, add $R g$. In exact arithmetic nothing has
+# LGTM's code moves the weights in place: add $R g$, evaluate, subtract $2 R g$, evaluate, add $R g$ (`utils_glue.py`, lines 184-199). In exact arithmetic nothing has
 # happened. In floating point $(w + a) - 2a + a$ need not be $w$. **Before you run it:** after a thousand steps, does the rounding average
 # out, or does it add up?
 
@@ -563,11 +584,12 @@ torch.testing.assert_close(slopes["float32"], 0.5, atol=0.1, rtol=0)
 # | double backward | 1 forward, 1 backward, 1 backward through that | 1 + 2 + 2 = 5 | up to $2A + P$ |
 # | jvp | 1 forward with tangents | 1 + 2 = 3 | $2S$ |
 #
-# Now the five functions. All get the weights, a batch, the teacher's logits, and $g$.
+# For the loop this is a range and no prediction: it says nothing of how much of a batch's time a single sample takes on a given machine. Now
+# the five functions. All get the weights, a batch, the teacher's logits, and $g$.
 
 
 # %%
-def influence(student_logits, tangent, teacher_logits):
+def kl_influence(student_logits, tangent, teacher_logits):
     """Equation (eq-fd-influence), shape (batch,)."""
     return ((student_logits.softmax(dim=-1) - teacher_logits.softmax(dim=-1)) * tangent).sum(dim=-1)
 
@@ -598,12 +620,12 @@ def by_vmap(weights, inputs, targets, g):
 def by_difference(weights, inputs, targets, g):
     logits = answer(student, weights, inputs)
     step = 0.001 / size(g)
-    return influence(logits, central_tangent(lambda w: answer(student, w, inputs), weights, g, step), targets)
+    return kl_influence(logits, central_tangent(lambda w: answer(student, w, inputs), weights, g, step), targets)
 
 
 @torch.no_grad()
 def by_jvp(weights, inputs, targets, g):
-    return influence(*student_tangent(lambda w: answer(student, w, inputs), weights, g), targets)
+    return kl_influence(*student_tangent(lambda w: answer(student, w, inputs), weights, g), targets)
 
 
 def by_double_backward(weights, inputs, targets, g):
@@ -612,7 +634,7 @@ def by_double_backward(weights, inputs, targets, g):
     probe = torch.zeros_like(logits, requires_grad=True)  # Jᵀ·probe is linear in the probe, and d⟨Jᵀ·probe, g⟩ = J g
     pulled = torch.autograd.grad((probe * logits).sum(), list(leaves.values()), create_graph=True)
     paired = sum((value * g[name]).sum() for name, value in zip(leaves, pulled, strict=True))
-    return influence(logits.detach(), torch.autograd.grad(paired, probe)[0], targets)
+    return kl_influence(logits.detach(), torch.autograd.grad(paired, probe)[0], targets)
 
 
 WAYS = {
@@ -728,19 +750,20 @@ for name, (time_in_f, mib) in predicted.items():
 columns = ["way", "time in F, predicted", "measured", "MiB, predicted", "MiB, measured"]
 pd.DataFrame(rows, columns=columns).set_index("way")
 
-# %% mystnb={"image": {"alt": "Time and memory of the five ways against the batch size: the loop slowest by far, vmap largest by far."}, "figure": {"name": "fig-fd-costs", "caption": "The loop pays in time, vmap in memory; the difference and jvp stay level with a few forward passes."}}
+# %% mystnb={"image": {"alt": "Time and memory of the five ways and of a forward pass against the batch size: the loop slowest by far, vmap largest by far, the others a constant distance above the forward pass."}, "figure": {"name": "fig-fd-costs", "caption": "The loop pays in time, vmap in memory. The time of the difference, of jvp and of the double backward grows as that of a forward pass does (grey)."}}
 figure, panels = plt.subplots(1, 2, figsize=(5.6, 2.8))
 unit = measured[4][0].loc["forward", "seconds"]
-for name in WAYS:
+for name in ("forward", *WAYS):
     rows = [(table.loc[name, "seconds"] / unit, table.loc[name, "MiB"]) for table, _ in measured.values()]
+    look = {"color": "0.6"} if name == "forward" else {}
     for axes, cost in zip(panels, zip(*rows, strict=True), strict=True):
-        axes.loglog(list(measured), cost, "o-", label=name if axes is panels[0] else None)
+        axes.loglog(list(measured), cost, "o-", label=name if axes is panels[0] else None, **look)
 for axes, label in zip(panels, ("time (forward pass of 4 = 1)", "peak memory (MiB)"), strict=True):
     axes.set(xlabel="batch size $B$", ylabel=label)
     axes.set_xticks(list(measured), [str(count) for count in measured], minor=False)
-    axes.set_yticks([3, 10, 30, 100], ["3", "10", "30", "100"], minor=False)
+    axes.set_yticks([1, 3, 10, 30, 100], ["1", "3", "10", "30", "100"], minor=False)
     axes.minorticks_off()
-figure.legend(loc="outside upper center", ncols=5)
+figure.legend(loc="outside upper center", ncols=3)
 plt.show()
 
 # %%
@@ -749,6 +772,7 @@ for count, (table, _) in measured.items():
     print(f"batch {count:2d}: the loop takes {times['loop'] / times['jvp']:3.0f} times as long as jvp and", end=" ")
     print(f"{times['loop'] / times['difference']:3.0f} times as long as the central difference; jvp keeps", end=" ")
     print(f"{table.loc['jvp', 'MiB'] / table.loc['training step', 'MiB']:.0%} of a training step's bytes")
+    assert table.loc[["jvp", "difference"], "MiB"].max() < table.loc["training step", "MiB"]
 
 # %% [markdown]
 # What to see: central difference, jvp and double backward take about what was predicted. The first two keep no graph and need less memory
@@ -756,10 +780,10 @@ for count, (table, _) in measured.items():
 # part of a pass over many. `vmap` removes that overhead and pays in memory, one gradient for each sample; writing and reading those is what
 # takes it beyond its prediction.
 #
-# Other sentences, widths and batches were measured once, by `benchmarks/influence.py`, for three layers and BERT's vocabulary (*read*). An
-# earlier version had a vocabulary of a thousand words; there the factors were smaller for the wider network, since the loop wrote smaller gradients:
+# Other sentences, widths and batches were measured once, by `benchmarks/influence.py`, for three layers and BERT's vocabulary (*read*):
 
 # %%
+# NBVAL_CHECK_OUTPUT
 path = Path(models.__file__).resolve().parents[1] / "data" / "benchmarks" / "influence.csv"
 print(path.read_text().splitlines()[0].removeprefix("# "))
 benchmark = pd.read_csv(path, comment="#")
@@ -771,7 +795,7 @@ faster.rename_axis(columns="times faster than the loop, at batch")
 
 # %% [markdown]
 # The factor grows with the batch. A gradient has a row for each word of the vocabulary, however short the sentence, and the loop makes one such gradient for every sample. It
-# shrinks with longer sentences: once a single sample keeps the processor busy, a batch saves nothing but overhead. The difference takes only two passes here, since nobody asks for the logits in the middle. It holds a
+# shrinks with longer sentences: once a single sample keeps the processor busy, a batch saves nothing but overhead. The difference takes only two passes here, since this benchmark does not ask for the logits at $\theta_s$ themselves. It holds a
 # second set of weights, which for few samples is more than all that a training step keeps.
 #
 # > **Paper, code, exact.** LGTM says that the difference needs "two forward passes" and that the naive way is memory intensive because it
@@ -795,7 +819,7 @@ faster.rename_axis(columns="times faster than the loop, at batch")
 #
 # (The transposes are ours, so that the shapes fit.) A first doubt needs no computer. As $\varepsilon \to 0$ the value of (10) is the mean
 # of $I_i$, that of (9) the mean of $I_i\, \ell_i$: the same if every $\ell_i$ were 1. And the gradient of (9) is the mean of $I_i \nabla
-# \ell_i$, that of (10) the mean of $\nabla I_i$: the two halves of a product rule. We test each step. The stage is small and exact: teacher
+# \ell_i$, that of (10) the mean of $\nabla I_i$: the two halves of a product rule. We test each step where everything is small and exact: teacher
 # and student are perceptrons on scikit-learn's digits, in float64, a dozen seeds, at three moments of training.
 
 # %%
@@ -804,7 +828,7 @@ from sklearn.datasets import load_digits
 images, digits = load_digits(return_X_y=True)
 images, digits = torch.tensor(images / 16 - 0.3), torch.tensor(digits)
 SEEDS = range(12)
-STAGES = {"start": 0, "early": 10, "later": 40}  # steps of the student; the teacher is given three times as many
+MOMENTS = {"start": 0, "early": 10, "later": 40}  # steps of the student; the teacher is given three times as many
 
 
 def mlp(parameters, x):
@@ -832,17 +856,17 @@ def trained(parameters, steps, rows, generator):
 
 
 # %%
-def situation(seed, stage):
+def situation(seed, moment):
     """Teacher, student (8 hidden units) and the rows of a training and a feedback batch."""
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(images), generator=generator)
     rows, feedback_rows = order[:1400], order[1400:]
-    teacher = trained(fresh(64, generator), 3 * STAGES[stage], rows, generator)
-    student = trained(fresh(8, generator), STAGES[stage], rows, generator)
+    teacher = trained(fresh(64, generator), 3 * MOMENTS[moment], rows, generator)
+    student = trained(fresh(8, generator), MOMENTS[moment], rows, generator)
     return teacher, student, rows[:32], feedback_rows[:32]
 
 
-situations = {(seed, stage): situation(seed, stage) for seed in SEEDS for stage in STAGES}
+situations = {(seed, moment): situation(seed, moment) for seed in SEEDS for moment in MOMENTS}
 
 # %% [markdown]
 # The judge is brute force: let the student take its pilot step, evaluate the feedback loss, and differentiate the result through the step
@@ -876,7 +900,8 @@ def feedback_of(teacher, student, batch, feedback_batch):
 # ### Where the ∇ is missing
 #
 # As printed, $L_e(\theta_s')$ in $\theta_s^\pm$ is a number, and adding a number to a vector of weights adds it to every weight. Eq. (10),
-# eq. (18) and Algorithm 1 line 6 all print it this way. Meant is its gradient $g$, as the released code has it. Does it matter? Read
+# eq. (18) and Algorithm 1 line 6 all print it this way. Meant is its gradient $g$, as the released code has it (`utils_glue.py`, lines 71-73 and
+# 185). Does it matter? Read
 # literally, the formula differentiates along the all-ones vector:
 
 
@@ -896,17 +921,19 @@ def literal_direction(teacher, student, batch, feedback_batch):
 
 
 # %%
-def along(direction_of, seed, stage):
+# NBVAL_CHECK_OUTPUT
+def along(direction_of, seed, moment):
     """Teacher gradient of equation (eq-fd-printed) along a direction."""
-    teacher, student, *batches = situations[seed, stage]
+    teacher, student, *batches = situations[seed, moment]
     direction = direction_of(teacher, student, *batches)
     return grad(lambda t: mean_difference(soft_ce, t, student, batches[0], direction))(teacher)
 
 
-for stage in STAGES:
-    angles = [cosine(along(literal_direction, seed, stage), along(feedback_of, seed, stage)) for seed in SEEDS]
+for moment in MOMENTS:
+    angles = [cosine(along(literal_direction, seed, moment), along(feedback_of, seed, moment)) for seed in SEEDS]
     angles = torch.tensor(angles)
-    print(f"{stage:5s}: cosine between eq. (10) read literally and with ∇: {angles.mean():.2f} ± {angles.std():.2f}")
+    print(f"{moment:5s}: cosine between eq. (10) read literally and with ∇: {angles.mean():.2f} ± {angles.std():.2f}")
+    assert angles.mean().abs() < angles.std()  # "nothing in common on average"
 
 # %% [markdown]
 # Nothing in common on average: the ∇ is surely a slip of the pen, but a formula typed in as printed computes something else. From here on
@@ -916,7 +943,7 @@ for stage in STAGES:
 # %%
 # NBVAL_CHECK_OUTPUT
 worst = 0.0
-for (seed, stage), (teacher_mlp, student_mlp, *batches) in situations.items():
+for (seed, moment), (teacher_mlp, student_mlp, *batches) in situations.items():
     g_mlp = feedback_of(teacher_mlp, student_mlp, *batches)
     x = images[batches[0]]
 
@@ -925,7 +952,7 @@ for (seed, stage), (teacher_mlp, student_mlp, *batches) in situations.items():
         return inner(grad(lambda values: soft_ce(mlp(values, x), mlp(t, x)).mean())(s), g)
 
     second = grad(mixed)(teacher_mlp, student_mlp)
-    worst = max(worst, 1 - cosine(along(feedback_of, seed, stage), second))
+    worst = max(worst, 1 - cosine(along(feedback_of, seed, moment), second))
 print("step (b), largest 1 − cosine:", "below 1e-8" if worst < 1e-8 else f"{worst:.1e}")
 
 # %% [markdown]
@@ -975,18 +1002,22 @@ for objective in (soft_ce, kl):
 
 
 # %%
-def traces(objective, seed, stage):
+def traces(objective, seed, moment):
     """Trace of the matrix M for every sample of a batch, shape (batch,)."""
-    teacher, student, batch, _ = situations[seed, stage]
+    teacher, student, batch, _ = situations[seed, moment]
     pairs = zip(mlp(student, images[batch]), mlp(teacher, images[batch]), strict=True)
     return torch.stack([replaced(objective, zs, zt).trace() for zs, zt in pairs])
 
 
+# %%
+# NBVAL_CHECK_OUTPUT
 rows = []
-for stage in STAGES:
-    both = [torch.cat([traces(objective, seed, stage) for seed in SEEDS]) for objective in (soft_ce, kl)]
-    described = [(f"{values.mean():.2f}", f"{(values < 0).double().mean():.0%}") for values in both]
-    rows.append([stage, *described[0], *described[1]])
+for moment in MOMENTS:
+    both = [torch.cat([traces(objective, seed, moment) for seed in SEEDS]) for objective in (soft_ce, kl)]
+    negative = [(values < 0).double().mean().item() for values in both]
+    assert negative[1] == 0 and (negative[0] > 0.5) == (moment != "start")  # the signs that the text below reads off
+    described = [(f"{values.mean():.2f}", f"{share:.0%}") for values, share in zip(both, negative, strict=True)]
+    rows.append([moment, *described[0], *described[1]])
 columns = ["moment", "mean trace, cross entropy", "negative", "mean trace, KL", "negative "]
 pd.DataFrame(rows, columns=columns).set_index("moment")
 
@@ -1007,13 +1038,13 @@ def candidates(teacher, student, batch, feedback_batch):
     """Teacher gradients by name; a teacher would descend each."""
     x, g = images[batch], feedback_of(teacher, student, batch, feedback_batch)
     z, tangent = student_tangent(lambda s: mlp(s, x), student, g)
-    w = influence(z, tangent, mlp(teacher, x))
+    w = kl_influence(z, tangent, mlp(teacher, x))
 
     losses = {
         "(9), cross entropy": lambda t: (w * soft_ce(z, mlp(t, x))).mean(),
         "(9), KL": lambda t: (w * kl(z, mlp(t, x))).mean(),
-        "(10) as printed": lambda t: influence(z, tangent, mlp(t, x)).mean(),
-        "(10), sign turned": lambda t: -influence(z, tangent, mlp(t, x)).mean(),
+        "(10) as printed": lambda t: kl_influence(z, tangent, mlp(t, x)).mean(),
+        "(10), sign turned": lambda t: -kl_influence(z, tangent, mlp(t, x)).mean(),
         "released code": lambda t: -mean_difference(lambda s, t: kl(t, s), t, student, batch, g),
     }
     return {name: grad(loss)(teacher) for name, loss in losses.items()}
@@ -1028,21 +1059,21 @@ def small_step(teacher, direction, student, batch, feedback_batch, length=0.05):
 
 # %%
 rows = []
-for (seed, stage), (teacher_mlp, student_mlp, *batches) in situations.items():
+for (seed, moment), (teacher_mlp, student_mlp, *batches) in situations.items():
     exact = meta_gradient(teacher_mlp, student_mlp, *batches)
     possible = -small_step(teacher_mlp, exact, student_mlp, *batches)
     for name, direction in candidates(teacher_mlp, student_mlp, *batches).items():
         change = small_step(teacher_mlp, direction, student_mlp, *batches) / possible
-        rows.append([name, stage, seed, cosine(direction, exact), change])
+        rows.append([name, moment, seed, cosine(direction, exact), change])
 tried = pd.DataFrame(rows, columns=["candidate", "moment", "seed", "cosine", "change"])
 
 # %% mystnb={"image": {"alt": "Change of the feedback loss for five teacher steps at three moments, a dot for each of twelve seeds."}, "figure": {"name": "fig-fd-steps", "caption": "A dot below zero is a teacher step that helps the student. Equation (10) as printed raises the feedback loss in every seed."}}
 figure, axes = plt.subplots(figsize=(4.8, 3.2))
 names = list(tried["candidate"].unique())
-for number, stage in enumerate(STAGES):
-    part = tried[tried["moment"] == stage]
+for number, moment in enumerate(MOMENTS):
+    part = tried[tried["moment"] == moment]
     places = [names.index(name) + 0.22 * (number - 1) for name in part["candidate"]]
-    axes.plot(places, part["change"], "o", markersize=3, alpha=0.6, label=stage)
+    axes.plot(places, part["change"], "o", markersize=3, alpha=0.6, label=moment)
 axes.axhline(0, color="0.5", linewidth=0.8)
 axes.set_xticks(
     range(len(names)), [name.replace(", ", ",\n").replace(" as", "\nas").replace("d c", "d\nc") for name in names]
@@ -1056,24 +1087,32 @@ plt.show()
 lowers = (
     tried.assign(lowers=tried["change"] < 0)
     .pivot_table("lowers", "candidate", "moment", "sum")
-    .loc[names, list(STAGES)]
+    .loc[names, list(MOMENTS)]
 )
 print(f"seeds of {len(SEEDS)} in which a small step lowers the feedback loss")
 print(lowers.astype(int).to_string())
+weighted_ce, weighted_kl, as_written, turned, code = (lowers.loc[name] for name in names)
+assert (weighted_kl == 0).all() and (as_written == 0).all() and (turned == len(SEEDS)).all()
+assert (code == len(SEEDS)).all() and weighted_ce["start"] == 0 and (weighted_ce[["early", "later"]] > 6).all()
+change = tried.pivot(index=["seed", "moment"], columns="candidate", values="change")
+assert (change["released code"] > change["(10), sign turned"]).all()  # always a help, never the best
 
 # %%
+# NBVAL_CHECK_OUTPUT
 cosines = tried.groupby(["candidate", "moment"])["cosine"].agg(["mean", "std"])
 text = (cosines["mean"].map("{:.2f}".format) + " ± " + cosines["std"].map("{:.2f}".format)).unstack()
-text.loc[names, list(STAGES)].rename_axis(columns="cosine with the meta-gradient")
+text.loc[names, list(MOMENTS)].rename_axis(columns="cosine with the meta-gradient")
 
 # %%
+# NBVAL_CHECK_OUTPUT
 weighted = tried[tried["candidate"] == "(9), cross entropy"]
 places = zip(weighted["seed"], weighted["moment"], strict=True)
-weighted = weighted.assign(trace=[traces(soft_ce, seed, stage).mean().item() for seed, stage in places])
+weighted = weighted.assign(trace=[traces(soft_ce, seed, moment).mean().item() for seed, moment in places])
 started = weighted[weighted["moment"] != "start"]
 print("correlation of a batch's mean trace with the cosine of (9), cross entropy:")
 for name, part in {"all situations": weighted, "those after the start": started}.items():
     print(f"{name:22s} {part['trace'].corr(part['cosine']):.2f}")
+assert weighted["trace"].corr(weighted["cosine"]) < -0.5 and abs(started["trace"].corr(started["cosine"])) < 0.3
 
 # %% [markdown]
 # Read the figure by columns; every dot is one seed, below zero is help.
@@ -1088,11 +1127,11 @@ for name, part in {"all situations": weighted, "those after the start": started}
 #   everywhere, and for cross entropy its sign depends on the moment and the seed.
 # - Hence the two ends of {eq}`eq-fd-chain` are two objectives. A later chapter trains with both.
 #
-# > **Paper, code, exact.** The paper minimises $\hat L_{\text{influence}}$. The code released with it *subtracts* the term, which is the
-# > sign of the exact gradient. But in its difference it evaluates the teacher's own loss, the reversed divergence $\mathrm{KL}(q \Vert p)$,
-# > where the student was stepped on $\mathrm{KL}(p \Vert q)$. In logits that replaces $J(p)\,\dot z$ by $J(q)\,\dot z$: the same where
+# > **Paper, code, exact.** The paper minimises $\hat L_{\text{influence}}$. The code released with it (`utils_glue.py`, commit e9b615f) *subtracts* the term
+# > (line 81), which is the sign of the exact gradient. But in its difference it evaluates the teacher's own loss, the reversed divergence
+# > $\mathrm{KL}(q \Vert p)$ (lines 187 and 194), where the student was stepped on $\mathrm{KL}(p \Vert q)$. In logits that replaces $J(p)\,\dot z$ by $J(q)\,\dot z$: the same where
 # > teacher and student agree, less and less where they do not. The last column shows it: always a help, never the best. And it multiplies
-# > the term by the *teacher's* learning rate. What is left of it then? We ask the BERT pair from above.
+# > the term by the *teacher's* learning rate (line 78). What is left of it then? We ask the BERT pair from above.
 
 
 # %%
@@ -1117,7 +1156,7 @@ def own_loss(parameters):
 
 
 released, own = grad(released_term)(teacher_weights), grad(own_loss)(teacher_weights)
-exact = grad(lambda t: -RATE * influence(z, tangent, teacher_answer(t)).mean())(teacher_weights)
+exact = grad(lambda t: -RATE * kl_influence(z, tangent, teacher_answer(t)).mean())(teacher_weights)
 print(f"released term: {size(released) / size(own):.0e} of the teacher's own gradient")
 print(f"its cosine with the exact term: {cosine(released, exact):.2f}")
 print(f"exact term at the student's rate {RATE}: {size(exact) / size(own):.0e} of the teacher's own gradient")
@@ -1142,10 +1181,12 @@ def check_two_class_factor(two_class_factor):
     draws = torch.randn(3, 6, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
     zs, zt, tangent = draws
     factor = two_class_factor(zs, zt)
-    weight = influence(zs, tangent, zt)
+    if untouched(factor):
+        return
+    weight = kl_influence(zs, tangent, zt)
     weighted = grad(lambda t: (weight * kl(zs, t)).sum())(zt)
-    printed = grad(lambda t: influence(zs, tangent, t).sum())(zt)
-    compare(factor if untouched(factor) else factor[:, None] * printed, weighted)
+    printed = grad(lambda t: kl_influence(zs, tangent, t).sum())(zt)
+    compare(factor[:, None] * printed, weighted)
 
 
 check_two_class_factor(two_class_factor)
@@ -1157,14 +1198,21 @@ check_two_class_factor(two_class_factor)
 # from `data/published`:
 
 # %%
+# NBVAL_CHECK_OUTPUT
 published = runs.published()
 published = published[published["table"] == "lgtm-tab3"].pivot_table("value", "method", "metric", "first")
 minutes = published["training_time_minutes"].astype(float)
 print(published.to_string())
-validation_pairs = 408  # of MRPC
-print(f"ratio of times: {minutes['LGTM without FDA'] / minutes['LGTM']:.1f}")
-error = 100 * (0.9 * 0.1 / validation_pairs) ** 0.5
-print(f"sampling error of an accuracy of 90 % on {validation_pairs} pairs: ± {error:.1f} points")
+published_ratio = minutes["LGTM without FDA"] / minutes["LGTM"]
+print(f"ratio of times: {published_ratio:.1f}")
+pairs, positive = 408, 279  # of MRPC's validation split, on which the paper has this score; so many are paraphrases
+found = round(positive * float(published.loc["LGTM", "f1"]) / 100)  # if as many are missed as are found wrongly
+one_pair = 200 * ((found + 1) / (2 * positive + 1) - found / (2 * positive))
+drop = float(published.loc["LGTM without FDA", "f1"]) - float(published.loc["LGTM", "f1"])
+print(
+    f"the drop of {drop:.1f} points of F1 is {drop / one_pair:.1f} times what one paraphrase more or less of {pairs} pairs makes"
+)
+assert drop < 2 * one_pair
 
 # %% [markdown]
 # If "without" minimises eq. (9) and "with" eq. (10), the table compares two objectives and not two ways to compute one; the paper does not
@@ -1184,11 +1232,11 @@ def weights_by_loop(student, x, teacher_logits, g):
 
 def weights_by_difference(student, x, teacher_logits, g):
     tangent = central_tangent(lambda s: mlp(s, x), student, g, 0.01 / size(g))
-    return influence(mlp(student, x), tangent, teacher_logits)
+    return kl_influence(mlp(student, x), tangent, teacher_logits)
 
 
 def weights_by_tangent(student, x, teacher_logits, g):
-    return influence(*student_tangent(lambda s: mlp(s, x), student, g), teacher_logits)
+    return kl_influence(*student_tangent(lambda s: mlp(s, x), student, g), teacher_logits)
 
 
 def no_weights(student, x, teacher_logits, g):
@@ -1253,6 +1301,7 @@ for name, results in outcomes.items():
     accuracy = 100 * torch.tensor([score for score, _ in results])
     pairs = zip(results, outcomes["loop"], strict=True)
     apart = max(size(shifted(ours, theirs, -1)) / size(theirs) for (_, ours), (_, theirs) in pairs)
+    assert name == "no weights" or apart < 1e-4  # the same student, to within rounding
     rows.append(
         [name, f"{times[name] / times['tangent']:.1f}", f"{accuracy.mean():.2f} ± {accuracy.std():.2f}", f"{apart:.0e}"]
     )
@@ -1261,7 +1310,8 @@ pd.DataFrame(rows, columns=columns).set_index("influences by")
 
 # %% [markdown]
 # The three ways train the same student to within rounding, so no score is lost. The drop in the published table then needs
-# another cause than differences in place of derivatives, and it is smaller than the sampling error above. (What the weights themselves
+# another cause than differences in place of derivatives. It is a matter of less than two pairs of the validation split, between one run and
+# one other, so chance is such a cause. (What the weights themselves
 # bring on this toy, compare the last row, is within the spread over seeds. This is a comparison of ways to compute, not of methods.)
 #
 # The digits say nothing about the time on a BERT, so we time one whole step on our pair: pilot gradient, feedback gradient, influences,
@@ -1290,11 +1340,16 @@ def whole_step(way):
 step_times = fastest({name: lambda way=way: whole_step(way) for name, way in WAYS.items()})
 for name, value in step_times.items():
     print(f"{name:16s} {value / step_times['jvp']:5.1f} times the step with jvp")
+print(
+    f"the loop makes the whole step {step_times['loop'] / step_times['difference']:.1f} times as long as the difference does;",
+    end=" ",
+)
+print(f"in LGTM's Table 3 the training takes {published_ratio:.1f} times as long")
 
 # %% [markdown]
-# Table 3 is confirmed in direction: the loop makes the whole step several times as long. The factor depends on the machine. On a processor
-# a pass over one sample is cheaper than a pass over 32; where it is not, as we expect of a GPU, the loop loses more. And the gain need not
-# be bought with a difference: the tangent takes about as long and has no step to choose.
+# Table 3 is confirmed in direction, not in size: the loop makes the step longer, here by the factor in the last line. That factor depends on
+# the machine. On a processor a pass over one sample is cheaper than a pass over 32; where it is not, as we expect of a GPU, the loop loses
+# more. And the gain need not be bought with a difference: the tangent takes about as long and has no step to choose.
 #
 # ## What the teacher's gradient really is
 #
@@ -1399,6 +1454,8 @@ def influence_pull(teacher_logits, tangent, temperature):
 def check_influence_pull(influence_pull):
     zs, zt, tangent = torch.randn(3, 5, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
     answers = [influence_pull(zt, tangent, T) for T in (1.0, 3.0)]
+    if untouched(answers[0]):
+        return
     expected = []
     for T in (1.0, 3.0):
 
@@ -1406,7 +1463,7 @@ def check_influence_pull(influence_pull):
             return distillation_influence(lambda a, b: T**2 * kl(a / T, b / T), zs, tangent, t).sum()
 
         expected.append(grad(total)(zt))
-    compare(answers[0] if untouched(answers[0]) else torch.stack(answers), torch.stack(expected))
+    compare(torch.stack(answers), torch.stack(expected))
 
 
 check_influence_pull(influence_pull)
@@ -1449,7 +1506,7 @@ theirs = kdlib.influence.distillation_influence(
     lambda s, t: losses.kl_divergence(s, t, reduction="none"), z, tangent, teacher_logits
 )
 same(theirs, ours)
-same(ours, influence(z, tangent, teacher_logits))
+same(ours, kl_influence(z, tangent, teacher_logits))
 same(kdlib.influence.meta_gradient_loss(theirs, RATE), meta_gradient_loss(ours, RATE))
 one_by_one = kdlib.influence.per_sample_gradients(student, exact_weights, everything, objective_of, "vmap")
 same(sum((one_by_one[name] * g[name]).flatten(1).sum(dim=1) for name in g), ours)
@@ -1460,8 +1517,8 @@ print("kdlib agrees with this chapter's tangents, influences and meta-gradient")
 #
 # | shown | here | in the papers |
 # |---|---|---|
-# | a difference quotient keeps half or two thirds of the digits, at a best step that can be derived | {eq}`eq-fd-bound`, {eq}`eq-fd-best` | |
-# | the same V for the tangent of a BERT; $\varepsilon = 0.01 / \lVert g \rVert$ is a compromise, and fails for weights stored in bfloat16 | {eq}`eq-fd-tangent` | LGTM's code |
+# | a difference quotient keeps about half or two thirds of the digits of a fine format, at a best step that can be derived | {eq}`eq-fd-bound`, {eq}`eq-fd-best` | |
+# | the same V for the tangent of a BERT; $\varepsilon = 0.01 / \lVert g \rVert$ is a compromise, and moves hardly a weight that is stored in bfloat16 | {eq}`eq-fd-tangent` | LGTM's code |
 # | moving the weights in place makes them drift like a random walk | | LGTM's code |
 # | five ways to all influences of a batch: the loop is slow, `vmap` is large, the others cost about a training step | {eq}`eq-fd-influence` | LGTM section 4 |
 # | $\theta_s^\pm$ lacks a ∇ | {eq}`eq-fd-printed` | LGTM (10), (18), Algorithm 1 |
