@@ -124,7 +124,7 @@ def test_the_real_mirror(shared, name, train, validation, test):
     data = glue.load(shared / "glue", name)
     assert (len(data.train), len(data.evaluation["validation"]), len(data.test["test"])) == (train, validation, test)
     assert data.train["row"][:] == list(range(train))
-    assert set(data.train.column_names) == {*data.task.text_columns, "idx", "label", "row"}
+    assert set(data.train.column_names) == {*data.task.text_columns, "label", "row"}
     labels = np.array(data.train["label"][:])
     assert (labels.min(), labels.max()) == (0, 5 if name == "stsb" else 1)
     hidden = set(data.test["test"]["label"])
@@ -194,7 +194,7 @@ def test_csv_text_stays_text(tmp_path):
     data = glue.load(reviews(tmp_path / "digits", all_digits, kind="csv"), REVIEWS)
     assert data.train["text"][:] == ["007", "1"]
     numbers = [{"text": 1, "label": 0}, {"text": 2, "label": 1}]
-    with pytest.raises(ValueError, match=r"column 'text' of split 'train' holds Value\('int64'\); expected text"):
+    with pytest.raises(ValueError, match=r"column 'text' of split 'train' holds 1 \(int\) in row 0; expected text"):
         glue.load(reviews(tmp_path / "json", numbers), REVIEWS)
 
 
@@ -229,7 +229,7 @@ def test_the_readme_counts_and_names(tmp_path):
 
 
 def test_class_names_from_the_readme_also_hold_for_plain_numbers(tmp_path):
-    sst2(tmp_path, test=0)
+    sst2(tmp_path)
     for file in list((tmp_path / "sst2").glob("*.parquet")):
         rows = pd.read_parquet(file)
         file.with_name(file.name.split("-")[0] + ".jsonl").write_text(rows.to_json(orient="records", lines=True))
@@ -264,7 +264,7 @@ def test_a_truncated_parquet_file(tmp_path):
     with pytest.raises(OSError, match="0 bytes"):
         glue.load(tmp_path, "sst2")
     path.write_bytes(b"PAR1" + b"x" * 500 + b"PAR1")
-    with pytest.raises(OSError, match=r"cannot read the files of task 'sst2'.*copy it again"):
+    with pytest.raises(OSError, match=r"cannot read .*train-00000-of-00001.parquet.*copy it again"):
         glue.load(tmp_path, "sst2")
 
 
@@ -307,17 +307,17 @@ def test_fewer_rows_than_the_readme_promises(tmp_path):
 def test_a_line_cut_in_half(tmp_path):
     path = reviews(tmp_path) / "train.jsonl"
     path.write_text(path.read_text()[:-8])
-    with pytest.raises(OSError, match="cannot read the files of task 'reviews'"):
+    with pytest.raises(OSError, match="train.jsonl is cut short in line 10 .*copy the file again"):
         glue.load(tmp_path, REVIEWS)
     path.write_text("")
-    with pytest.raises(OSError, match=r"train.jsonl is empty or cut short \(0 bytes\)"):
+    with pytest.raises(OSError, match=r"train.jsonl is empty \(0 bytes\)"):
         glue.load(tmp_path, REVIEWS)
 
 
 def test_the_real_mirror_half_copied(shared, tmp_path):
     shutil.copytree(shared / "glue", tmp_path / "glue", ignore=shutil.ignore_patterns("sst2"))
     assert len(glue.load(tmp_path / "glue", "rte").train) == 2490
-    with pytest.raises(FileNotFoundError, match="no data files for task 'sst2'"):
+    with pytest.raises(FileNotFoundError, match="no data files for task 'sst2'|no file of split 'train'"):
         glue.load(tmp_path / "glue", "sst2")
 
 
@@ -357,14 +357,17 @@ def test_a_hub_id_is_loaded_by_name_and_trusts_no_code(monkeypatch):
 
 def test_a_missing_split(tmp_path):
     reviews(tmp_path)
-    with pytest.raises(ValueError, match=r"no split 'test' for task 'reviews', it has train, validation.*generic_task"):
+    with pytest.raises(
+        ValueError,
+        match=r"no split 'test' for task 'reviews', it has train, validation.*predict_test=False.*generic_task",
+    ):
         glue.load(tmp_path, replace(REVIEWS, test_splits=("test",)))
 
 
 def test_a_split_without_rows(tmp_path):
     reviews(tmp_path, kind="csv")
     (tmp_path / "validation.csv").write_text("text,label\n")
-    with pytest.raises(OSError, match=r"cannot read the files of task 'reviews'.*validation.*no data"):
+    with pytest.raises(ValueError, match=r"validation.csv has no rows, only the names of its columns"):
         glue.load(tmp_path, REVIEWS)
 
 
@@ -394,11 +397,11 @@ def test_an_empty_text(tmp_path, empty):
     [
         ([0, 1, 2], "label 2.* in row 2 of split 'train'.*expected a class number, 0 … 1"),
         ([0, -1, 1], "label -1.* in row 1"),
-        ([0, 1, None], "label nan in row 2"),
+        ([0, 1, None], "label in row 2 of split 'train' .*is missing"),
         ([0.0, 0.5, 1.0], "label 0.5 in row 1"),
         (["good", "bad", "ugly"], "label 'ugly' in row 2 .*expected one of bad, good"),
         (["0", "1", "0"], "label '0' in row 0 .*3 such rows.*expected one of bad, good"),
-        (["good", None, "bad"], "in row 1"),
+        (["good", None, "bad"], "label in row 1 .*is missing"),
     ],
 )
 def test_a_label_out_of_range(tmp_path, labels, message):
@@ -410,7 +413,7 @@ def test_a_label_out_of_range(tmp_path, labels, message):
 @pytest.mark.parametrize(
     ("scores", "message"),
     [
-        ([0.0, float("nan"), 5.0], "label nan in row 1 of split 'train'.*a score between 0 and 5"),
+        ([0.0, float("nan"), 5.0], "label in row 1 of split 'train'.*is missing"),
         ([0.0, 2.0, 5.1], "label 5.1 in row 2"),
         ([0.0, -1.0, 5.0], "label -1.0 in row 1"),
         (["1", "2", "much"], "label 'much' in row 2"),
@@ -429,7 +432,7 @@ def test_a_score_out_of_range(tmp_path, scores, message):
 def test_an_infinite_score(tmp_path):
     write(tmp_path, "train", [{"text": "x", "label": score} for score in ("1.5", "inf")], "csv")
     write(tmp_path, "validation", [{"text": "x", "label": 1.0}])
-    with pytest.raises(ValueError, match=r"label inf in row 1 .*expected a finite score"):
+    with pytest.raises(ValueError, match=r"label 'inf' in row 1 .*expected a finite score"):
         glue.load(tmp_path, glue.generic_task("scores", "text", ()))
 
 
@@ -448,7 +451,7 @@ def test_labels_of_a_test_split_may_be_hidden(tmp_path, test_rows):
     [
         (["f", "b", "c", "e", "d", "a", "b"], tuple("abcdef"), [5, 1, 2, 4, 3, 0, 1]),
         ([0, 2, 1, 0], ("0", "1", "2"), [0, 2, 1, 0]),
-        ([True, False, True, True], ("0", "1"), [1, 0, 1, 1]),
+        ([True, False, True, True], ("False", "True"), [1, 0, 1, 1]),
     ],
 )
 def test_label_names_are_read_from_the_data(tmp_path, labels, names, numbers):
@@ -462,7 +465,7 @@ def test_label_names_are_read_from_the_data(tmp_path, labels, names, numbers):
 @pytest.mark.parametrize(
     ("labels", "message"),
     [
-        ([0.5, 1.5], "float64.*label_names=.. if it is a score"),
+        ([0.5, 1.5], "holds 0.5 in row 0, which is a score and no class: set regression=True"),
         ([0, 0], "one class only"),
         (["a", "a"], "one class only"),
     ],
@@ -479,7 +482,7 @@ def test_class_names_in_another_order_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"classes negative, positive, but .* expects the classes positive, negative"):
         glue.load(sst2(tmp_path), replace(glue.TASKS["sst2"], label_names=("positive", "negative")))
     with pytest.raises(ValueError, match="expects a score"):
-        glue.load(tmp_path, replace(glue.TASKS["sst2"], label_names=()))
+        glue.load(tmp_path, replace(glue.TASKS["sst2"], label_names=(), metrics=("pearson",)))
 
 
 # Limits and the feedback split
@@ -683,11 +686,12 @@ def test_unusable_predictions_leave_the_old_file(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="NaN or infinity"):
         glue.write_predictions(tmp_path, task, np.full((2, 2), np.nan))
 
-    def disk_full(self, path, **_):
-        path.write_text("index")
+    def disk_full(self, text, **_):
+        with self.open("w") as file:
+            file.write(text[:5])
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(pd.DataFrame, "to_csv", disk_full)
+    monkeypatch.setattr(type(path), "write_text", disk_full)
     with pytest.raises(OSError, match="No space left"):
         glue.write_predictions(tmp_path, task, np.eye(2))
     assert path.read_bytes() == before and len(list(tmp_path.iterdir())) == 1
