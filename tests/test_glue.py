@@ -307,7 +307,7 @@ def test_fewer_rows_than_the_readme_promises(tmp_path):
 def test_a_line_cut_in_half(tmp_path):
     path = reviews(tmp_path) / "train.jsonl"
     path.write_text(path.read_text()[:-8])
-    with pytest.raises(OSError, match="train.jsonl is cut short in line 10 .*copy the file again"):
+    with pytest.raises(OSError, match=r"train.jsonl is cut short in line 10 .*copy the file again"):
         glue.load(tmp_path, REVIEWS)
     path.write_text("")
     with pytest.raises(OSError, match=r"train.jsonl is empty \(0 bytes\)"):
@@ -317,7 +317,7 @@ def test_a_line_cut_in_half(tmp_path):
 def test_the_real_mirror_half_copied(shared, tmp_path):
     shutil.copytree(shared / "glue", tmp_path / "glue", ignore=shutil.ignore_patterns("sst2"))
     assert len(glue.load(tmp_path / "glue", "rte").train) == 2490
-    with pytest.raises(FileNotFoundError, match="no data files for task 'sst2'|no file of split 'train'"):
+    with pytest.raises(FileNotFoundError, match=r"no data files for task 'sst2'|no file of split 'train'"):
         glue.load(tmp_path / "glue", "sst2")
 
 
