@@ -124,7 +124,7 @@ FAULTS = {
     "utf-16": ("csv", "text,label\nx,0\n".encode("utf-16"), r"train.csv is in UTF-16.*save it as UTF-8"),
     "utf-16 without mark": ("tsv", "text\tlabel\nx\t0\n".encode("utf-16-le"), r"train.tsv is in UTF-16"),
     "utf-16 json": ("json", '[{"text": "x"}]'.encode("utf-16"), r"train.json is in UTF-16"),
-    "a comma": ("csv", b"text,label\nx,0\n\nwell, well,1\n", r"line 4: 3 fields, the header has 2: put quotation marks"),
+    "a comma": ("csv", b"text,label\nx,0\n\nso, so,1\n", r"line 4: 3 fields, the header has 2: put quotation marks"),
     "a field less": ("csv", b"text,label\n\"a\nb\",0\nx\n", r"line 4: 1 fields, the header has 2: complete the row"),
     "an open quote": ("csv", b'text,label\nx,0\n"y,1\nz,0\n', r"row that begins in line 3: .* never closed"),
     "text behind a quote": ("csv", b'text,label\n"so" they say,0\n', r"row that begins in line 2: .*double"),
