@@ -8,11 +8,14 @@ Source: Tutor-KD section 4.1 (Wikipedia and BookCorpus, 128 tokens); the masks a
 3.1 and appendix C.2).
 """
 
+import gzip
 import hashlib
+import io
 import json
 import os
 import re
 import tempfile
+import zlib
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -30,7 +33,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from kdlib import glue, miniglue
+from kdlib import glue, miniglue, sources, tables
 from kdlib.progress import bar
 
 MINI = "mini-corpus"
@@ -84,8 +87,11 @@ def load(
     tokenizer's words and the local files (their sizes and times) stay the same.  That a hub data set has changed is not
     noticed: delete the file.
 
-    Raises ValueError for a source without a usable line, a missing split or column, a tokenizer that is not like BERT's
-    or that knows less than half of the pieces; OSError for data that cannot be had, as `glue.load` does.
+    Of pieces that the tokenizer does not know a notable share is printed, and stands in `encoded.unknown`.
+
+    Raises ValueError for a source without a usable line, or that is a whole home or file system, a missing split or
+    column, a tokenizer that is not like BERT's or that knows less than half of the pieces; OSError for data that cannot
+    be had, as `glue.load` does.
     """
     cls, sep, pad = (getattr(tokenizer, f"{name}_token_id") for name in ("cls", "sep", "pad"))
     if None in (cls, sep, pad):
@@ -103,11 +109,12 @@ def load(
     if cache is not None:
         options = (split, column, max_length, packed, max_lines)
         kept = _cache_file(Path(cache).expanduser(), str(source), parts, options, tokenizer)
-        if (found := _from_cache(kept, pad)) is not None:
+        if (found := _from_cache(kept, source, tokenizer)) is not None:
             return found
 
     counts = dict.fromkeys(("pieces", *COUNTS), 0)
-    texts = _pieces(parts, tokenizer, max_lines, counts)
+    strange: list[str] = []
+    texts = _pieces(parts, tokenizer, max_lines, counts, strange)
     ids, lengths = array("i"), array("q")  # they grow in place: four bytes a token, and little more at any time
     for block in _packed(texts, cls, sep, max_length) if packed else _cut(texts, cls, sep, max_length, counts):
         ids.extend(block)
@@ -118,29 +125,35 @@ def load(
         raise ValueError(
             f"the text of {source} fills no block of {SHORTEST} tokens: give a larger corpus, or packed=False"
         )
-    if counts["unknown"] > pieces / 2:
-        raise ValueError(
-            f"{counts['unknown'] / pieces:.0%} of the pieces of {source} are {tokenizer.unk_token}: the tokenizer does "
-            "not know these words; give the tokenizer that belongs to the model, or a corpus in the model's language"
-        )
+    notable = counts["unknown"] >= glue.UNKNOWN_NOTABLE * pieces
+    words = glue.unknown_words(strange, tokenizer) if notable else []
+    share = glue.unknown_share(counts["unknown"], pieces, str(source), tokenizer, lambda: words)
     tokens = torch.frombuffer(ids, dtype=torch.int32)
     offsets = torch.cat([torch.zeros(1, dtype=torch.int64), torch.frombuffer(lengths, dtype=torch.int64).cumsum(0)])
     if kept is not None:
-        _to_cache(kept, tokens, offsets, counts)
-    return _corpus(tokens, offsets, counts, pad)
+        _to_cache(kept, tokens, offsets, counts, (pieces, words))
+    return _corpus(tokens, offsets, counts, pad, share)
 
 
-def _corpus(tokens: Tensor, offsets: Tensor, counts: dict[str, int], pad: int) -> Corpus:
+def _corpus(tokens: Tensor, offsets: Tensor, counts: dict[str, int], pad: int, unknown: float) -> Corpus:
     blocks = len(offsets) - 1
     types = torch.zeros(1, dtype=torch.int8).expand(len(tokens))
     labels, rows = torch.zeros(blocks, dtype=torch.int64), torch.arange(blocks)
-    return Corpus(glue.Encoded(tokens, types, offsets, labels, rows, pad), counts)
+    return Corpus(glue.Encoded(tokens, types, offsets, labels, rows, pad, unknown), counts)
 
 
 def _pieces(
-    parts: list["_Part"], tokenizer: PreTrainedTokenizerBase, max_lines: int | None, counts: dict[str, int]
+    parts: list["_Part"],
+    tokenizer: PreTrainedTokenizerBase,
+    max_lines: int | None,
+    counts: dict[str, int],
+    strange: list[str],
 ) -> Iterator[list[int]]:
-    """The word pieces of every usable line.  Raises ValueError for a part that has none."""
+    """The word pieces of every usable line; `strange` gets the first few lines with unknown ones.
+
+    Raises ValueError for a part that has no usable line.
+    """
+    unknown = glue.unknown_id(tokenizer)
     for part in parts:
         lines = part.lines()
         if max_lines is not None:
@@ -157,13 +170,15 @@ def _pieces(
                     return_token_type_ids=False,
                     verbose=False,
                 )["input_ids"]
+                if len(strange) < 5:
+                    strange += [text for text, pieces in zip(texts, found, strict=True) if unknown in pieces][:5]
                 found = [pieces for pieces in found if pieces]  # a text of control characters has none
             undecodable = sum(line is None for line in chunk)
             counts["lines"] += len(chunk)
             counts["undecodable"] += undecodable
             counts["empty"] += len(chunk) - undecodable - len(found)
             counts["pieces"] += sum(map(len, found))
-            counts["unknown"] += sum(pieces.count(tokenizer.unk_token_id) for pieces in found)
+            counts["unknown"] += sum(pieces.count(unknown) for pieces in found)
             usable += len(found)
             yield from found
         lines, empty, undecodable = (counts[name] - before[name] for name in ("lines", "empty", "undecodable"))
@@ -213,7 +228,7 @@ class _Part:
 
 def _names(source: str) -> list[str]:
     """The single sources; a file or folder may have a "+" in its name."""
-    if Path(source).expanduser().exists():
+    if sources.local_path(source).exists():
         return [source]
     names = source.split("+")
     if not all(names):
@@ -223,12 +238,12 @@ def _names(source: str) -> list[str]:
 
 def _part(name: str, split: str, column: str) -> _Part:
     folder, _, config = name.rpartition(":")
-    path = Path(name).expanduser()
+    path = sources.local_path(name)
     if name == MINI:
         return _text(miniglue.folder() / MINI, split)
     if path.is_dir():
         return _text(path, split) if (path / f"{split}.txt").is_file() else _folder(path, None, split, column)
-    if folder and (home := Path(folder).expanduser()).is_dir():
+    if folder and (home := sources.local_path(folder)).is_dir():
         if (home / config).is_dir() and not (home / "README.md").is_file():  # nothing says what is where
             return _part(str(home / config), split, column)
         return _folder(home, config, split, column)
@@ -254,7 +269,9 @@ def _text(folder: Path, split: str) -> _Part:
 
 def _lines(path: Path) -> Iterator[str | None]:
     with path.open("rb") as file:
-        for line in file:
+        for number, line in enumerate(file):
+            if not number and line[:2] in (b"\xff\xfe", b"\xfe\xff"):
+                tables.decoded(line, path)  # which says that this is UTF-16, where every line would be garbled
             try:
                 yield line.decode("utf-8-sig")
             except UnicodeDecodeError:
@@ -263,12 +280,13 @@ def _lines(path: Path) -> Iterator[str | None]:
 
 def _folder(folder: Path, config: str | None, split: str, column: str) -> _Part:
     """A folder in a layout of the hub; nothing is read yet, and it will be read piece by piece, not as a whole."""
-    with tempfile.TemporaryDirectory(prefix="kdlib-") as unused, glue._quiet():
-        try:
-            builder = datasets.load_dataset_builder(str(folder), config, cache_dir=unused)
+    sources.card_of(folder)  # refuses one that sends us to the network
+    with tempfile.TemporaryDirectory(prefix="kdlib-") as unused, sources.quiet():
+        try:  # by its whole path: a folder that is called csv would be taken for the reader of that name
+            builder = datasets.load_dataset_builder(str(folder.resolve()), config, cache_dir=unused)
         except (ValueError, FileNotFoundError) as error:
             raise (FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError)(
-                f"cannot find a corpus in folder {folder}, configuration {config!r}: {glue._one_line(error)}. The "
+                f"cannot find a corpus in folder {folder}, configuration {config!r}: {tables.one_line(error)}. The "
                 f"folder should hold {split}.txt, or files such as {split}.parquet"
             ) from error
     files = builder.config.data_files or {}
@@ -277,26 +295,54 @@ def _folder(folder: Path, config: str | None, split: str, column: str) -> _Part:
             f"{folder} has no split {split!r}, it has {', '.join(map(str, files))}: give one of these as split"
         )
     paths = tuple(Path(file) for file in files[split])
-    glue._check_files(folder, split, list(paths))
-    if hasattr(builder.config, "keep_default_na"):  # CSV: a line that reads "null" is text
-        builder.config.keep_default_na = False
-        builder.config.converters = {column: str}
+    sources.check_files(folder, split, list(paths))
     name = f"split {split!r} of {folder}"
     if all(path.suffix == ".txt" for path in paths):
         return _Part(name, paths, lambda: chain.from_iterable(map(_lines, paths)))
+    if all(tables.kind(path) in ("csv", "tsv") for path in paths) and sources.reads_as_we_do(builder.config):
+        return _Part(name, paths, lambda: chain.from_iterable(_separated_texts(path, column, name) for path in paths))
+    if hasattr(builder.config, "keep_default_na"):  # CSV with a separator of its own: a line that reads "null" is text
+        builder.config.keep_default_na = False
+        builder.config.converters = {column: str}
     return _Part(name, paths, partial(_folder_texts, builder, split, column, name))
 
 
+def _separated_texts(path: Path, column: str, name: str) -> Iterator[str]:
+    """The lines of a column of a CSV or tab-separated file, read row by row as `tables` does it."""
+    tab = tables.kind(path) == "tsv"
+    with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as raw:
+        file = io.TextIOWrapper(raw, encoding="utf-8-sig", newline="\n" if tab else "")
+        try:
+            lines = (line.removesuffix("\n").removesuffix("\r") for line in file) if tab else file
+            rows = (tables.tab_separated if tab else tables.comma_separated)(lines, path)
+            header = next(rows, [])
+            if column not in header:
+                raise ValueError(
+                    f"{name} has no column {column!r}, it has {', '.join(header)}: give one of these as column"
+                )
+            place = header.index(column)
+            for row in rows:
+                yield from row[place].removesuffix("\n").split("\n")
+        except UnicodeDecodeError:
+            tables.text_of(path)  # which says in which line
+            raise
+        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+            raise tables.cannot_read(path, error) from error
+
+
 def _folder_texts(builder: datasets.DatasetBuilder, split: str, column: str, name: str) -> Iterator[str]:
+    files = ", ".join(Path(file).name for file in builder.config.data_files[split][:3])
+
     def explain(error: Exception) -> Exception:
-        return OSError(f"cannot read {name}: {glue._one_line(error.__cause__ or error)}. {glue._COPY_AGAIN}")
+        remedy = "The file is damaged, or not what its name says: write it anew, or copy it again"
+        return tables.cannot_read(f"{name} ({files})", error, remedy)
 
     yield from _texts(lambda: builder.as_streaming_dataset(split=split), column, name, explain)
 
 
 def _hub_texts(name: str, split: str, column: str) -> Iterator[str]:
     def explain(error: Exception) -> Exception:
-        reason = f"{type(error).__name__}: {glue._one_line(error)}"
+        reason = f"{type(error).__name__}: {tables.one_line(error)}"
         if isinstance(error, ValueError):
             return ValueError(f"cannot read split {split!r} of {name!r} from the hub: {reason}")
         return ConnectionError(
@@ -354,10 +400,12 @@ def _cache_file(
     return folder / f"{re.sub(r'[^A-Za-z0-9.-]+', '-', source)[-40:]}-{options[0]}-{digest}.safetensors"
 
 
-def _to_cache(path: Path, tokens: Tensor, offsets: Tensor, counts: dict[str, int]) -> None:
+def _to_cache(
+    path: Path, tokens: Tensor, offsets: Tensor, counts: dict[str, int], unknown: tuple[int, list[str]]
+) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        metadata = {"format": "pt", "counts": json.dumps(counts)}
+        metadata = {"format": "pt", "counts": json.dumps(counts), "unknown": json.dumps(unknown)}
         save_file({"input_ids": tokens, "offsets": offsets}, temporary, metadata=metadata)
         mask = os.umask(0)
         os.umask(mask)
@@ -373,7 +421,7 @@ def _to_cache(path: Path, tokens: Tensor, offsets: Tensor, counts: dict[str, int
         temporary.unlink(missing_ok=True)
 
 
-def _from_cache(path: Path, pad: int) -> Corpus | None:
+def _from_cache(path: Path, source: str | Path, tokenizer: PreTrainedTokenizerBase) -> Corpus | None:
     """What `_to_cache` wrote; None if there is nothing, or if it is damaged."""
     if not path.exists():
         return None
@@ -381,11 +429,15 @@ def _from_cache(path: Path, pad: int) -> Corpus | None:
         with safe_open(path, framework="pt") as file:
             tokens, offsets = file.get_tensor("input_ids"), file.get_tensor("offsets")
             counts = json.loads(file.metadata()["counts"])
+            pieces, words = json.loads(file.metadata()["unknown"])
     except (OSError, SafetensorError, KeyError, TypeError, ValueError):
         return None
     whole = tokens.dtype == torch.int32 and offsets[0] == 0 and bool((offsets.diff() > 0).all())
     whole = whole and [counts.get(name) for name in ("blocks", "tokens")] == [len(offsets) - 1, len(tokens)]
-    return _corpus(tokens, offsets, counts, pad) if whole and offsets[-1] == len(tokens) else None
+    if not whole or offsets[-1] != len(tokens):
+        return None
+    share = glue.unknown_share(counts["unknown"], pieces, str(source), tokenizer, lambda: words)
+    return _corpus(tokens, offsets, counts, tokenizer.pad_token_id, share)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -3,6 +3,8 @@
 scikit-learn and scipy do the arithmetic.  What they leave undefined is defined here, so that the first evaluation of an
 untrained student is a number and not a NaN: a correlation with something constant is 0.0, F1 without any true or
 predicted positive is 0.0, Matthews correlation with a single class on either side is 0.0.
+
+Beside GLUE's there are micro and macro F1, which data sets with more than two classes are measured by.
 """
 
 import difflib
@@ -31,8 +33,28 @@ def f1(predictions: Int[np.ndarray, "samples"], labels: Int[np.ndarray, "samples
     predictions, labels = _checked(predictions, labels)
     for what, values in (("predictions", predictions), ("labels", labels)):
         if not np.isin(values, (0, 1)).all():
-            raise ValueError(f"F1 is defined for classes 0 and 1, the {what} hold {np.unique(values)}: use 'accuracy'")
+            raise ValueError(f"F1 is defined for classes 0 and 1, the {what} hold {np.unique(values)}: use 'macro_f1'")
     return float(f1_score(labels, predictions, zero_division=0.0))
+
+
+def micro_f1(predictions: Int[np.ndarray, "samples"], labels: Int[np.ndarray, "samples"]) -> float:
+    """F1 of the hits, misses and false alarms of all classes together, in [0, 1].
+
+    Where each sample has one class, as here, every false alarm is a miss of another class, and this is the accuracy.
+    Raises ValueError as `accuracy` does.
+    """
+    predictions, labels = _checked(predictions, labels)
+    return float(f1_score(labels, predictions, average="micro", zero_division=0.0))
+
+
+def macro_f1(predictions: Int[np.ndarray, "samples"], labels: Int[np.ndarray, "samples"]) -> float:
+    """Mean of the classes' F1, each class counted alike, in [0, 1].
+
+    The classes are those that occur among the labels or the predictions of the split; the F1 of one that is never hit
+    is 0.0, and one that occurs on neither side is left out.  Raises ValueError as `accuracy` does.
+    """
+    predictions, labels = _checked(predictions, labels)
+    return float(f1_score(labels, predictions, average="macro", zero_division=0.0))
 
 
 def matthews_correlation(predictions: Int[np.ndarray, "samples"], labels: Int[np.ndarray, "samples"]) -> float:
@@ -68,8 +90,29 @@ def spearmanr(predictions: Float[np.ndarray, "samples"], labels: Float[np.ndarra
     return float(stats.spearmanr(predictions, labels).statistic)
 
 
-CLASSIFICATION = {"accuracy": accuracy, "f1": f1, "matthews_correlation": matthews_correlation}
+CLASSIFICATION = {
+    "accuracy": accuracy,
+    "f1": f1,
+    "micro_f1": micro_f1,
+    "macro_f1": macro_f1,
+    "matthews_correlation": matthews_correlation,
+}
 REGRESSION = {"pearson": pearson, "spearmanr": spearmanr}
+
+
+def check(names: Sequence[str], regression: bool) -> None:
+    """Raise ValueError unless there are `names` and each is a metric of classes, or of scores; with the nearest."""
+    known, other = (REGRESSION, CLASSIFICATION) if regression else (CLASSIFICATION, REGRESSION)
+    what = "scores" if regression else "classes"
+    if not names:
+        raise ValueError(f"no metrics are given; expected one or more of {', '.join(known)}")
+    for place, name in enumerate(names):
+        if name not in known:
+            near = difflib.get_close_matches(str(name), [*known, *other], n=1)
+            hint = f"did you mean {near[0]!r}? " if near and near[0] != name else ""
+            raise ValueError(f"metric {name!r} does not exist for {what}: {hint}expected one of {', '.join(known)}")
+        if name in names[:place]:
+            raise ValueError(f"metric {name!r} is given twice: give it once")
 
 
 def compute(
@@ -83,20 +126,12 @@ def compute(
     outputs, labels = np.asarray(outputs), np.asarray(labels)
     if outputs.ndim != 2 or len(outputs) != len(labels):
         raise ValueError(f"expected outputs (samples, outputs) and as many labels, got {outputs.shape}, {labels.shape}")
-    known = REGRESSION if outputs.shape[1] == 1 else CLASSIFICATION
-    for name in names:
-        if name not in known:
-            other = CLASSIFICATION if known is REGRESSION else REGRESSION
-            near = difflib.get_close_matches(name, [*known, *other], n=1)
-            hint = f"did you mean {near[0]!r}? " if near and near[0] != name else ""
-            raise ValueError(
-                f"metric {name!r} does not exist for outputs with {outputs.shape[1]} column(s): {hint}"
-                f"expected one of {', '.join(known)}"
-            )
+    regression = outputs.shape[1] == 1
+    check(names, regression)
     bad_rows = np.flatnonzero(~np.isfinite(outputs).all(axis=1))
     if bad_rows.size:
         raise ValueError(f"the outputs of sample {bad_rows[0]} are {outputs[bad_rows[0]]}: the model has diverged")
-    if known is REGRESSION:
+    if regression:
         predictions = outputs[:, 0]
     else:
         predictions = outputs.argmax(axis=1)
@@ -106,7 +141,7 @@ def compute(
                 f"label {labels[outside[0]]} of sample {outside[0]} is none of the {outputs.shape[1]} classes; "
                 "−1 marks a hidden test label, which nothing can be measured on"
             )
-    return {name: known[name](predictions, labels) for name in names}
+    return {name: (REGRESSION if regression else CLASSIFICATION)[name](predictions, labels) for name in names}
 
 
 def _checked(predictions: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -504,6 +504,8 @@ GRAMMARS: dict[str, tuple[Callable[[random.Random], Draft], tuple[str, ...]]] = 
     "mini-stsb": (_similar, ("sentence1", "sentence2")),
 }
 """For each task the function that draws an example, and the names of its text columns."""
+ORACLE = ("idx", "posterior", "clean_label", "difficulty", "flipped")
+"""The columns beside text and label: what we know of each example because we have made it, see `generate`."""
 DEEPEST = {"mini-sst2": 5, "mini-mrpc": 3, "mini-mnli": 3, "mini-stsb": 3}
 """The depth at which `difficulty` reaches 1."""
 

@@ -466,9 +466,9 @@ def test_a_cache_that_contradicts_itself_is_made_anew(text, tmp_path):
     wrong = [(tokens[:-1], offsets), (tokens, offsets[:-1]), (tokens.long(), offsets), (tokens, offsets.flip(0))]
     for number, (ids, ends) in enumerate(wrong, 2):
         counts = first.counts | {"tokens": len(ids), "blocks": len(ends) - 1}
-        corpus._to_cache(kept, ids, ends, counts)
+        corpus._to_cache(kept, ids, ends, counts, (9, []))
         assert same(load(source, tokenizer, cache=tmp_path / "kept"), first) and tokenizer.calls == number
-    corpus._to_cache(kept, tokens, offsets, first.counts | {"tokens": 1})
+    corpus._to_cache(kept, tokens, offsets, first.counts | {"tokens": 1}, (9, []))
     assert same(load(source, tokenizer, cache=tmp_path / "kept"), first)
 
 

@@ -138,7 +138,7 @@ def test_compute_takes_logits_or_one_column_of_scores():
     ("names", "outputs", "labels", "message"),
     [
         (["acuracy"], np.zeros((2, 2)), [0, 1], "'acuracy' does not exist.*did you mean 'accuracy'"),
-        (["pearson"], np.zeros((2, 3)), [0, 1], r"'pearson' does not exist for outputs with 3 column.*one of accuracy"),
+        (["pearson"], np.zeros((2, 3)), [0, 1], "'pearson' does not exist for classes.*one of accuracy"),
         (["accuracy"], np.zeros((2, 1)), [0, 1], "expected one of pearson, spearmanr"),
         (["accuracy"], np.array([[0, 1], [np.nan, 0]]), [0, 1], r"outputs of sample 1 are \[nan  0.\].*diverged"),
         (["pearson"], np.array([[0], [np.inf]]), [0, 1], "sample 1"),
