@@ -33,7 +33,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from kdlib import glue, miniglue, sources, tables
+from kdlib import glue, miniglue, sources, stored, tables
 from kdlib.progress import bar
 
 MINI = "mini-corpus"
@@ -84,7 +84,7 @@ def load(
     lines are read, empty ones included.
 
     The result is kept in the folder `cache`, and read from there the next time, as long as the arguments, the
-    tokenizer's words and the local files (their sizes and times) stay the same.  That a hub data set has changed is not
+    tokenizer's words and the content of the local files stay the same.  That a hub data set has changed is not
     noticed: delete the file.
 
     Of pieces that the tokenizer does not know a notable share is printed, and stands in `encoded.unknown`.
@@ -133,6 +133,20 @@ def load(
     if kept is not None:
         _to_cache(kept, tokens, offsets, counts, (pieces, words))
     return _corpus(tokens, offsets, counts, pad, share)
+
+
+def content(source: str | Path, split: str = "train", column: str = "text") -> str | None:
+    """What local text holds, "sha256:<16 digits>" of its files' bytes; None for the mini-corpus and for the hub's text.
+
+    Where the files lie and what they are called does not matter.  Raises what `load` raises where they are not there.
+    """
+    parts = [_part(name, one, column) for name in _names(str(source)) for one in split.split("+")]
+    files = [path for part in parts for path in part.files]
+    if not files or all(path.is_relative_to(miniglue.folder()) for path in files):
+        return None
+    # Several sources, a hub's among them, are named as they were given, in the order in which they are read.
+    told = [[stored.sha256(path) for path in part.files] or part.name for part in parts]
+    return f"sha256:{hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]}"
 
 
 def _corpus(tokens: Tensor, offsets: Tensor, counts: dict[str, int], pad: int, unknown: float) -> Corpus:
@@ -248,7 +262,7 @@ def _part(name: str, split: str, column: str) -> _Part:
             return _part(str(home / config), split, column)
         return _folder(home, config, split, column)
     if path.is_file():
-        if path.suffix != ".txt":
+        if not path.name.endswith(".txt"):
             raise ValueError(f"{name} is not a .txt file: give the folder that holds it, as <split>{path.suffix}")
         if split != "train":
             raise ValueError(f"{name} has no split {split!r}: a text file has the split train only")
@@ -383,12 +397,7 @@ def _cache_file(
     folder: Path, source: str, parts: list[_Part], options: tuple, tokenizer: PreTrainedTokenizerBase
 ) -> Path:
     """Where the corpus is kept; the folder is made now, so that one that cannot be is known before the work."""
-    files = []
-    for path in chain.from_iterable(part.files for part in parts):
-        if path.is_relative_to(miniglue.folder()):  # the same bytes wherever they were written, whenever that was
-            files.append((MINI, path.name, hashlib.sha256(path.read_bytes()).hexdigest()))
-        else:
-            files.append((str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns))
+    files = [stored.sha256(path) for path in chain.from_iterable(part.files for part in parts)]
     # The normalizer too: cased and uncased tokenizers may share their words.
     normalizer = repr(getattr(getattr(tokenizer, "backend_tokenizer", None), "normalizer", None))
     words = (sorted(tokenizer.get_vocab().items()), special_tokens(tokenizer), normalizer)

@@ -3,6 +3,7 @@
 import gzip
 import math
 import os
+import re
 
 import datasets
 import hypothesis.strategies as st
@@ -413,7 +414,7 @@ def test_the_embedded_corpus_is_known_by_its_bytes(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "change", ["split", "column", "max_length", "packed", "max_lines", "vocabulary", "case", "size", "time", "source"]
+    "change", ["split", "column", "max_length", "packed", "max_lines", "vocabulary", "case", "content", "source"]
 )
 def test_the_cache_knows_what_it_depends_on(tmp_path, change):
     for name in ("one", "two"):
@@ -428,19 +429,20 @@ def test_the_cache_knows_what_it_depends_on(tmp_path, change):
         tokenizer = BertTokenizerFast(vocab=TOKENIZER.get_vocab() | {"zebra": VOCABULARY})
     elif change == "case":
         tokenizer = BertTokenizerFast(vocab=str(miniglue.folder() / "vocab.txt"), do_lower_case=False)
-    elif change == "size":
-        stat = path.stat()
-        datasets.Dataset.from_dict({"text": [*LINES, PLOT], "other": [PLOT] * 5}).to_parquet(str(path))
-        assert path.stat().st_size != stat.st_size
+    elif change == "content":
+        stat, raw = path.stat(), path.read_bytes()
+        path.write_bytes(raw.replace(b"plot", b"film"))
+        assert path.read_bytes() != raw and path.stat().st_size == stat.st_size
         os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
-    elif change == "time":
-        os.utime(path, (1, 1))
     else:
         value = {"split": "validation", "column": "other", "max_length": 11, "packed": True, "max_lines": 3}
         options[change] = (value | {"source": tmp_path / "two"})[change]
     tokenizer = Counting(tokenizer)
     for _ in range(2):
         load(tokenizer=tokenizer, **options)
+    assert tokenizer.calls == 1
+    os.utime(path, (1, 1))  # when it was written does not matter
+    load(tokenizer=tokenizer, **options)
     assert tokenizer.calls == 1
 
 
@@ -658,3 +660,21 @@ def test_a_gpu_masks_as_the_cpu_does(batch):
     there = masking(TOKENIZER)(glue.to_device(batch, "cuda"), 5)
     for name in ("masked", "corrupted"):
         assert there[name].device.type == "cuda" and torch.equal(here[name], there[name].cpu())
+
+
+def test_text_is_told_by_what_it_holds(tmp_path):
+    """Not by where it lies, what it is called, or when it was written."""
+    for name, text in (("a.txt", "one\ntwo\n"), ("b.txt", "one\ntwo\n"), ("c.txt", "one\ntow\n")):
+        (tmp_path / name).write_text(text)
+    a, b, c = (corpus.content(str(tmp_path / name)) for name in ("a.txt", "b.txt", "c.txt"))
+    assert a == b != c and re.fullmatch("sha256:[0-9a-f]{16}", a)
+    (tmp_path / "a.txt").write_text("two\none\n")
+    assert corpus.content(str(tmp_path / "a.txt")) not in (b, c)
+    both = [
+        corpus.content(f"{tmp_path / one}+{tmp_path / other}")
+        for one, other in (("b.txt", "c.txt"), ("c.txt", "b.txt"))
+    ]
+    assert both[0] != both[1]
+    assert corpus.content("mini-corpus") is None and corpus.content("some/corpus") is None
+    with pytest.raises(FileNotFoundError, match="no file or folder"):
+        corpus.content(str(tmp_path / "gone.txt"))
