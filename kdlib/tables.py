@@ -122,6 +122,7 @@ def decoded(raw: bytes, path: Path, line: int = 1) -> str:
     try:
         return raw.decode("utf-8-sig" if line == 1 else "utf-8")
     except UnicodeDecodeError as error:
+        raw = error.object  # without the byte order mark
         line += raw.count(b"\n", 0, error.start)
         raise ValueError(
             f"{path}, line {line}: byte 0x{raw[error.start]:02x} is not UTF-8, the file is probably in Latin-1 or "

@@ -199,6 +199,19 @@ def test_unknown_words_are_counted_and_a_foreign_text_is_refused(text):
         assert counts["unknown"] == 1
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_notable_share_of_unknown_words_is_told_also_when_it_was_kept(text, tmp_path, capsys, monkeypatch, packed):
+    monkeypatch.setenv("KDLIB_PROGRESS", "1")
+    source = text(["good " * 7 + "zebra", "good " * 7 + "gnu"])
+    first = load(source, TOKENIZER, packed=packed, cache=tmp_path / "kept")
+    said = capsys.readouterr().err
+    assert "12% of the pieces of" in said and "('zebra', 'gnu')" in said
+    again = load(source, TOKENIZER, packed=packed, cache=tmp_path / "kept")
+    assert capsys.readouterr().err == said and same(again, first) and first.encoded.unknown == 2 / 16
+    load(text(["good " * 39 + "zebra"], "one.txt"), TOKENIZER)
+    assert capsys.readouterr().err == ""
+
+
 @pytest.mark.parametrize("missing", ["cls_token", "sep_token", "pad_token"])
 def test_a_tokenizer_must_be_like_that_of_bert(missing):
     tokenizer = miniglue.tokenizer()
@@ -257,6 +270,54 @@ def test_folders_in_a_layout_of_the_hub(tmp_path, kind):
             load(str(tmp_path), TOKENIZER, column="number")
     with pytest.raises(ValueError, match="has no split 'tune', it has train: give one of these as split"):
         load(str(tmp_path), TOKENIZER, "tune", column="sentence")
+
+
+@pytest.mark.parametrize("kind", ["tsv", "tsv.gz", "csv", "csv.gz"])
+def test_no_row_of_a_table_is_lost_at_a_quotation_mark(tmp_path, kind):
+    texts = ['"dogs run', "cats walk", 'the "plot" was', 'not good"', "null", "17"]
+    between, quote = ("\t", "") if "tsv" in kind else (",", '"')
+    lines = [
+        "number" + between + "text",
+        *(f"{i}{between}{quote}{t.replace(quote or '~', quote * 2)}{quote}" for i, t in enumerate(texts)),
+    ]
+    raw = "\ufeff".encode() + "\r\n".join(lines).encode()
+    path = tmp_path / f"train.{kind}"
+    path.write_bytes(gzip.compress(raw) if kind.endswith("gz") else raw)
+    assert blocks(load(tmp_path, TOKENIZER).encoded) == TOKENIZER(texts)["input_ids"]
+    with pytest.raises(ValueError, match="has no column 'texts', it has number, text: give one of these"):
+        load(tmp_path, TOKENIZER, column="texts")
+    raw = raw + (b"\r\n7" if "tsv" in kind else b'\r\n7,"open')
+    path.write_bytes(gzip.compress(raw) if kind.endswith("gz") else raw)
+    with pytest.raises(ValueError, match=r"train\..*line 8: (1 fields|a quotation mark is opened)"):
+        load(tmp_path, TOKENIZER)
+    raw = raw.replace(b"dogs", b"d\xf6gs")
+    path.write_bytes(gzip.compress(raw) if kind.endswith("gz") else raw)
+    with pytest.raises(ValueError, match=r"train\..*, line 2: byte 0xf6 is not UTF-8"):
+        load(tmp_path, TOKENIZER)
+
+
+def test_text_in_utf_16_is_told_from_damage(tmp_path):
+    (tmp_path / "lines.txt").write_bytes("\n".join(LINES).encode("utf-16"))
+    with pytest.raises(ValueError, match=r"lines.txt is in UTF-16, expected UTF-8: save it as UTF-8"):
+        load(tmp_path / "lines.txt", TOKENIZER)
+
+
+def test_a_whole_home_is_no_corpus(tmp_path, text, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    text(LINES, "sub/train.txt")
+    assert load("~/sub", TOKENIZER).counts["lines"] == load("~/sub/train.txt", TOKENIZER).counts["lines"] == 4
+    monkeypatch.setattr(datasets, "load_dataset_builder", lambda *_, **__: pytest.fail("it was searched"))
+    for whole in ("~", "~/", "/", str(tmp_path), "mini-corpus+~", f"{tmp_path}:plain"):
+        with pytest.raises(ValueError, match=r"is a (home folder|root of a file system): give the folder in it"):
+            load(whole, TOKENIZER)
+
+
+def test_a_data_card_leads_nowhere_else(tmp_path):
+    (tmp_path / "README.md").write_text(
+        "---\nconfigs:\n- config_name: default\n  data_files: http://example.org/a.csv\n---\n"
+    )
+    with pytest.raises(ValueError, match=r"README.md says that the data are at 'http://example.org/a.csv'"):
+        load(tmp_path, TOKENIZER)
 
 
 def test_missing_texts_are_empty(tmp_path):

@@ -981,10 +981,18 @@ def test_f1_needs_two_classes(tmp_path):
 # Folders
 
 
-@pytest.mark.parametrize("card", [b"---\nconfigs: [a: b: c\n---\n", b"---\nx: !!python/object:os.system 1\n---\n",
-                                  b"---\ntext: \xff\xfe\n---\n", b"---\nconfigs: 7\n---\n", b"---\n- a\n---\n"])  # fmt: skip
+GARBLED = (
+    b"configs: [a: b: c",
+    b"x: !!python/object:os.system 1",
+    b"text: \xff\xfe",
+    b"configs: 7",
+    b"- a",
+)
+
+
+@pytest.mark.parametrize("card", GARBLED)
 def test_a_garbled_data_card_is_named(tmp_path, card):
-    (own(tmp_path, train=[0, 1], validation=[0, 1]) / "README.md").write_bytes(card)
+    (own(tmp_path, train=[0, 1], validation=[0, 1]) / "README.md").write_bytes(b"---\n" + card + b"\n---\n")
     with pytest.raises(ValueError, match=r"the data card .*README.md cannot be read .*mend the block"):
         glue.load(tmp_path, MINE)
 

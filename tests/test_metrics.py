@@ -71,6 +71,52 @@ def test_f1_is_of_class_one():
         metrics.f1(np.array([0, 1, 1]), np.array([0, 1, 2]))
 
 
+# The F1 of a class is 2 · hits / (predicted + true).
+@pytest.mark.parametrize(
+    ("labels", "predictions", "macro", "micro"),
+    [
+        ([0, 0, 1, 2], [0, 1, 1, 2], (2 / 3 + 2 / 3 + 1) / 3, 3 / 4),
+        ([0, 0, 0, 0], [0, 0, 0, 0], 1.0, 1.0),  # classes that occur on neither side are left out
+        ([0, 0, 0, 0], [0, 0, 0, 2], (6 / 7 + 0) / 2, 3 / 4),  # class 2 is predicted and never true: its F1 is 0
+        ([0, 0, 2, 0], [0, 0, 0, 0], (6 / 7 + 0) / 2, 3 / 4),  # class 2 is true and never predicted
+        ([0, 1], [1, 0], 0.0, 0.0),
+        ([5, 5, 7], [5, 7, 7], (2 / 3 + 2 / 3) / 2, 2 / 3),
+    ],
+)
+def test_macro_and_micro_f1_by_hand(labels, predictions, macro, micro):
+    labels, predictions = np.array(labels), np.array(predictions)
+    assert metrics.macro_f1(predictions, labels) == pytest.approx(macro)
+    assert metrics.micro_f1(predictions, labels) == pytest.approx(micro)
+
+
+@given(LENGTHS.flatmap(lambda n: hnp.arrays(np.int64, (2, n), elements=st.integers(0, 4))))
+def test_macro_f1_counts_hits_of_each_class_and_micro_f1_is_the_accuracy(pair):
+    predictions, labels = pair
+    scores = [
+        2 * ((predictions == c) & (labels == c)).sum() / ((predictions == c).sum() + (labels == c).sum())
+        for c in np.unique(pair)
+    ]
+    assert metrics.macro_f1(predictions, labels) == pytest.approx(np.mean(scores))
+    assert metrics.micro_f1(predictions, labels) == pytest.approx(metrics.accuracy(predictions, labels))
+    order = np.array([3, 0, 4, 1, 2])
+    assert metrics.macro_f1(order[predictions], order[labels]) == pytest.approx(np.mean(scores)), "no class is special"
+
+
+def test_names_of_metrics_are_checked():
+    metrics.check(("macro_f1", "micro_f1", "accuracy"), False)
+    metrics.check(("pearson",), True)
+    for names, regression, message in (
+        (("macro",), False, "did you mean 'macro_f1'"),
+        (("spearman",), True, "did you mean 'spearmanr'"),
+        (("pearson",), False, "does not exist for classes: expected one of accuracy"),
+        (("macro_f1",), True, "does not exist for scores: expected one of pearson"),
+        ((), False, "no metrics are given"),
+        (("f1", "f1"), False, "'f1' is given twice"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            metrics.check(names, regression)
+
+
 @pytest.mark.parametrize("constant", [0, 1])
 def test_constant_class_predictions_have_a_defined_result(constant):
     labels, predictions = np.array([0, 1, 1, 0]), np.full(4, constant)

@@ -736,3 +736,9 @@ def test_the_difficulty_of_a_paraphrase_counts_voice_and_verb():
             stems = [next(word[:3] for word in words if word in BASE or word in PAST) for words in (first, second)]
             expected += stems[0] != stems[1]
             assert row["difficulty"] == pytest.approx(expected / 3, abs=1e-4), row
+
+
+@pytest.mark.parametrize("task", miniglue.TASK_NAMES)
+def test_the_oracle_knows_all_that_is_neither_text_nor_label(task):
+    (row, *_) = miniglue.generate(task)["validation"]
+    assert set(miniglue.ORACLE) == set(row) - {*miniglue.GRAMMARS[task][1], "label"}
