@@ -63,14 +63,15 @@ except (ImportError, AttributeError):
 #
 # - **Run it.** Each chapter runs from top to bottom on a laptop's processor, without a network, in about a minute, and needs no other
 #   chapter's variables. Change a number, run the cell again. Where a number is a setting of runs that the chapter reads, and your
-#   setting has no records, chapter 1 trains a few seeds of it on the spot; elsewhere choose among the settings that have records.
+#   setting has no records, chapter 1 trains two seeds of it on the spot; elsewhere choose among the settings that have records.
 # - **Guess first.** Where the text asks what you expect, decide before you run the cell. The surprises are what you will remember.
 # - **Numbers come from cells.** No measured number is typed into the text: the cell that measured it prints the sentence. Small
 #   experiments run live, for one seed. Bands over many seeds are read from records in `data/runs`, and the chapter says which is which.
 # - **Paper, code, exact.** Boxes with this title say what a paper states, what its released code does, and what holds exactly. The
 #   three differ more often than one would think.
 # - **Small version, library version.** A chapter defines things in small, then imports the library's version and asserts that both agree.
-# - **Exercises** state their difficulty and the minutes they take. Each has a stub and a check that tells whether you are right.
+# - **Exercises** state their difficulty and the minutes they take. Each has a stub and a check that tells whether you are right. Who grades
+#   them sets the environment variable `KDLIB_STRICT=1`; then a stub that nobody has touched counts as wrong.
 
 # %% [markdown]
 # ## Notation

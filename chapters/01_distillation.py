@@ -94,7 +94,7 @@ def autograd(function, at):
 # %% [markdown]
 # ## A softmax with a dial
 #
-# Bucilă, Caruana and Niculescu-Mizil (2006) were the first to train a small network on the outputs of a large ensemble instead of on labels.
+# Bucilă, Caruana and Niculescu-Mizil (2006) trained a small network on the outputs of a large ensemble instead of on labels.
 # Hinton, Vinyals and Dean (2015) gave the method its name, distillation, and the dial with which we begin.
 #
 # A classifier ends in logits, one number per class. Dividing them by a *temperature* $T > 0$ before the softmax turns a dial between
@@ -849,8 +849,8 @@ SETTINGS = {
 torch.set_num_threads(1)  # as the recorded runs: with another number of threads sums are rounded differently
 
 # %% [markdown]
-# You may change a number in these settings and run everything below again. What has no records is then trained for a few seeds when it
-# is asked for, which takes some seconds for each seed.
+# You may change a number in these settings and run everything below again. What has no records is then trained when it is asked
+# for, with two seeds only, which takes some seconds for each.
 
 # %%
 live = {}
@@ -877,7 +877,7 @@ recorded, teachers = (table_of(runs.book_records(chapter)) for chapter in ("01_d
 teachers, trained = teachers.set_index("task"), {}  # `trained`: what had no records, by run id of the first seed
 
 
-def train_here(task, settings, seeds=3):
+def train_here(task, settings, seeds=2):
     """A few seeds of a setting that has no records, trained once in a session; a table like that of the records."""
     configs = [runs.configure(task=task, seed=seed, **settings) for seed in range(seeds)]
     if configs[0].run_id not in trained:
@@ -979,7 +979,7 @@ def bound(value):
     return f"{value:.2f}" if abs(value) >= 0.1 else f"{value:.2g}"
 
 
-def verdict(gain):
+def weigh(gain):
     """What paired differences, one for each seed, say of the claim "above zero": a row of a table."""
     low, high = stats.ttest_1samp(gain, 0).confidence_interval(0.95)
     word = "holds" if low > 0 else "fails" if high < 0 else "open"
@@ -1022,7 +1022,7 @@ rows = {}
 for knob, values in KNOBS.items():
     for split in ("validation", "test"):
         accuracies = 100 * torch.tensor(sweep(knob, values, f"{split}/accuracy")).numpy()
-        rows[knob, f"{split} accuracy: {values[0]:g} better than {values[-1]:g} (points)"] = verdict(
+        rows[knob, f"{split} accuracy: {values[0]:g} better than {values[-1]:g} (points)"] = weigh(
             accuracies[:, 0] - accuracies[:, -1]
         )
 ends = pd.DataFrame(rows).T
@@ -1181,7 +1181,7 @@ def gains(task, settings):
 
 def judge(task, settings):
     """One row for each claim."""
-    return pd.DataFrame({(task, claim): verdict(gain) for claim, gain in gains(task, settings).items()}).T
+    return pd.DataFrame({(task, claim): weigh(gain) for claim, gain in gains(task, settings).items()}).T
 
 
 # %%

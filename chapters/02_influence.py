@@ -1051,13 +1051,14 @@ detected
 # gaps move alike, $\dot d_i = b$, influence is a residual with the sign of its class: it suspects the errors in one class and praises those in the other. How much
 # of $\dot d$ is common? The next figure shows $(\text{mean } \dot d)^2 / \text{mean } \dot d^2$ (*read*).
 
-# %% mystnb={"image": {"alt": "Share of the tangent that all samples have in common, against the step: one at the start, falling later."}, "figure": {"name": "fig-infl-common", "caption": "Share of the squared tangent that is common to all probes: the mean (thick) and each of the five recorded runs (thin). At 1 the feedback gradient moves every sample's logits alike, and influence knows only residuals."}}
+# %% mystnb={"image": {"alt": "Share of the tangent that all samples have in common, against the step: one at the start, falling later."}, "figure": {"name": "fig-infl-common", "caption": "Share of the squared tangent that is common to all probes: mean of the five recorded runs, with a band from the lowest to the highest. At 1 the feedback gradient moves every sample's logits alike, and influence knows only residuals."}}
 _, axes = plt.subplots()
 for colour, task in zip(("C0", "C1"), ("mini-sst2", "mini-mrpc"), strict=True):
-    tables = recorded(task, "labels")  # a share stays between 0 and 1, which a band of one deviation would not
-    for table in tables:
-        axes.plot(table["step"], table["common"], color=colour, linewidth=0.7, alpha=0.45)
-    axes.plot(tables[0]["step"], np.mean([table["common"] for table in tables], axis=0), color=colour, label=task)
+    tables = recorded(task, "labels")
+    steps, shares = tables[0]["step"], np.array([table["common"] for table in tables])
+    axes.plot(steps, shares.mean(axis=0), color=colour, label=task)
+    # A share stays between 0 and 1, which a band of one standard deviation would not.
+    axes.fill_between(steps, shares.min(axis=0), shares.max(axis=0), color=colour, alpha=0.2, linewidth=0)
 axes.set(xlabel="step", ylabel="common share of the tangent", ylim=(0, 1.05))
 axes.legend()
 plt.show()

@@ -607,7 +607,7 @@ for row, found in zip(panels, (solved, simulated), strict=True):
 panels[0, 0].set(ylabel="gap $u - v$")
 panels[0, 1].set(ylabel="student's distance $|v|$")
 panels[1, 0].set(xlabel="step", ylabel="entropy gap (nats)")
-panels[1, 1].set(xlabel="step", ylabel="student's KL to truth (nats)")
+panels[1, 1].set(xlabel="step", ylabel="KL to the truth (nats)")
 figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=2)
 plt.show()
 
@@ -622,8 +622,7 @@ print(f"the one-stage gap of entropies, started far from the truth, peaks at ste
 # %% [markdown]
 # The entropies rise and fall as the deviations do, also from far away, and the order of the two students is the same. So LGTM's shape needs no
 # teacher that "shifts its focus": two learners of *constant* habits show it.
-
-# %% [markdown]
+#
 # **Exercise 4** (easy, 5 minutes). From which step on is the one-stage gap the larger one? Solve for $m$ as a real number. The check
 # compares with the iteration.
 
