@@ -133,11 +133,8 @@ def _double_backward(
     return tree_unflatten([value.detach() for value in outputs], structure), tree_unflatten(list(tangents), structure)
 
 
-def check_direction(parameters: Parameters, direction: Parameters) -> float:
-    """The largest absolute entry of `direction`, after seeing that it fits `parameters`.
-
-    Raises ValueError that names the parameter if names or shapes differ or an entry is NaN or infinite.
-    """
+def check_direction(parameters: Parameters, direction: Parameters) -> None:
+    """Raise ValueError, naming the parameter, if names or shapes differ or an entry is NaN or infinite."""
     missing = [name for name in parameters if name not in direction]
     extra = [name for name in direction if name not in parameters]
     if missing or extra:
@@ -155,7 +152,6 @@ def check_direction(parameters: Parameters, direction: Parameters) -> float:
             raise ValueError(
                 f"the direction of {name} has an entry that is {value}: the loss it is the gradient of has diverged"
             )
-    return max(largest)
 
 
 # --- Distillation influence and the meta-gradient ------------------------------------------------------------------

@@ -182,6 +182,28 @@ class TestStudentTangent:
         expected = a * along(u)[1].logits + b * along(v)[1].logits
         torch.testing.assert_close(combined, expected, rtol=1e-9, atol=1e-9)
 
+    @pytest.mark.parametrize("method", METHODS)
+    def test_the_sign_of_the_entries_does_not_matter_to_the_size_of_a_direction(self, method):
+        """Here no entry is positive and many are zero, so that the largest one is no measure of the size."""
+        head = {name: value for name, value in PARAMETERS.items() if name.startswith("classifier")}
+        v = {name: GRADIENT[name].abs() for name in head}
+        v["classifier.bias"] = torch.zeros_like(v["classifier.bias"])
+        along = partial(influence.student_tangent, STUDENT, head, BATCH, method=method)
+        behind = along({name: -value for name, value in v.items()})[1].logits
+        assert behind.abs().sum() > 0
+        torch.testing.assert_close(behind, -along(v)[1].logits, rtol=1e-9, atol=1e-12)
+
+    @pytest.mark.parametrize(
+        ("method", "asked", "fast"),
+        [("jvp", False, False), ("double-backward", False, False), ("finite-difference", False, True)]
+        + [("forward-difference", False, True), ("finite-difference", True, False)],
+    )
+    def test_plain_passes_take_the_fast_attention_unless_its_weights_are_asked_for(self, method, asked, fast):
+        student, seen = exact.bert(), []
+        student.register_forward_hook(lambda module, *_: seen.append(module.config._attn_implementation))
+        influence.student_tangent(student, PARAMETERS, BATCH, GRADIENT, method, attentions=asked)
+        assert {name == "sdpa" for name in seen} == {fast}
+
     @settings(max_examples=6)
     @given(st.integers(1, 6), st.sampled_from(METHODS))
     def test_padding_changes_nothing(self, columns, method):
@@ -235,6 +257,8 @@ class TestStudentTangent:
         for method in METHODS:
             outputs, tangent = influence.student_tangent(STUDENT, head, BATCH, v, method, hidden_states=True)
             assert all((value == 0).all() for value in tangent.hidden_states)
+            # The weights that stay are the module's own, which could learn.
+            assert not any(value.requires_grad for value in (outputs.logits, *outputs.hidden_states, tangent.logits))
             with torch.no_grad(), models.evaluating(STUDENT):
                 pooled = STUDENT.bert.pooler(outputs.hidden_states[-1])
             expected = pooled @ v["classifier.weight"].T + v["classifier.bias"]
@@ -245,10 +269,10 @@ class TestStudentTangent:
     )
     def test_float32_is_close(self, tangents, method, bound):
         student = exact.bert().float()
-        v = {name: value.float() for name, value in GRADIENT.items()}
-        tangent = influence.student_tangent(student, models.trainable(student), BATCH, v, method)[1]
-        assert tangent.logits.dtype == torch.float32
-        assert exact.error(tangent.logits.double(), tangents["jvp"][1].logits) < bound
+        for v in (GRADIENT, {name: value.float() for name, value in GRADIENT.items()}):  # of whatever precision
+            tangent = influence.student_tangent(student, models.trainable(student), BATCH, v, method)[1]
+            assert tangent.logits.dtype == torch.float32
+            assert exact.error(tangent.logits.double(), tangents["jvp"][1].logits) < bound
 
     @pytest.mark.parametrize(
         ("method", "bound"), [("jvp", 0.05), ("finite-difference", 0.5), ("double-backward", 0.05)]
@@ -280,8 +304,9 @@ class TestStudentTangent:
         for bad in (math.nan, math.inf):
             with pytest.raises(ValueError, match=rf"classifier\.bias has an entry that is {bad}"):
                 along(GRADIENT | {"classifier.bias": torch.tensor([0.0, bad, 0.0], dtype=torch.float64)})
-        with pytest.raises(ValueError, match="radius is 0"):
-            along(GRADIENT, "finite-difference", 0.0)
+        for radius in (0.0, -1.0, math.inf, math.nan):
+            with pytest.raises(ValueError, match=f"radius is {radius}; expected a positive, finite number"):
+                along(GRADIENT, "finite-difference", radius)
 
 
 @pytest.mark.parametrize("name", exact.CASES)
@@ -458,6 +483,14 @@ class TestInfluenceAlong:
         actual = influence.influence_along(STUDENT, PARAMETERS, BATCH, pilot.task_loss, GRADIENT, method)
         assert exact.error(actual, expected) < bound
 
+    @pytest.mark.parametrize(("method", "bound"), [("jvp", 1e-10), ("finite-difference", 1e-6)])
+    def test_a_loss_may_look_at_hidden_states(self, monkeypatch, per_sample, method, bound):
+        monkeypatch.setattr(influence, "RADIUS", FINE)
+        loss, gradients = as_loss(exact.patient), per_sample["patient"]
+        expected = sum(gradients[key].flatten(1) @ GRADIENT[key].flatten() for key in GRADIENT)
+        actual = influence.influence_along(STUDENT, PARAMETERS, FULL, loss, GRADIENT, method, hidden_states=True)
+        assert exact.error(actual, expected) < bound
+
     def test_a_finite_difference_takes_two_passes(self, monkeypatch):
         passes, apply = [], models.apply
         monkeypatch.setattr(models, "apply", lambda *a, **k: (passes.append(1), apply(*a, **k))[1])
@@ -492,6 +525,17 @@ class TestFeedbackGradientAndMetaGradient:
         assert exact.error(actual, expected) < 1e-13
         assert exact.error(GRADIENT, expected) > 0.01
 
+    def test_the_feedback_gradient_may_be_a_part_and_may_come_in_pieces(self):
+        some, sizes = models.last_layers(STUDENT, 1), []
+
+        def loss(outputs, piece):
+            sizes.append(len(outputs.logits))
+            return pilot.task_loss(outputs, piece)
+
+        part = influence.feedback_gradient(STUDENT, PARAMETERS, FEEDBACK, loss, among=some, pieces=3)
+        assert list(part) == some and sizes == [2, 1, 1]
+        assert exact.error(part, {name: GRADIENT[name] for name in some}) < 1e-12
+
     def test_the_value_of_the_meta_gradient_loss_is_the_predicted_change(self):
         assert influence.meta_gradient_loss(torch.tensor([1.0, 3.0]), 0.1).item() == pytest.approx(-0.2)
 
@@ -524,6 +568,14 @@ class TestPerSampleGradients:
         )
         assert exact.error(actual, per_sample["patient"]) < 1e-12
         assert actual["classifier.weight"].shape == (5, 3, exact.HIDDEN)
+
+    @pytest.mark.parametrize(("chunk_size", "calls"), [(None, 2), (2, 4)])
+    def test_a_chunk_is_as_large_as_it_is_told_to_be(self, monkeypatch, chunk_size, calls):
+        """One pass for the outputs, then one for each chunk of the five samples."""
+        passes, apply = [], models.apply
+        monkeypatch.setattr(models, "apply", lambda *a, **k: (passes.append(1), apply(*a, **k))[1])
+        influence.per_sample_gradients(STUDENT, PARAMETERS, BATCH, method="vmap", chunk_size=chunk_size)
+        assert len(passes) == calls
 
     def test_their_mean_is_the_gradient_of_the_mean(self):
         gradients = influence.per_sample_gradients(STUDENT, PARAMETERS, FEEDBACK)
@@ -561,6 +613,11 @@ def regression():
     return influence.from_vector(vector, models.trainable(LINEAR)), curvature
 
 
+def positive(size: int, seed: int) -> torch.Tensor:
+    root = exact.direction({"a": torch.zeros(size, size).double()}, seed + 100)["a"]
+    return root @ root.T / size
+
+
 class TestClassicalTools:
     def products(self):
         return {
@@ -572,7 +629,9 @@ class TestClassicalTools:
 
     def test_both_hessian_vector_products_agree_with_differences_of_gradients(self):
         before = frozen(STUDENT)
-        forward, reverse = self.products().values()
+        with torch.no_grad():  # the caller's mode does not matter
+            forward, reverse = self.products().values()
+        assert not any(value.requires_grad for value in (*forward.values(), *reverse.values()))
         assert exact.error(forward, reverse) < 1e-10
         v = exact.direction(PARAMETERS)
 
@@ -595,6 +654,10 @@ class TestClassicalTools:
             influence.hessian_vector_product(
                 STUDENT, PARAMETERS, BATCH, pilot.task_loss, GRADIENT, "reverse-over-forward"
             )
+        with pytest.raises(ValueError, match="has head, which no parameter is called"):
+            influence.hessian_vector_product(
+                STUDENT, PARAMETERS, BATCH, pilot.task_loss, GRADIENT | {"head": torch.zeros(3)}
+            )
 
     def test_conjugate_gradient_and_lissa_solve(self):
         generator = torch.Generator().manual_seed(0)
@@ -615,6 +678,36 @@ class TestClassicalTools:
         assert exact.error(influence.to_vector(slow.vector), expected) < 1e-8
         assert slow.iterations == 300 and slow.residual < 1e-8
 
+    @given(st.integers(1, 6), st.integers(0, 7), st.sampled_from([1e-8, 1.0, 1e8]), st.integers(0, 99))
+    def test_what_conjugate_gradients_report_is_the_relative_residual_of_what_they_return(self, size, cut, scale, seed):
+        """‖v − (H + λ)x‖/‖v‖ from the matrix itself, whatever the length of v, after any number of products."""
+        matrix, right = positive(size, seed), scale * exact.direction({"a": torch.zeros(size).double()}, seed)["a"]
+        calls = []
+
+        def product(vector):
+            calls.append(1)
+            return {"a": matrix @ vector["a"]}
+
+        found = influence.conjugate_gradient(product, {"a": right}, 0.3, cut, tolerance=1e-9)
+        left = right - matrix @ found.vector["a"] - 0.3 * found.vector["a"]
+        assert found.residual == pytest.approx((left.norm() / right.norm()).item(), rel=1e-3, abs=1e-12)
+        assert found.iterations == len(calls) <= cut
+        assert found.iterations == cut or found.residual <= 1e-9 < 1e-8  # it stops at the bound, or at the number
+        longer = influence.conjugate_gradient(product, {"a": right}, 0.3, size + 2, tolerance=1e-9)
+        assert longer.residual <= 1e-9 and longer.iterations <= size + 1
+
+    @given(st.integers(1, 4), st.integers(1, 6), st.sampled_from([1e-8, 1.0, 1e8]), st.integers(0, 99))
+    def test_what_lissa_reports_is_the_relative_residual_before_its_last_step(self, size, steps, scale, seed):
+        matrix, right = positive(size, seed), scale * exact.direction({"a": torch.zeros(size).double()}, seed)["a"]
+        product = lambda vector: {"a": matrix @ vector["a"]}  # noqa: E731
+        sigma = torch.linalg.eigvalsh(matrix).max().item() + 0.3
+        found, before = (influence.lissa([product] * k, {"a": right}, 0.3, sigma) for k in (steps, steps - 1))
+        left = right - matrix @ before.vector["a"] - 0.3 * before.vector["a"]
+        assert found.residual == pytest.approx((left.norm() / right.norm()).item(), rel=1e-9)
+        torch.testing.assert_close(found.vector["a"], before.vector["a"] + left / sigma, rtol=1e-9, atol=0)
+        if steps <= 2:  # before the first step, and at it, the solution is zero
+            assert before.residual == pytest.approx(1.0)
+
     def test_solvers_take_a_zero(self):
         zero = {"a": torch.zeros(3)}
         for solution in (influence.conjugate_gradient(dict, zero), influence.lissa([dict] * 2, zero)):
@@ -624,6 +717,8 @@ class TestClassicalTools:
         right = {"a": torch.ones(3)}
         with pytest.raises(ValueError, match=r"curvature along a search direction is -0\.5 .* raise the damping"):
             influence.conjugate_gradient(lambda v: {"a": -v["a"]}, right, damping=0.5)
+        with pytest.raises(ValueError, match="curvature along a search direction is 0 after 0 products"):
+            influence.conjugate_gradient(lambda v: {"a": 0 * v["a"]}, right)
         with pytest.raises(ValueError, match=r"diverges.*scale 1\.0"):
             influence.lissa([lambda v: {"a": 5 * v["a"]}] * 100, right)
 
@@ -644,9 +739,9 @@ class TestClassicalTools:
         g = influence.feedback_gradient(LINEAR, here, feedback)
         product = partial(influence.hessian_vector_product, LINEAR, here, DATA, pilot.task_loss)
         inverse = influence.conjugate_gradient(product, g, damping=DECAY, tolerance=1e-12).vector
-        for method in METHODS:
-            actual = influence.classical_influence(LINEAR, here, DATA, pilot.task_loss, inverse, method) / 30
-            assert exact.error(actual, expected) < 1e-5
+        found = [influence.classical_influence(LINEAR, here, DATA, pilot.task_loss, inverse, way) for way in METHODS]
+        assert all(exact.error(actual / 30, expected) < 1e-5 for actual in found)
+        assert exact.error(found[1], found[0]) > 1e-12  # a difference is none of the exact ways
 
     def test_tracin_sums_over_checkpoints(self, per_sample):
         other = {name: value + 0.01 for name, value in PARAMETERS.items()}
@@ -658,8 +753,20 @@ class TestClassicalTools:
             g = pilot.gradient(STUDENT, checkpoint.parameters, FEEDBACK)
             expected += checkpoint.learning_rate * sum(samples[k].flatten(1) @ g[k].flatten() for k in g)
         assert exact.error(actual, expected) < 1e-10
+        near = influence.tracin(STUDENT, checkpoints, BATCH, FEEDBACK, method="finite-difference")
+        assert 1e-9 < exact.error(near, expected) < 1e-2
         with pytest.raises(ValueError, match="there is none"):
             influence.tracin(STUDENT, [], BATCH, FEEDBACK)
+
+    def test_tracin_takes_one_loss_for_the_batch_and_another_for_the_feedback(self, per_sample):
+        loss = as_loss(lambda student, teacher, labels: KL(student.logits, teacher.logits))
+        soft = lambda outputs, batch: losses.soft_cross_entropy(  # noqa: E731
+            outputs.logits, torch.ones_like(outputs.logits), reduction="none"
+        )
+        actual = influence.tracin(STUDENT, [influence.Checkpoint(PARAMETERS, 0.5)], FULL, FEEDBACK, loss, soft)
+        samples = influence.per_sample_gradients(STUDENT, PARAMETERS, FULL, loss)
+        g = pilot.gradient(STUDENT, PARAMETERS, FEEDBACK, soft)
+        assert exact.error(actual, 0.5 * sum(samples[k].flatten(1) @ g[k].flatten() for k in g)) < 1e-10
 
 
 class Inputs(nn.Module):

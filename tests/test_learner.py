@@ -1,12 +1,16 @@
 """One optimiser step: micro-batches, clipping, weight decay, non-finite losses, device and precision."""
 
 import copy
+from decimal import ROUND_HALF_EVEN, Decimal
 
 import pytest
 import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from torch import nn
 
 from kdlib import losses
-from kdlib.learner import NonFiniteLossError, accelerator_for, learner, split, weight_decay_groups
+from kdlib.learner import NonFiniteLossError, accelerator_for, learner, minimise_together, split, weight_decay_groups
 from kdlib.models import logits
 from kdlib.trainer import training_batch
 from tests import toy
@@ -58,6 +62,104 @@ def test_the_step_is_adamw_of_torch():
         assert value == pytest.approx(loss.item(), rel=1e-6)
     for ours, theirs in zip(who.module.parameters(), other.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-8)
+
+
+def line(rate: float = 1.0, steps: int = 10, name: str = "line", **options):
+    """A learner of two weights, and the loss that makes it one: the smallest that has a schedule."""
+    module = nn.Linear(1, 1).double()
+    nn.init.ones_(module.weight), nn.init.zeros_(module.bias)
+    return learner(name, module, accelerator_for("cpu"), rate, steps, **options)
+
+
+def points(size: int = 6) -> dict[str, torch.Tensor]:
+    rows = torch.arange(size)
+    return {"x": rows.double().unsqueeze(1) + 1, "labels": torch.zeros(size), "rows": rows}
+
+
+def size_of(who):
+    return lambda piece: who.module(piece["x"]).squeeze(1).square()
+
+
+@settings(max_examples=10)
+@given(st.integers(1, 24), st.integers(0, 100))
+@example(5, 50)  # 2.5 steps: round() gives 2
+@example(7, 50)  # 3.5: 4
+@example(3, 0)
+@example(4, 100)
+def test_the_rate_rises_linearly_and_falls_linearly_to_zero(steps, percent):
+    """In whole numbers: rate · k/w up to step w = ratio · steps, rounded half to even; then (steps − k)/(steps − w)."""
+    ratio = percent / 100
+    who, taken = line(0.5, steps, warmup_ratio=ratio), []
+    who.optimizer.optimizer.register_step_pre_hook(
+        lambda optimizer, *_: taken.append([group["lr"] for group in optimizer.param_groups])
+    )
+    for _ in range(steps):
+        who.minimise(size_of(who), points(2))
+    rise = int(Decimal(repr(ratio * steps)).quantize(Decimal(1), ROUND_HALF_EVEN))
+    expected = [0.5 * k / rise if k < rise else 0.5 * (steps - k) / (steps - rise) for k in range(steps)]
+    assert taken == [pytest.approx([rate, rate]) for rate in expected]
+    assert who.schedule.get_last_lr() == [0.0, 0.0]
+
+
+def test_who_names_nothing_gets_a_tenth_of_warm_up_a_hundredth_of_decay_a_norm_of_one_and_the_whole_batch():
+    who, norms, pieces, rates = line(steps=30), [], [], []
+
+    def before(optimizer, *_):
+        norms.append(torch.stack([p.grad.norm() for p in who.module.parameters()]).norm().item())
+        rates.append(optimizer.param_groups[0]["lr"])
+
+    who.optimizer.optimizer.register_step_pre_hook(before)
+    for _ in range(5):
+        who.minimise(lambda piece: (pieces.append(len(piece["labels"])), size_of(who)(piece))[1], points())
+    assert [group["weight_decay"] for group in who.optimizer.param_groups] == [0.01, 0.0]
+    assert norms == [pytest.approx(1.0)] * 5  # clipped: they are larger by far
+    assert pieces == [6] * 5
+    assert rates == pytest.approx([0, 1 / 3, 2 / 3, 1, 26 / 27])
+
+
+class TestTogether:
+    @staticmethod
+    def two(**options):
+        """Two learners that differ in everything that a step uses; the second one clips at less."""
+        one = line(0.1, 20, "one", warmup_ratio=0.0, max_grad_norm=3.0, **options)
+        other = line(0.3, 30, "other", warmup_ratio=0.0, max_grad_norm=0.5, weight_decay=0.2, **options)
+        return one, other
+
+    @pytest.mark.parametrize("pieces", [1, 4])
+    def test_each_takes_the_step_that_it_would_take_alone(self, pieces):
+        """Its own loss, norm, rate and decay; the other's number is the other's."""
+        together, alone = self.two(micro_batches=pieces), self.two()
+        losses_of = [size_of(together[0]), lambda piece: 5 * size_of(together[1])(piece)]
+        losses_alone = [size_of(alone[0]), lambda piece: 5 * size_of(alone[1])(piece)]
+        for _ in range(3):
+            values = minimise_together([*together], lambda piece: [loss(piece) for loss in losses_of], points())
+            expected = [who.minimise(loss, points()) for who, loss in zip(alone, losses_alone, strict=True)]
+            assert values == pytest.approx(expected, rel=1e-12)
+        for ours, theirs in zip(together, alone, strict=True):
+            for one, two in zip(ours.module.parameters(), theirs.module.parameters(), strict=True):
+                torch.testing.assert_close(one, two, rtol=1e-12, atol=0)
+            assert ours.schedule.get_last_lr() == theirs.schedule.get_last_lr()
+
+    @pytest.mark.parametrize("wrong", [0, 1])
+    @pytest.mark.parametrize("how", ["value", "gradient"])
+    def test_nobody_moves_if_one_of_them_fails_and_no_gradient_is_left(self, wrong, how):
+        """A loss that is no number though its gradient is finite, and a gradient that is none though the loss is."""
+        both = self.two()
+        before = [copy.deepcopy(who.module.state_dict()) for who in both]
+
+        def loss_of(number, piece):
+            loss = size_of(both[number])(piece)
+            if number != wrong:
+                return loss
+            return loss + torch.tensor(float("nan")) if how == "value" else loss + 0 * (0 * loss).sqrt()
+
+        with pytest.raises(NonFiniteLossError, match=rf"the {both[wrong].name} is .* rows \[0, 1, 2\]") as caught:
+            minimise_together([*both], lambda piece: [loss_of(0, piece), loss_of(1, piece)], points(3))
+        assert caught.value.rows == [0, 1, 2]
+        for who, weights in zip(both, before, strict=True):
+            assert all(torch.equal(value, weights[name]) for name, value in who.module.state_dict().items())
+            assert all(parameter.grad is None for parameter in who.module.parameters())
+            assert who.schedule.state_dict()["last_epoch"] == 0
 
 
 def test_biases_and_layer_norms_are_not_decayed():

@@ -150,15 +150,43 @@ def test_a_parameter_without_a_part_has_a_zero_gradient():
     assert gradient["last.weight"].abs().sum() > 0
 
 
-def test_hidden_states_are_there_when_asked_for():
+@pytest.mark.parametrize("what", ["hidden_states", "attentions"])
+def test_what_is_inside_is_there_when_asked_for(what):
     student, batch = exact.bert(), exact.batch()
+    parameters = models.trainable(student)
 
     def loss(outputs, batch):
-        return outputs.hidden_states[-1].square().mean((1, 2))
+        return getattr(outputs, what)[-1].square().flatten(1).mean(1)
 
-    gradient = pilot.gradient(student, models.trainable(student), batch, loss, hidden_states=True)
+    gradient = pilot.gradient(student, parameters, batch, loss, **{what: True})
     assert gradient["classifier.weight"].abs().sum() == 0
     assert gradient["bert.encoder.layer.0.output.dense.weight"].abs().sum() > 0
+    stepped = pilot.sgd_step(student, parameters, batch, loss, 0.3, **{what: True})
+    assert exact.error(stepped, {name: value - 0.3 * gradient[name] for name, value in parameters.items()}) < 1e-14
+
+
+@pytest.mark.parametrize(
+    ("options", "fast"), [({}, True), ({"create_graph": True}, False), ({"attentions": True}, False)], ids=str
+)
+def test_only_second_derivatives_and_those_who_look_at_the_attention_take_the_slow_one(options, fast):
+    student, seen = exact.bert(), []
+    student.register_forward_hook(lambda module, *_: seen.append(module.config._attn_implementation))
+    pilot.gradient(student, models.trainable(student), exact.batch(), **options)
+    assert [name == "sdpa" for name in seen] == [fast]
+
+
+def test_parameters_with_a_past_are_constants_and_stay_as_they_were_given():
+    """Those of a step that can be differentiated: its graph ends here, and no tensor of the caller is marked."""
+    student, batch = exact.perceptron(), exact.features()
+    logits = torch.zeros(5, 3, dtype=torch.float64, requires_grad=True)
+    loss = lambda outputs, _: losses.kl_divergence(outputs.logits, logits, reduction="none")  # noqa: E731
+    past = pilot.sgd_step(student, models.trainable(student), batch, loss, 0.3, create_graph=True)
+    plain = {name: value.detach().clone() for name, value in past.items()}
+    ends = [pilot.gradient(student, given, batch, create_graph=True) for given in (past, plain)]
+    assert exact.error(*ends) < 1e-14
+    assert not any(value.requires_grad for value in plain.values())
+    total = sum(value.sum() for value in ends[0].values())
+    assert torch.autograd.grad(total, logits, allow_unused=True)[0] is None
 
 
 @pytest.mark.parametrize("learning_rate", [-0.1, float("nan"), float("inf")])
@@ -209,6 +237,22 @@ class TestAdamW:
         own.step()
         assert exact.error(stepped, models.trainable(other)) < 1e-14
         assert exact.error(stepped, parameters) > 1e-3
+
+    def test_a_weight_that_never_learned_does_not_set_the_count_of_steps(self):
+        """torch keeps no state for it; the others go on counting."""
+        student, batch, optimizer = trained(3)
+        student.idle = torch.nn.Parameter(torch.ones(2, dtype=torch.float64))
+        optimizer.add_param_group({"params": [student.idle], "weight_decay": 0.0})
+        parameters = models.trainable(student)
+        gradient = pilot.gradient(student, parameters, batch)
+        state = pilot.adamw_state(optimizer, dict(student.named_parameters()))
+        assert state.step == 3
+        stepped = pilot.adamw(parameters, gradient, state)
+        other, own = copy.deepcopy((student, optimizer))
+        for name, parameter in other.named_parameters():
+            parameter.grad = gradient[name]
+        own.step()
+        assert exact.error(stepped, models.trainable(other)) < 1e-14
 
     @pytest.mark.parametrize("steps", [0, 1, 5])
     def test_preconditioner_is_the_jacobian_of_the_step(self, steps):

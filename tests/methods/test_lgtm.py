@@ -25,6 +25,7 @@ IMITATIONS = {
     "logit mse": Imitation(0.5, 1.0, losses.logit_mse),
     "dist": Imitation(0.3, 1.0, losses.dist),
 }
+HALF = torch.bfloat16
 FAR = 0.5  # of the pilot's plain steps: large enough that the place where the feedback is taken matters
 
 
@@ -468,8 +469,11 @@ def test_a_student_without_gradient_has_no_share():
     assert values["influence_weight"] < 1e15 and values["influence_mean"] == pytest.approx(0, abs=1e-12)
 
 
-@pytest.mark.parametrize("where", ["fp32", "autocast"])
-def test_mixed_precision_changes_the_teachers_gradient_a_little(where):
+@pytest.mark.parametrize(("options", "inside"), [({}, torch.float32), ({"tangent_precision": "autocast"}, HALF)])
+def test_pilot_feedback_and_tangent_run_in_the_precision_they_are_given_and_everything_else_as_in_training(
+    options, inside
+):
+    """The teacher's gradient changes a little by it; a switch that is turned the wrong way changes it a little, too."""
     gradients = []
     for precision in ("fp32", "bf16"):
         student, teacher = pairs.pair()
@@ -481,10 +485,15 @@ def test_mixed_precision_changes_the_teachers_gradient_a_little(where):
             gradients.append(torch.autograd.grad(loss(batch).mean(), models_of(teacher), materialize_grads=True))
 
         teacher.minimise = keep
-        lgtm(student, teacher, MIXTURE, None, "meta", tangent_precision=where)(BATCH, FEEDBACK)
-    error = exact.error(gradients[1], gradients[0])
-    print(f"tangent in {where}: {error:.1e}")
-    assert 0 < error < 0.2
+        passes = pairs.precisions(student, teacher)
+        step = lgtm(student, teacher, MIXTURE, None, "meta", feedback_every=2, **options)
+        step(BATCH, FEEDBACK)
+        looked, passes[:] = list(passes), []
+        step(BATCH, FEEDBACK)
+    trial = [("student", inside)] * 3  # the pilot, the feedback, the tangent
+    assert looked == [("teacher", HALF), *trial, ("teacher", HALF), ("student", HALF)]
+    assert passes == [("teacher", HALF), ("student", HALF), ("teacher", HALF), ("student", HALF)]
+    assert 0 < exact.error(gradients[2], gradients[0]) < 0.2
 
 
 @pytest.mark.parametrize(

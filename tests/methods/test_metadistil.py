@@ -18,6 +18,7 @@ IMITATIONS = {
     "probability mse with pkd": Imitation(0.0, 3.0, losses.probability_mse, pkd_weight=1.0),
     "logit mse": Imitation(0.5, 1.0, losses.logit_mse),
 }
+HALF = torch.bfloat16
 FAR = 0.5  # of the pilot's plain steps: large enough that the place where the quiz is taken matters
 
 
@@ -169,8 +170,11 @@ def test_watching_changes_nothing_and_measures():
     assert {v["watch_better"] for v in values} | {v["teacher_closer"] for v in values} <= {0.0, 1.0}
 
 
-@pytest.mark.parametrize("where", ["fp32", "autocast"])
-def test_mixed_precision_changes_the_teachers_gradient_a_little(where):
+@pytest.mark.parametrize(("options", "inside"), [({}, torch.float32), ({"tangent_precision": "autocast"}, HALF)])
+def test_experiment_quiz_and_tangent_run_in_the_precision_they_are_given_and_everything_else_as_in_training(
+    options, inside
+):
+    """The teacher's gradient changes a little by it; a switch that is turned the wrong way changes it a little, too."""
     gradients = []
     for precision in ("fp32", "bf16"):
         student, teacher = pairs.pair()
@@ -185,10 +189,11 @@ def test_mixed_precision_changes_the_teachers_gradient_a_little(where):
             )
 
         teacher.minimise = keep
-        metadistil(student, teacher, MIXTURE, tangent_precision=where)(BATCH, FEEDBACK)
-    error = exact.error(gradients[1], gradients[0])
-    print(f"tangent in {where}: {error:.1e}")
-    assert 0 < error < 0.2
+        passes = pairs.precisions(student, teacher)
+        metadistil(student, teacher, MIXTURE, **options)(BATCH, FEEDBACK)
+    trial = [("student", inside)] * 3  # the experiment, the quiz, the tangent
+    assert passes == [("teacher", HALF), *trial, ("teacher", HALF), ("student", HALF)]
+    assert 0 < exact.error(gradients[1], gradients[0]) < 0.2
 
 
 @pytest.mark.parametrize(
