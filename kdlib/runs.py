@@ -99,6 +99,8 @@ class RunConfig:
     """of AdamW, on matrices only"""
     warmup_ratio: float = 0.1
     """share of the steps in which the learning rate rises; it falls linearly afterwards"""
+    max_grad_norm: float | None = None
+    """longer gradients are scaled down to this length; None: 1.0; inf: never"""
     alpha: float | None = None
     """weight of the hard labels, 1 − alpha that of the teacher; None: 0.5, without labels 0"""
     labelled_course: bool | None = None
@@ -207,7 +209,7 @@ class RunConfig:
     def identity(self) -> dict[str, Any]:
         """The fields that decide the result: all but where it is computed, kept and how often it is saved."""
         fields = dataclasses.asdict(self)
-        unused = {name for name in OF_METHODS if fields[name] is None}
+        unused = {name for name in (*OF_METHODS, "max_grad_norm") if fields[name] is None}
         return {name: value for name, value in fields.items() if name not in _NOT_IDENTITY and name not in unused}
 
     @property
@@ -406,6 +408,8 @@ def _range_problems(config: RunConfig) -> list[str]:
         value = getattr(config, name)
         if value is not None and not (value > 0 and np.isfinite(value)):
             problems.append(f"{name} is {value}; expected a positive number")
+    if config.max_grad_norm is not None and not config.max_grad_norm > 0:
+        problems.append(f"max_grad_norm is {config.max_grad_norm}; expected a positive number, or inf for no clipping")
     for name in _UNIT_INTERVAL:
         value = getattr(config, name)
         if value is not None and not 0 <= value <= 1:
@@ -719,6 +723,7 @@ def _learner(name: str, network: PreTrainedModel, config: RunConfig, accelerator
         _schedule(config).total_steps(samples),
         config.weight_decay,
         config.warmup_ratio,
+        _default(config.max_grad_norm, 1.0),
         micro_batches=config.micro_batches,
     )
 
