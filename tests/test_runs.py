@@ -567,7 +567,7 @@ class TestTeachersThatLearn:
         logged |= {"teacher_loss"} if method not in ("metadistil", "ikd") else set()
         logged |= {"influence_mean", "influence_std", "influence_positive"} if method == "lgtm" else set()
         if config.observe or config.influence_share is not None:
-            watched = {"watch_better", "teacher_closer"}
+            watched = {"watch_better", "watch_equal", "watch_worse", "watch_gain", "teacher_closer"}
             logged |= {"influence_weight", "influence_ratio", "influence_cosine"} if method == "lgtm" else watched
         lost = {"validation/loss", "teacher/validation/loss"}
         told = {"step", "epoch", "learning_rate", *scores, *lost, *(f"train_{n}" for n in logged)}

@@ -56,9 +56,11 @@ def metadistil(
     the teacher's, which waits for its backward pass: in pieces the step needs less memory, and is the same up to
     rounding.
 
-    `watch`, a batch of held-out data, adds two measurements to the log: "watch_better", 1 if the real step left a
-    smaller loss on it than the teaching experiment had, and "teacher_closer", 1 if the teacher's step brought it closer
-    to the student on the training batch.  Both cost passes and change nothing.
+    `watch`, a batch of held-out data, adds measurements to the log, which cost passes and change nothing: those of
+    `compared`, of the real step with the teaching experiment on that batch, and "teacher_closer", 1 if the teacher's
+    step brought it closer to the student on the training batch.  The comparison is fair if copy and student would take
+    the same step from the same lesson: `pilot_rule` "adamw", no dropout, and a student that does not clip its gradient,
+    as the copy does not (clipping has a Jacobian that is not diagonal, and would have to be differentiated).
 
     Raises ValueError for several AdamW steps (their Jacobian is not diagonal), for `micro_batches`, which would cut the
     answer that the teacher is differentiated through, and for `pilot_pieces` with an objective that compares samples.
@@ -115,7 +117,7 @@ def metadistil(
                 imitation.agreement(trial.outputs[0], theirs).mean()
                 for theirs in (lesson, models.targets(teacher.module, batch))
             )
-            values["watch_better"] = float(loss_on(student, {}, watch) < watched)
+            values |= compared(loss_on(student, {}, watch), watched)
             values["teacher_closer"] = float(after < before)
         return values
 
@@ -243,6 +245,19 @@ def loss_on(student: Learner, parameters: Parameters, batch: Batch) -> float:
     """The mean task loss on a batch, without dropout, at `parameters`, or at the student's own for an empty dict."""
     with torch.no_grad(), models.evaluating(student.module):
         return pilot.task_loss(models.apply(student.module, parameters, batch), batch).mean().item()
+
+
+def compared(ours: float, theirs: float) -> dict[str, float]:
+    """What a loss says against another one: "watch_better", "watch_equal" and "watch_worse", one of them 1, the others
+    0, and "watch_gain", by how much it is smaller.
+
+    Late in a training two steps often differ by less than float32 can tell: a tie is neither a win nor a loss.
+
+    Source: MetaDistil section 5.1, the share of steps that are better than the teaching experiment.
+    Derived in: chapters/05_pilot_updates.
+    """
+    signs = {"watch_better": ours < theirs, "watch_equal": ours == theirs, "watch_worse": ours > theirs}
+    return {name: float(sign) for name, sign in signs.items()} | {"watch_gain": theirs - ours}
 
 
 def check_pieces(pieces: int, objective: Objective) -> None:

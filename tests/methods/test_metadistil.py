@@ -1,7 +1,12 @@
 """One step of MetaDistil against differentiating through Algorithm 1 as it is written; what a step must not touch."""
 
+import math
+
+import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from benchmarks.step import Saved
 from kdlib import losses, models, pilot
@@ -167,7 +172,41 @@ def test_watching_changes_nothing_and_measures():
         values = [step(BATCH, FEEDBACK) for _ in range(2)]
         ends.append((pairs.weights(student), pairs.weights(teacher)))
     assert pairs.same(*ends)
-    assert {v["watch_better"] for v in values} | {v["teacher_closer"] for v in values} <= {0.0, 1.0}
+    for measured in values:
+        assert measured["teacher_closer"] in (0.0, 1.0)
+        assert measured["watch_better"] + measured["watch_equal"] + measured["watch_worse"] == 1
+
+
+@given(st.floats(0, 10), st.floats(0, 10), st.booleans())
+def test_a_comparison_is_a_win_a_tie_or_a_loss(ours, theirs, tie):
+    theirs = ours if tie else theirs
+    names = ("watch_worse", "watch_equal", "watch_better")
+    values = module.compared(ours, theirs)
+    assert values == dict.fromkeys(names, 0.0) | {names[int(np.sign(theirs - ours)) + 1]: 1.0} | {
+        "watch_gain": theirs - ours
+    }
+
+
+def fair_comparison(sign: int, rate: float, max_grad_norm: float = math.inf) -> dict[str, float]:
+    """What a step that is watched on its own quiz says: copy and student by AdamW, the teacher's step times a sign."""
+    student, teacher = pairs.pair(rate=1e-3, max_grad_norm=max_grad_norm)[0], pairs.pair(rate=rate)[1]
+    minimise = teacher.minimise
+    teacher.minimise = lambda loss, batch: minimise(lambda piece: sign * loss(piece), batch)
+    step = metadistil(student, teacher, MIXTURE, pilot_rule="adamw", watch=FEEDBACK)
+    return [step(BATCH, FEEDBACK) for _ in range(3)][-1]  # AdamW's first step is a sign, whoever teaches
+
+
+def test_a_fair_comparison_is_won_by_the_teachers_step_and_lost_when_it_is_turned_round():
+    better, worse = (fair_comparison(sign, rate=1e-5) for sign in (1, -1))
+    assert better["watch_better"] == worse["watch_worse"] == 1
+    assert better["watch_gain"] == pytest.approx(-worse["watch_gain"], rel=0.05)
+
+
+def test_a_fair_comparison_with_a_teacher_that_stands_still_has_nothing_to_tell():
+    """Copy and student take the same step: that is what makes it fair, and what clipping the student's alone breaks."""
+    moved = abs(fair_comparison(1, rate=1e-5)["watch_gain"])
+    assert abs(fair_comparison(1, rate=0.0)["watch_gain"]) < 1e-6 * moved
+    assert abs(fair_comparison(1, rate=0.0, max_grad_norm=0.1)["watch_gain"]) > moved
 
 
 @pytest.mark.parametrize(("options", "inside"), [({}, torch.float32), ({"tangent_precision": "autocast"}, HALF)])
