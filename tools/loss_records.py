@@ -1,9 +1,8 @@
 """The validation losses of chapter 7's runs: `python -m tools.loss_records`, part of `make experiments`.
 
 LGTM's Figure 2 says of a student that it overfits, by its loss on the validation split.  The runs are those of chapters
-5 and 7 once more, with the losses of student and teacher beside their accuracies, and some of them twice as long.
-One JSON file a run, data/runs/07_validation_loss/<way>-<epochs>-seed<n>.json, a column for each quantity; what has a
-file is not computed again.
+5 and 7 once more, with the losses of student and teacher beside their accuracies.  One JSON file a run,
+data/runs/07_validation_loss/<way>-seed<n>.json, a column for each quantity; what has a file is not computed again.
 """
 
 import json
@@ -28,8 +27,7 @@ from tools.chapters import ROOT
 
 FOLDER = ROOT / "data" / "runs" / "07_validation_loss"
 WORK = ROOT / "_build" / "validation_loss"
-TASK, SEEDS, EPOCHS = "mini-mnli", range(5), 6
-LONG, LONG_SEEDS, LONG_WAYS = 2 * EPOCHS, range(3), ("fixed teacher", "MetaDistil", "LGTM, weighted")
+TASK, SEEDS = "mini-mnli", range(5)
 WAYS: dict[str, tuple[str, dict[str, Any]]] = {
     "fixed teacher": ("kd", {}),
     "online distillation": ("prokt", {}),
@@ -43,31 +41,28 @@ KEPT = ("loss", "accuracy")
 
 
 class Job(NamedTuple):
-    """One run: how the student is trained, for how many epochs, and the seed of everything."""
+    """One run: how the student is trained, and the seed of everything."""
 
     way: str
-    epochs: int
     seed: int
 
     @property
     def path(self) -> Path:
         """The file of its record."""
-        return FOLDER / f"{self.way.replace(',', '').replace(' ', '-')}-{self.epochs}-seed{self.seed}.json"
+        return FOLDER / f"{self.way.replace(',', '').replace(' ', '-')}-seed{self.seed}.json"
 
 
 def jobs() -> Iterator[Job]:
-    """All runs that the chapter reads, the short ones first."""
-    for epochs, seeds, ways in ((EPOCHS, SEEDS, WAYS), (LONG, LONG_SEEDS, LONG_WAYS)):
-        yield from (Job(way, epochs, seed) for seed in seeds for way in ways)
+    """All runs that the chapter reads, seed by seed."""
+    yield from (Job(way, seed) for seed in SEEDS for way in WAYS)
 
 
 def config_of(job: Job, **changes: Any) -> runs.RunConfig:
     """A run of chapter 5 or 7."""
     method, term = WAYS[job.way]
-    settings = {**term, "epochs": job.epochs, **changes}
     if method in ("kd", "metadistil"):
-        return experiments.meta_run(TASK, method, job.seed, teacher_epochs=12, **settings)
-    return experiments.lgtm_run(method, job.seed, **settings)
+        return experiments.meta_run(TASK, method, job.seed, **changes)
+    return experiments.lgtm_run(method, job.seed, **{**term, **changes})
 
 
 def evaluation_with_losses(
@@ -101,7 +96,7 @@ def compute(job: Job, work: Path = WORK, **changes: Any) -> dict[str, Any]:
         record = runs.run(config_of(job, output_dir=str(work), **changes))
     history = pd.DataFrame(record.history)
     wanted = [f"{who}validation/{what}" for who in ("", "teacher/") for what in KEPT]
-    names = [name for name in ("epoch", "train_feedback_loss", *wanted) if name in history]
+    names = [name for name in ("epoch", "train_loss", "train_feedback_loss", *wanted) if name in history]
     return {
         **job._asdict(),
         "history": {name: [float(f"{value:.6g}") for value in history[name]] for name in names},
