@@ -322,10 +322,11 @@ print("label:", expected if data.task.is_regression else data.task.label_names[e
 # ## What we measured
 #
 # Whatever the form says, this section shows the same runs: the methods side by side on real GLUE, *read* from `data/runs/12_glue`. MiniLM with
-# six layers teaches its first three. All methods train on the same sentences as often; a tenth of them is kept as feedback and
-# nobody trains on it. Rates and weights are each method's defaults: none of them was tuned for these tasks. There is one
+# six layers teaches its first three. All methods train on the same sentences as often; a tenth of them is kept as feedback. No
+# student trains on it, but the teachers of MetaDistil and LGTM learn from their student's loss on it, and so have its labels. Rates and weights are each method's defaults: none of them was tuned for these tasks. IKD's is
+# $\gamma = \frac 1 2$, at which {doc}`06_student_feedback` finds, on its small tasks, the exam's pull on the teacher to be next to nothing beside that of the labels: its row tests a teacher that goes on learning its labels, not the student's feedback. There is one
 # evaluation, at the end, so the validation split selects nothing. LGTM's influence term has the weight 1 that the paper prints; its
-# variant "meta" has the student's learning rate there, which makes it the exact meta-gradient. That was settled late: a first run of "meta", at weight 1 and with one seed, had
+# variant "meta" has $(1 - \alpha)$ times the student's learning rate there, which makes it the exact meta-gradient. That was settled late: a first run of "meta", at weight 1 and with one seed, had
 # ended far below the others, and was replaced. MRPC was cut to fewer pairs for time, before any student had been trained on it. The command below makes the records again,
 # and can be stopped and resumed:
 #

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from kdlib import models, runs
 from kdlib.runs import RunConfig
-from tools import influence_records, static_records, tutor_records
+from tools import influence_records, loss_records, static_records, tutor_records
 
 ROOT = Path(__file__).resolve().parents[1]
 RECORDS, TEACHERS, CHOICES = ROOT / "data" / "runs", ROOT / "data" / "teachers", ROOT / "data" / "choices"
@@ -363,7 +363,7 @@ def make_records(pool: Pool) -> None:
         print(line, flush=True)
     if not tutor_records.has_teacher():
         print(pool.apply(tutor_records.make_teacher), flush=True)
-    for module in (influence_records, static_records, tutor_records):
+    for module in (influence_records, static_records, loss_records, tutor_records):
         for line in pool.imap_unordered(module.make, module.missing()):
             print(line, flush=True)
 
