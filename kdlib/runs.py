@@ -1231,24 +1231,31 @@ def read_record(folder: Path | str) -> RunRecord:
         raise ValueError(f"{path} is not a complete run record ({error}): delete it and run again") from error
 
 
+ROWS = "training_rows"
+"""The column of `results` that says on how many rows a student trained."""
+
+
 def results(folder: Path | str, by: typing.Sequence[str] | None = None) -> pd.DataFrame:
     """Read all records below `folder` into one table: mean, standard deviation and n over seeds.
 
     Records are grouped by the configuration fields `by`; None takes task, method and every other field that differs
-    between records, seeds aside.  The result has these fields as columns, then metric, mean, std (with n − 1; NaN for
-    one seed) and n.  An empty folder gives an empty table.
+    between records, seeds aside.  Runs that trained on different numbers of rows, as they do where some methods keep
+    some for feedback, are never put together: then there is a column training_rows, too.  The result has these fields
+    as columns, then metric, mean, std (with n − 1; NaN for one seed) and n.  An empty folder gives an empty table.
     """
     records = [read_record(path) for path in sorted(Path(folder).rglob("*.json")) if is_record(path)]
     if not records:
         return pd.DataFrame(columns=["task", "method", "metric", "mean", "std", "n"])
-    configs = pd.DataFrame([record.config for record in records])
+    configs = pd.DataFrame([record.config | {ROWS: record.samples.get("train")} for record in records])
     if by is None:
         ignored = {"seed", *_NOT_IDENTITY}
         differing = [c for c in configs if c not in ignored and configs[c].nunique(dropna=False) > 1]
         by = [*dict.fromkeys(["task", "method", *differing])]
+    elif configs.groupby([*by], dropna=False)[ROWS].nunique(dropna=False).max() > 1:
+        by = [*by, ROWS]
     rows = [
-        {**{name: record.config.get(name) for name in by}, "metric": metric, "value": value}
-        for record in records
+        {**{name: config.get(name) for name in by}, "metric": metric, "value": value}
+        for record, config in zip(records, configs.to_dict("records"), strict=True)
         for metric, value in {**record.metrics, **{f"oracle/{k}": v for k, v in record.oracle.items()}}.items()
     ]
     table = pd.DataFrame(rows).groupby([*by, "metric"], dropna=False, sort=True)["value"]

@@ -706,6 +706,18 @@ class TestResults:
         assert first["std"] == pytest.approx(np.std([0.5, 0.6, 0.9], ddof=1)) and first["n"] == 3
         assert runs.results(tmp_path, by=["method"])["n"].tolist() == [6]
 
+    @pytest.mark.parametrize("by", [None, ["task"], ["task", "method"]])
+    def test_runs_that_saw_different_rows_are_not_put_together(self, record, tmp_path, by):
+        """As those of two methods, one of which keeps some rows for feedback."""
+        for number, (method, rows) in enumerate((("kd", 96), ("kd", 96), ("lgtm", 86))):
+            config = {**record.config, "method": method, "seed": number}
+            fields = {"config": config, "metrics": {"test/accuracy": 0.5}, "oracle": {}, "samples": {"train": rows}}
+            folder = tmp_path / str(number)
+            folder.mkdir()
+            runs.write_record(dataclasses.replace(record, run_id=str(number), folder=folder, **fields))
+        table = runs.results(tmp_path, by=by)
+        assert dict(zip(table[runs.ROWS], table["n"], strict=True)) == {96: 2, 86: 1}
+
     def test_an_empty_folder_gives_an_empty_table(self, tmp_path):
         assert runs.results(tmp_path).empty
 
