@@ -1240,7 +1240,7 @@ def results(folder: Path | str, by: typing.Sequence[str] | None = None) -> pd.Da
 
     Records are grouped by the configuration fields `by`; None takes task, method and every other field that differs
     between records, seeds aside.  Runs that trained on different numbers of rows, as they do where some methods keep
-    some for feedback, are never put together: then there is a column training_rows, too.  The result has these fields
+    some for feedback, are never put together: there is a column training_rows then.  The result has these fields
     as columns, then metric, mean, std (with n − 1; NaN for one seed) and n.  An empty folder gives an empty table.
     """
     records = [read_record(path) for path in sorted(Path(folder).rglob("*.json")) if is_record(path)]
@@ -1251,7 +1251,7 @@ def results(folder: Path | str, by: typing.Sequence[str] | None = None) -> pd.Da
         ignored = {"seed", *_NOT_IDENTITY}
         differing = [c for c in configs if c not in ignored and configs[c].nunique(dropna=False) > 1]
         by = [*dict.fromkeys(["task", "method", *differing])]
-    elif configs.groupby([*by], dropna=False)[ROWS].nunique(dropna=False).max() > 1:
+    elif configs[ROWS].nunique(dropna=False) > 1:
         by = [*by, ROWS]
     rows = [
         {**{name: config.get(name) for name in by}, "metric": metric, "value": value}
