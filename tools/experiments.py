@@ -81,13 +81,18 @@ def online_run(task: str, method: str, seed: int, start: str = "one-stage", **ch
 
 
 def chapter_05() -> Iterator[RunConfig]:
-    """A teacher with feedback, five seeds: with pilot update, without, a fixed one; two variants; three sweeps."""
+    """A teacher with feedback, five seeds: with pilot update, without, a fixed one; variants; three sweeps.
+
+    The statistic of the pilot update has runs of its own, in which copy and student take the same step, and its null.
+    """
     for task, seed in itertools.product(TEACHER_TASKS, range(5)):
         yield meta_run(task, "kd", seed)
         yield meta_run(task, "metadistil", seed, observe=True)
         yield meta_run(task, "metadistil", seed, pilot_update=False)
     for seed in range(5):
         yield meta_run("mini-mnli", "metadistil", seed, pilot_rule="adamw", observe=True)
+        for rate in (META_RATES["mini-mnli"], STANDSTILL):
+            yield meta_run("mini-mnli", "metadistil", seed, teaching_rate=rate, **FAIR_PILOT)
         yield meta_run("mini-mnli", "kd", seed, feedback_fraction=0.0)
     for (field, values), seed in itertools.product(META_SWEEPS.items(), range(5)):
         for value, method in itertools.product(values, ("kd", "metadistil")):
@@ -195,6 +200,10 @@ META_SWEEPS = {
 META_STUDENT_RATES = {"mini-sst2": 4e-3, "mini-mnli": 2e-3}
 META_RATES = {"mini-sst2": 3e-5, "mini-mnli": 1e-5}
 """Of the students, and of the teacher while it teaches, in chapter 5; see `meta_candidates`."""
+FAIR_PILOT = {"pilot_rule": "adamw", "observe": True, "max_grad_norm": 1e9}
+"""Copy and student take the same step: both AdamW's, and neither clips its gradient (JSON has no infinity)."""
+STANDSTILL = 1e-12
+"""The rate of a teacher that stays where it is; AdamW's rate must be positive."""
 SAVINGS = ({"tangent": "forward-difference"}, {"feedback_every": 2}, {"feedback_layers": 1})
 """What makes a step of LGTM cheaper; chapter 7 compares each with the same runs without it."""
 LGTM_RATE = 3e-4
