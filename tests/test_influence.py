@@ -195,8 +195,13 @@ class TestStudentTangent:
 
     @pytest.mark.parametrize(
         ("method", "asked", "fast"),
-        [("jvp", False, False), ("double-backward", False, False), ("finite-difference", False, True)]
-        + [("forward-difference", False, True), ("finite-difference", True, False)],
+        [
+            ("jvp", False, False),
+            ("double-backward", False, False),
+            ("finite-difference", False, True),
+            ("forward-difference", False, True),
+            ("finite-difference", True, False),
+        ],
     )
     def test_plain_passes_take_the_fast_attention_unless_its_weights_are_asked_for(self, method, asked, fast):
         student, seen = exact.bert(), []

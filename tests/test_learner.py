@@ -13,7 +13,7 @@ from kdlib import losses
 from kdlib.learner import NonFiniteLossError, accelerator_for, learner, minimise_together, split, weight_decay_groups
 from kdlib.models import logits
 from kdlib.trainer import training_batch
-from tests import toy
+from tests import pairs, toy
 
 
 def batch(size: int = 10) -> dict[str, torch.Tensor]:
@@ -201,7 +201,9 @@ def test_a_finite_loss_with_an_infinite_gradient_stops_too():
 def test_bfloat16_trains_on_the_cpu_and_keeps_float32_weights():
     accelerator = accelerator_for("cpu", "bf16")
     who = learner("student", toy.network(), accelerator, 1e-3, 5)
+    passes = pairs.precisions(who)
     first = who.minimise(loss_of(who), batch())
+    assert passes == [("student", torch.bfloat16)]
     assert all(p.dtype == torch.float32 for p in who.module.parameters())
     exact = toy.student()
     assert first == pytest.approx(exact.minimise(loss_of(exact), batch()), rel=0.05)
