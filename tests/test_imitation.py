@@ -69,6 +69,8 @@ def test_agreement_is_the_objective_alone(objective):
     torch.testing.assert_close(agreement, expected)
     torch.testing.assert_close(Imitation(0.0, 3.0, objective)(OURS, THEIRS, LABELS), expected)
     assert agreement.shape == (3,)
+    mixed = 0.4 * F.cross_entropy(OURS.logits, LABELS, reduction="none") + 0.6 * expected
+    torch.testing.assert_close(Imitation(0.4, 3.0, objective)(OURS, THEIRS, LABELS), mixed)
 
 
 def test_without_weight_the_labels_are_not_read():
