@@ -1,7 +1,11 @@
 """What is imitated: the weighted sum, written out."""
 
+import dataclasses
+
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from kdlib import losses
@@ -51,12 +55,35 @@ def test_without_weight_hidden_states_are_neither_wanted_nor_looked_at():
     assert without.tolist() == pytest.approx(written(0.3, 2.0, 0.0, 2, 1))
 
 
+@given(st.sampled_from([0.0, 1.0]) | st.floats(0, 1), st.floats(0.5, 8), st.sampled_from([0.0]) | st.floats(0, 3))
+def test_whatever_the_weights_it_is_their_sum(alpha, temperature, weight):
+    values = Imitation(alpha, temperature, pkd_weight=weight)(OURS, THEIRS, LABELS)
+    assert values.tolist() == pytest.approx(written(alpha, temperature, weight, 2, 1), rel=1e-9, abs=1e-12)
+
+
 @pytest.mark.parametrize("objective", losses.TEACHER_OBJECTIVES.values(), ids=losses.TEACHER_OBJECTIVES)
 def test_agreement_is_the_objective_alone(objective):
+    """The one who learns comes first, at the imitation's temperature; without labels nothing else is left."""
     agreement = Imitation(0.9, 3.0, objective, pkd_weight=5.0).agreement(OURS, THEIRS)
-    expected = Imitation(0.0, 3.0, objective)(OURS, THEIRS, LABELS)
+    expected = objective(OURS.logits, THEIRS.logits, temperature=3.0, reduction="none")
     torch.testing.assert_close(agreement, expected)
+    torch.testing.assert_close(Imitation(0.0, 3.0, objective)(OURS, THEIRS, LABELS), expected)
     assert agreement.shape == (3,)
+    mixed = 0.4 * F.cross_entropy(OURS.logits, LABELS, reduction="none") + 0.6 * expected
+    torch.testing.assert_close(Imitation(0.4, 3.0, objective)(OURS, THEIRS, LABELS), mixed)
+
+
+def test_without_weight_the_labels_are_not_read():
+    hidden = torch.full_like(LABELS, -7)
+    Imitation(0.0)(OURS, THEIRS, hidden)
+    with pytest.raises(ValueError, match="label -7"):
+        Imitation(1e-9)(OURS, THEIRS, hidden)
+
+
+def test_an_imitation_does_not_change():
+    """Several methods share one, and defaults are built from it."""
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Imitation().alpha = 0.9
 
 
 def test_the_example_is_not_detached():

@@ -13,7 +13,7 @@ from kdlib import losses
 from kdlib.learner import NonFiniteLossError, accelerator_for, learner, minimise_together, split, weight_decay_groups
 from kdlib.models import logits
 from kdlib.trainer import training_batch
-from tests import toy
+from tests import pairs, toy
 
 
 def batch(size: int = 10) -> dict[str, torch.Tensor]:
@@ -29,9 +29,11 @@ def test_micro_batches_give_the_step_of_the_whole_batch(pieces):
     """Pieces of 10 samples are of unequal size for 3: a mean of means would differ."""
     whole, cut = toy.student(dropout=0), toy.student(dropout=0, micro_batches=pieces)
     for who in (whole, cut):
+        who.seen = []
         for _ in range(3):
-            value = who.minimise(loss_of(who), batch())
+            value = who.minimise(lambda piece, who=who: (who.seen.append(piece), loss_of(who)(piece))[1], batch())
         who.final = value
+    assert len(whole.seen) == 3 and len(cut.seen) == 3 * min(pieces, 10)
     assert cut.final == pytest.approx(whole.final, rel=1e-5)
     for ours, theirs in zip(cut.module.parameters(), whole.module.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=2e-6)
@@ -201,7 +203,9 @@ def test_a_finite_loss_with_an_infinite_gradient_stops_too():
 def test_bfloat16_trains_on_the_cpu_and_keeps_float32_weights():
     accelerator = accelerator_for("cpu", "bf16")
     who = learner("student", toy.network(), accelerator, 1e-3, 5)
+    passes = pairs.precisions(who)
     first = who.minimise(loss_of(who), batch())
+    assert passes == [("student", torch.bfloat16)]
     assert all(p.dtype == torch.float32 for p in who.module.parameters())
     exact = toy.student()
     assert first == pytest.approx(exact.minimise(loss_of(exact), batch()), rel=0.05)

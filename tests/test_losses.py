@@ -1,6 +1,7 @@
 """Each objective against an independent statement: torch.distributions, autograd, scikit-learn, closed forms."""
 
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -84,15 +85,54 @@ def test_logit_mse_and_probability_mse_by_hand():
 
 
 def test_squared_error_takes_one_output_per_sample():
+    """In the precision of the network, whatever that of the scores: a data set's are in float64."""
     prediction, target = torch.tensor([[1.0], [3.0]]), torch.tensor([2.0, 5.0])
-    torch.testing.assert_close(losses.squared_error(prediction, target, "none"), torch.tensor([1.0, 4.0]))
+    for scores in (target, target.double()):
+        torch.testing.assert_close(losses.squared_error(prediction, scores, "none"), torch.tensor([1.0, 4.0]))
 
 
 def test_task_loss_follows_the_type_of_the_labels():
     z = logits(11)
     labels = torch.tensor([0, 1, 2, 0, 1])
-    assert losses.task_loss(z, labels) == losses.cross_entropy(z, labels)
-    assert losses.task_loss(z[:, :1], labels.double()) == losses.squared_error(z[:, :1], labels.double())
+    log_p, errors = torch.log(softmax(z)), z[:, 0] - labels
+    for outputs, targets, values in (
+        (z, labels, -log_p[torch.arange(5), labels]),
+        (z[:, :1], labels.double(), errors.square()),
+    ):
+        torch.testing.assert_close(losses.task_loss(outputs, targets, "none"), values)
+        torch.testing.assert_close(losses.task_loss(outputs, targets, "sum"), values.sum())
+        torch.testing.assert_close(losses.task_loss(outputs, targets), values.mean())
+
+
+def written_out(name: str, student: torch.Tensor, teacher: torch.Tensor, t: float) -> torch.Tensor:
+    """What an objective's name promises, from the two distributions."""
+    p, q = Categorical(logits=teacher / t), Categorical(logits=student / t)
+    return {
+        "kl": lambda: t**2 * torch_kl(p, q),
+        "reverse_kl": lambda: t**2 * torch_kl(q, p),
+        "soft_cross_entropy": lambda: t**2 * (torch_kl(p, q) + p.entropy()),
+        "reverse_soft_cross_entropy": lambda: t**2 * (torch_kl(q, p) + q.entropy()),
+        "logit_mse": lambda: (student - teacher).square().sum(1) / student.shape[1],
+        "probability_mse": lambda: t**2 * (q.probs - p.probs).square().sum(1) / student.shape[1],
+    }[name]()
+
+
+@given(pairs)
+def test_every_name_is_that_of_its_objective(pair):
+    student, teacher, temperature = torch.tensor(pair[0]), torch.tensor(pair[1]), pair[2]
+    for name, objective in losses.TEACHER_OBJECTIVES.items():
+        if name != "dist":  # has tests of its own
+            values = objective(student, teacher, temperature=temperature, reduction="none")
+            torch.testing.assert_close(values, written_out(name, student, teacher, temperature), rtol=1e-7, atol=1e-9)
+    assert losses.TEACHER_OBJECTIVES["dist"] is losses.dist and "reverse_soft_cross_entropy" not in losses.OBJECTIVES
+
+
+@pytest.mark.parametrize("name", losses.TEACHER_OBJECTIVES)
+def test_the_objectives_that_need_the_whole_batch_are_those_whose_samples_do_not_stand_alone(name):
+    student, teacher = logits(50), logits(51)
+    objective = partial(losses.TEACHER_OBJECTIVES[name], temperature=2.0, reduction="none")
+    pieces = torch.cat([objective(student[part], teacher[part]) for part in (slice(0, 2), slice(2, 5))])
+    assert torch.allclose(pieces, objective(student, teacher)) == (name not in losses.BATCH_OBJECTIVES)
 
 
 @pytest.mark.parametrize("objective", losses.OBJECTIVES.values(), ids=losses.OBJECTIVES)

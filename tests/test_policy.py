@@ -268,6 +268,7 @@ def test_the_running_mean_forgets_geometrically():
     for rewards in steps:
         value = policy.running_mean(value, torch.tensor(rewards), decay=0.75)
     assert value.item() == pytest.approx(0.25 * (0.75**2 * 2 + 0.75 * 4 + 0))
+    assert policy.running_mean(value, torch.tensor([2.0, 4.0]), decay=0.0).item() == 3.0
     for decay in (-0.1, 1.0, math.nan):
         with pytest.raises(ValueError, match="decay is"):
             policy.running_mean(0.0, torch.tensor([1.0]), decay)

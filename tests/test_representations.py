@@ -270,7 +270,7 @@ def inputs(name: str, seed: int) -> torch.Tensor:
 @pytest.mark.parametrize("name", [*STATES, *HEADS])
 class TestEvery:
     @settings(max_examples=25)
-    @given(seed=st.integers(0, 99), more=st.integers(1, 4), size=st.sampled_from([1.0, 1e3]))
+    @given(seed=st.integers(0, 99), more=st.integers(1, 4), size=st.sampled_from([1.0, 1e3, math.inf, math.nan]))
     def test_padding_never_counts(self, name, seed, more, size):
         """Neither the columns that are added nor what stands in those that were there."""
         student, teacher = inputs(name, seed), inputs(name, seed + 100)

@@ -155,4 +155,4 @@ def _soft(
 
 def _by_sentence(values: Tensor, masked: Tensor) -> Tensor:
     """Values at masked positions as one for each sentence, so that their mean is the mean over the positions."""
-    return per_sentence(values, masked) * (len(masked) / max(1, len(values)))
+    return per_sentence(values, masked) * (len(masked) / len(values))

@@ -221,9 +221,41 @@ def test_dropout_is_no_part_of_the_teachers_update_and_modes_are_restored(labell
     assert pairs.same(*found)
 
 
-def test_the_rate_is_the_students_present_one():
-    given, taken = (stepped(rate=rate, feedback_at="after", meta_weight=1.0) for rate in (pairs.RATE, None))
-    assert pairs.same(pairs.weights(given[1]), pairs.weights(taken[1]))
+def test_the_rate_is_the_students_present_one(monkeypatch):
+    gradients = []
+    for rate in (pairs.RATE, None):
+        student, teacher = pairs.pair()
+        teacher.optimizer.param_groups[0]["lr"] *= 3  # it has a rate of its own
+        options = {"feedback_at": "after", "pilot_learning_rate": rate}
+        gradients.append(teachers_gradient(monkeypatch, student, teacher, **options))
+    assert pairs.same(*gradients)
+
+
+@pytest.mark.parametrize("at", module.FEEDBACK_AT)
+def test_what_is_logged_is_the_students_loss_and_both_entropies_before_the_step(at):
+    student, teacher = pairs.pair(dropout=0.5)
+    example, twin = models.targets(teacher.module, COURSE), pairs.pair(dropout=0.5)[0]
+    torch.manual_seed(0)
+    values = ikd(student, teacher, MIXTURE, feedback_at=at)(COURSE, EXAM)
+    torch.manual_seed(0)  # nothing but the student's own pass has drawn anything
+    own = models.outputs(twin.module, COURSE)
+    loss = MIXTURE(own, example, COURSE["labels"]).mean().item()
+    entropies = [torch.distributions.Categorical(logits=z.logits).entropy().mean().item() for z in (own, example)]
+    logged = [values["loss"], values["student_entropy"], values["teacher_entropy"]]
+    assert logged == pytest.approx([loss, *entropies], rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("tangent", "at", "passes"),
+    [("jvp", "before", 3), ("jvp", "after", 4), ("finite-difference", "after", 5), ("forward-difference", "after", 4)],
+)
+def test_a_difference_reuses_the_copys_own_pass(tangent, at, passes):
+    """The copy's course, the exam, the tangent, the student's own step."""
+    student, teacher = pairs.pair()
+    calls = []
+    student.module.register_forward_hook(lambda *_: calls.append(1))
+    ikd(student, teacher, MIXTURE, tangent=tangent, feedback_at=at)(COURSE, EXAM)
+    assert len(calls) == passes
 
 
 def test_a_student_that_stands_still_teaches_the_teacher_nothing():
@@ -335,3 +367,11 @@ class TestFeedback:
 def test_settings_without_meaning_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         module.check_settings(*arguments)
+
+
+@pytest.mark.parametrize("who", [0, 1])
+def test_micro_batches_of_either_network_are_refused(who):
+    both = pairs.pair()
+    both[who].micro_batches = 2
+    with pytest.raises(ValueError, match="micro_batches is 2"):
+        ikd(*both, MIXTURE)

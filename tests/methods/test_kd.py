@@ -1,15 +1,19 @@
 """Vanilla distillation: the mixture, its limits, the step."""
 
+import copy
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.nn import functional as F
 
-from kdlib import losses
+from kdlib import losses, models
 from kdlib.imitation import Imitation
+from kdlib.learner import accelerator_for, learner
 from kdlib.methods import kd
 from kdlib.models import Outputs, logits
-from tests import toy
+from tests import exact, toy
 from tests.test_learner import batch
 
 STUDENT = torch.tensor([[0.5, -1.0, 2.0], [1.0, 0.0, 0.0]], dtype=torch.float64)
@@ -66,6 +70,42 @@ def test_the_teacher_gets_no_gradient_and_micro_batches_look_up_their_own_rows()
             value = kd.distillation(who, lambda b: Outputs(teacher[b["positions"]]), Imitation(0.2, 3.0))(batch())
         ends.append(value["loss"])
     assert ends[0] == pytest.approx(ends[1], rel=1e-5)
+
+
+@pytest.mark.parametrize("rule", ["labels", "teacher"])
+@pytest.mark.parametrize("classes", [3, 1])
+def test_a_step_is_that_of_plain_torch_dropout_and_hidden_states_included(rule, classes):
+    """Written out with the same random numbers; a head of one output learns scores."""
+    data = exact.batch(6, 0) if classes > 1 else exact.batch(6, 0) | {"labels": torch.linspace(-1, 2, 6).double()}
+    student = toy.network(0, classes, 0.5, 2).double().train()
+    with torch.no_grad():
+        example = models.outputs(toy.network(1, classes, layers=2).double(), data, hidden_states=True)
+    objective = losses.kl_divergence if classes > 1 else losses.logit_mse
+    who = learner("student", student, accelerator_for("cpu"), 1e-2, 100, 0.0, warmup_ratio=0.0)
+    plain = copy.deepcopy(student)
+    optimizer = torch.optim.AdamW(plain.parameters(), lr=1e-2, weight_decay=0.0)
+    torch.manual_seed(5)
+    if rule == "labels":
+        value = kd.fine_tuning(who)(data)
+    else:
+        value = kd.distillation(who, lambda _: example, Imitation(0.3, 2.0, objective, 0.7))(data)
+
+    torch.manual_seed(5)
+    inputs = {name: data[name] for name in ("input_ids", "attention_mask", "token_type_ids")}
+    own = plain(**inputs, output_hidden_states=True)
+    squares = (own.logits[:, 0] - data["labels"]).square().mean()
+    loss = F.cross_entropy(own.logits, data["labels"]) if classes > 1 else squares
+    if rule == "teacher":
+        ours, theirs = ((z.logits / 2).log_softmax(-1) for z in (own, example))
+        soft = 4 * F.kl_div(ours, theirs, reduction="batchmean", log_target=True)
+        soft = soft if classes > 1 else (own.logits - example.logits).square().mean()
+        a, b = (F.normalize(z.hidden_states[1][:, 0], dim=-1) for z in (own, example))
+        loss = 0.3 * loss + 0.7 * soft + 0.7 * (a - b).square().sum(-1).mean()
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(plain.parameters(), 1.0)
+    optimizer.step()
+    assert value == {"loss": pytest.approx(loss.item(), rel=1e-9)}
+    assert exact.error(models.trainable(student), models.trainable(plain)) < 1e-9
 
 
 def nothing(batch) -> Outputs:

@@ -1,15 +1,17 @@
 """One step of LGTM against Algorithm 1 as written, by plain autograd; what a step must not touch; its relatives."""
 
+import math
 from copy import deepcopy
 from functools import partial
 
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 from kdlib import influence, losses, models, pilot
 from kdlib.imitation import Imitation
-from kdlib.learner import accelerator_for
+from kdlib.learner import accelerator_for, learner
 from kdlib.methods import lgtm as module
 from kdlib.methods.lgtm import lgtm, released
 from kdlib.methods.metadistil import metadistil
@@ -380,6 +382,25 @@ def test_the_influence_through_the_last_layers_is_the_part_of_the_inner_product_
     assert exact.error(influences, lesson.influences(lesson.distillation(), g)) < 1e-9
 
 
+def test_every_rate_is_that_of_its_own_network_and_its_own_schedule():
+    """The student's for the pilot and for "student_rate", the teacher's for "teacher_rate"; the student counts."""
+    rates = {"student": 0.3, "teacher": 0.02}
+    for chosen, weight in (("student_rate", 0.7 * rates["student"]), ("teacher_rate", rates["teacher"])):
+        ends = []
+        for options in ({"weight": chosen}, {"weight": weight, "pilot_learning_rate": rates["student"]}):
+            learners = start()[0]
+            for who in learners:
+                who.optimizer.param_groups[0]["lr"] = rates[who.name]
+            lgtm(*learners, MIXTURE, TEACHERS, "meta", **options)(BATCH, FEEDBACK)
+            ends.append([pairs.weights(who) for who in learners])
+        assert exact.error(*ends) < 1e-12
+    student, teacher = start()[0]
+    step = lgtm(student, teacher, MIXTURE, TEACHERS, feedback_every=2)
+    pilot_first = lambda batch: pilot.task_loss(models.outputs(teacher.module, batch), batch)  # noqa: E731
+    teacher.minimise(pilot_first, BATCH)  # a teacher that has learned before: its schedule is one step ahead
+    assert ["feedback_loss" in step(BATCH, FEEDBACK) for _ in range(3)] == [True, False, True]
+
+
 def passes(**settings) -> dict[str, int]:
     """How often a step runs the teacher and the student forward, and the teacher backward."""
     student, teacher = start()[0]
@@ -445,6 +466,51 @@ def test_observing_changes_nothing_and_measures():
     assert -1 <= values[-1]["influence_cosine"] <= 1
 
 
+@pytest.mark.parametrize("variant", module.VARIANTS)
+def test_what_is_observed_are_the_two_gradients_that_the_teacher_adds_up(variant):
+    """Ratio and cosine from plain autograd; losses and entropies from the answers before the step."""
+    ours, (student, teacher) = start()
+    values = lgtm(*ours, MIXTURE, TEACHERS, variant, 0.2, observe=True, pilot_learning_rate=FAR)(BATCH, FEEDBACK)
+    lesson, weights = Lesson(student, teacher, MIXTURE), list(teacher.parameters.values())
+    auxiliary = TEACHERS(lesson.theirs, pairs.constants(lesson.ours), BATCH["labels"]).mean()
+    first, second = (
+        torch.cat([v.flatten() for v in torch.autograd.grad(part, weights, retain_graph=True, materialize_grads=True)])
+        for part in (auxiliary, lesson.term(variant, 0.2, TEACHERS))
+    )
+    cosine = (first @ second / first.norm() / second.norm()).item()
+    assert values["influence_cosine"] == pytest.approx(cosine, abs=1e-6) and abs(cosine) > 0.01
+    assert values["influence_ratio"] == pytest.approx((second.norm() / first.norm()).item(), rel=1e-6)
+    assert values["teacher_loss"] == pytest.approx(auxiliary.item(), rel=1e-9)
+    for name, outputs in (("student", lesson.ours), ("teacher", lesson.theirs)):
+        entropy = torch.distributions.Categorical(logits=outputs.logits).entropy().mean().item()
+        assert values[f"{name}_entropy"] == pytest.approx(entropy, rel=1e-6)
+    alone = lgtm(*start()[0], MIXTURE, None, "meta", observe=True)(BATCH, FEEDBACK)
+    assert alone["influence_ratio"] == math.inf
+
+
+@pytest.mark.parametrize("options", [{"share": 0.5}, {"observe": True}], ids=str)
+def test_a_teacher_with_frozen_weights_can_be_measured(options):
+    student, teacher = pairs.pair()
+    embeddings = teacher.module.bert.embeddings.requires_grad_(False)
+    before = {name: p.clone() for name, p in embeddings.named_parameters()}
+    teacher = learner("teacher", teacher.module, teacher.accelerator, pairs.RATE, 100, warmup_ratio=0.0)
+    values = lgtm(student, teacher, MIXTURE, TEACHERS, **options)(BATCH, FEEDBACK)
+    assert math.isfinite(values["influence_ratio"]) and values["influence_ratio"] > 0
+    assert pairs.same(dict(embeddings.named_parameters()), before)
+
+
+def test_settings_replace_those_of_the_released_preset():
+    ends = []
+    for step_of in (
+        lambda who: released(*who, tangent="jvp", weight=0.3),
+        lambda who: lgtm(*who, module.RELEASED_STUDENT, module.RELEASED_TEACHER, "released", 0.3, pilot_rule="adamw"),
+    ):
+        learners = start(warm=1)[0]
+        step_of(learners)(BATCH, FEEDBACK)
+        ends.append([pairs.weights(who) for who in learners])
+    assert pairs.same(*ends)
+
+
 def test_a_share_is_the_ratio_that_is_measured():
     student, teacher = pairs.pair()
     values = lgtm(student, teacher, MIXTURE, TEACHERS, share=0.25)(BATCH, FEEDBACK)
@@ -453,20 +519,15 @@ def test_a_share_is_the_ratio_that_is_measured():
     assert values["influence_weight"] == pytest.approx(0.25 / at_one["influence_ratio"])
 
 
-def test_a_student_without_gradient_has_no_share():
-    """Zero over zero is none: where the feedback asks for nothing the term is nothing."""
+def test_where_the_lesson_changes_nothing_there_is_no_share():
+    """Zero over zero is none: behind a classifier of zeros the student's answers do not move, so I_i = 0 for all."""
     student, teacher = pairs.pair()
-    torch.nn.init.zeros_(student.module.classifier.weight)
-    for parameter in student.module.bert.parameters():
-        parameter.requires_grad_(False)
-    for parameter in student.module.classifier.parameters():
-        parameter.requires_grad_(False)
-    student.module.classifier.bias.requires_grad_(True)
-    quiet = FEEDBACK | {"labels": torch.tensor([0, 1, 2, 0, 1, 2])}
-    with torch.no_grad():
-        student.module.classifier.bias.zero_()
-    values = lgtm(student, teacher, MIXTURE, TEACHERS, share=0.5, pilot_learning_rate=0.0)(BATCH, quiet)
-    assert values["influence_weight"] < 1e15 and values["influence_mean"] == pytest.approx(0, abs=1e-12)
+    nn.init.zeros_(student.module.classifier.weight), nn.init.zeros_(student.module.classifier.bias)
+    student.module.requires_grad_(False)
+    student.module.bert.pooler.dense.weight.requires_grad_(True)
+    values = lgtm(student, teacher, MIXTURE, TEACHERS, share=0.5)(BATCH, FEEDBACK)
+    assert values["influence_mean"] == 0.0 and values["influence_weight"] == 0.0
+    assert all(value.isfinite().all() for value in pairs.weights(teacher).values())
 
 
 @pytest.mark.parametrize(("options", "inside"), [({}, torch.float32), ({"tangent_precision": "autocast"}, HALF)])
@@ -503,7 +564,9 @@ def test_pilot_feedback_and_tangent_run_in_the_precision_they_are_given_and_ever
         ({"weight": "student"}, "influence_weight is 'student'; expected a number ≥ 0 or one of student_rate"),
         ({"weight": -1.0}, "influence_weight is -1.0"),
         ({"weight": float("nan")}, "influence_weight is nan"),
+        ({"weight": float("inf")}, "influence_weight is inf"),
         ({"share": -0.1}, "influence_share is -0.1"),
+        ({"share": float("inf")}, "influence_share is inf"),
         ({"pilot_rule": "adam"}, "pilot_rule is 'adam'; expected one of sgd, adamw"),
         ({"feedback_every": 0}, "feedback_every is 0"),
         ({"imitation": Imitation(1.0)}, "no teacher can influence it"),
@@ -522,16 +585,21 @@ def test_settings_without_meaning_are_refused(settings, message):
 
 @pytest.mark.parametrize("influence", module.VARIANTS)
 def test_in_pieces_the_step_is_the_same(influence):
-    ends = []
+    ends, sizes = [], []
     for pieces in (1, 4):
         student, teacher = pairs.pair()
+        student.module.register_forward_hook(lambda *what: sizes.append(len(what[-1].logits)))
         logged = lgtm(student, teacher, MIXTURE, TEACHERS, influence, pilot_pieces=pieces)(BATCH, FEEDBACK)
         ends.append((pairs.weights(student), pairs.weights(teacher), torch.tensor(list(logged.values()))))
     assert exact.error(*ends) < 1e-9
+    assert sizes == [6, 6, 6, 6] + [2, 2, 1, 1] * 2 + [6, 6]  # pilot, feedback, tangent, the student's own step
     with pytest.raises(ValueError, match="pilot_pieces is 2: objective 'dist'"):
         lgtm(*pairs.pair(), Imitation(0.3, 2.0, losses.OBJECTIVES["dist"]), TEACHERS, pilot_pieces=2)
 
 
-def test_pieces_of_a_batch_are_refused():
+@pytest.mark.parametrize("who", [0, 1])
+def test_micro_batches_of_either_network_are_refused(who):
+    both = pairs.pair()
+    both[who].micro_batches = 2
     with pytest.raises(ValueError, match="micro_batches is 2"):
-        lgtm(*pairs.pair(micro_batches=2), MIXTURE, TEACHERS)
+        lgtm(*both, MIXTURE, TEACHERS)

@@ -57,7 +57,7 @@ def both(imitation=MIXTURE, warm=0, **settings):
         for group in who.optimizer.param_groups:
             group["lr"] = pairs.RATE
     plain = pairs.Plain(student), pairs.Plain(teacher)
-    rate = pairs.RATE if settings.get("pilot_rule") == "adamw" else FAR
+    rate = 3 * pairs.RATE if settings.get("pilot_rule") == "adamw" else FAR  # not that of the real student
     values = metadistil(student, teacher, imitation, pilot_learning_rate=rate, **settings)(BATCH, FEEDBACK)
     names = {"inner_steps": "steps", "pilot_rule": "rule", "pilot_update": "pilot_update"}
     algorithm_1(*plain, imitation, rate=rate, **{names[k]: v for k, v in settings.items() if k in names})
@@ -158,9 +158,28 @@ def test_the_pilot_takes_the_students_present_rate():
     ends = []
     for rate in (None, pairs.RATE):
         student, teacher = pairs.pair()
+        teacher.optimizer.param_groups[0]["lr"] *= 3  # it has a rate of its own
         metadistil(student, teacher, MIXTURE, pilot_learning_rate=rate)(BATCH, FEEDBACK)
         ends.append(pairs.weights(teacher))
     assert pairs.same(*ends)
+
+
+def test_what_is_logged_is_the_real_students_loss_and_both_entropies_at_the_lesson_that_it_had():
+    """With dropout in the student's own pass and none in the teacher's answers, those of after its step."""
+    for update in (True, False):
+        student, teacher = pairs.pair(dropout=0.5)
+        before = models.targets(teacher.module, BATCH)
+        twin = pairs.pair(dropout=0.5)[0]
+        torch.manual_seed(0)
+        values = metadistil(student, teacher, MIXTURE, pilot_update=update)(BATCH, FEEDBACK)
+        example = models.targets(teacher.module, BATCH) if update else before
+        torch.manual_seed(0)  # nothing but the student's own pass has drawn anything
+        own = models.outputs(twin.module, BATCH)
+        loss = MIXTURE(own, example, BATCH["labels"]).mean().item()
+        entropies = [torch.distributions.Categorical(logits=z.logits).entropy().mean().item() for z in (own, example)]
+        logged = [values["loss"], values["student_entropy"], values["teacher_entropy"]]
+        assert logged == pytest.approx([loss, *entropies], rel=1e-6)
+        assert (exact.error(example.logits, before.logits) > 1e-6) == update
 
 
 def test_watching_changes_nothing_and_measures():
@@ -249,11 +268,20 @@ def test_settings_without_meaning_are_refused(arguments, message):
         module.check_settings(*arguments)
 
 
+@pytest.mark.parametrize("who", [0, 1])
+def test_micro_batches_of_either_network_are_refused(who):
+    both = pairs.pair()
+    both[who].micro_batches = 2
+    with pytest.raises(ValueError, match="micro_batches is 2"):
+        metadistil(*both, MIXTURE)
+
+
 @pytest.mark.parametrize("rule", module.PILOT_RULES)
 def test_pieces_change_nothing_but_what_is_kept_for_the_backward_passes(rule):
-    ends, kept = [], []
+    ends, kept, sizes = [], [], []
     for pieces in (1, 4):
         student, teacher = pairs.pair()
+        student.module.register_forward_hook(lambda *what: sizes.append(len(what[-1].logits)))
         step = metadistil(student, teacher, MIXTURE, pilot_rule=rule, pilot_pieces=pieces)
         saved = Saved([student.module, teacher.module])
         with saved:
@@ -262,6 +290,7 @@ def test_pieces_change_nothing_but_what_is_kept_for_the_backward_passes(rule):
         kept.append(saved.most)
     assert exact.error(*ends) < 1e-9
     assert kept[1] < 0.95 * kept[0]
+    assert sizes == [6, 6, 6, 6] + [2, 2, 1, 1] * 2 + [6, 6]  # experiment, quiz, tangent, the student's own step
 
 
 @pytest.mark.parametrize(("pieces", "objective"), [(0, losses.kl_divergence), (2, losses.OBJECTIVES["dist"])])

@@ -134,6 +134,26 @@ def test_who_is_only_asked_is_asked_without_dropout(order, monkeypatch):
     assert not any(example.requires_grad for example in examples)
 
 
+def test_at_once_both_run_once_and_each_learns_from_what_the_other_said_in_that_run():
+    """With dropout, so that a second question would have another answer."""
+    learners, asked, seen = exact.learners(dropout=0.5), [], []
+    for who in learners:
+        who.module.train().register_forward_hook(
+            lambda *what, name=who.name: asked.append((name, what[-1].logits.detach()))
+        )
+
+    def kept(own, example, temperature, reduction):
+        seen.append((own.detach(), example))
+        return losses.kl_divergence(own, example, temperature, reduction=reduction)
+
+    online_distillation(*learners, Imitation(0.3, 2.0, kept), Imitation(0.6, 3.0, kept), "simultaneous")(BATCH)
+    assert [name for name, _ in asked] == ["student", "teacher"]
+    (ours, theirs), ((own, example), (their_own, their_example)) = [logits for _, logits in asked], seen
+    assert torch.equal(own, ours) and torch.equal(example, theirs)
+    assert torch.equal(their_own, theirs) and torch.equal(their_example, ours)
+    assert not example.requires_grad and not their_example.requires_grad
+
+
 @pytest.mark.parametrize("order", ORDERS)
 def test_pieces_of_a_batch_give_the_step_of_the_whole(order):
     ends = []

@@ -217,13 +217,22 @@ def test_predictions_are_asked_for_at_masked_positions_only(student, case):
     assert not torch.allclose(loss(BATCH | {"masked": moved}).mean(), loss(BATCH).mean(), rtol=1e-6)
 
 
-def test_a_sentence_without_a_masked_word_adds_nothing(student):
-    one = MASKED.clone()
+@pytest.mark.parametrize("case", ["masked language model", "soft labels"])
+def test_a_sentence_counts_with_its_own_masked_words(student, case):
+    """One of the four is in the first sentence; without it there is the second alone, and without any no loss."""
+    loss, one = CASES[case][0](student), MASKED.clone()
+    values = loss(BATCH)
+    first, second = (
+        {name: BATCH[name][i : i + 1] for name in ("input_ids", "corrupted", "attention_mask", "masked")}
+        for i in range(2)
+    )
+    # Means over one word and over three, as parts of a mean over four that is a mean over two sentences.
+    parts = [2 * loss(first) / 4, 2 * 3 * loss(second) / 4]
+    torch.testing.assert_close(values, torch.cat(parts), rtol=1e-9, atol=0)
     one[0] = False
-    values = task_agnostic.soft_labels(student, TEACHER)(BATCH | {"masked": one})
-    assert values[0] == 0
-    alone = {name: BATCH[name][1:] for name in ("input_ids", "corrupted", "attention_mask")} | {"masked": one[1:]}
-    assert values.mean().item() == pytest.approx(task_agnostic.soft_labels(student, TEACHER)(alone).item(), rel=1e-9)
+    torch.testing.assert_close(loss(BATCH | {"masked": one}), torch.cat([0 * loss(second), 2 * loss(second)]))
+    with pytest.raises(ValueError, match="got 0 samples"):
+        loss(BATCH | {"masked": torch.zeros_like(MASKED)})
 
 
 def test_minilm_v2_may_take_another_layer_of_the_teacher(student):
