@@ -8,20 +8,17 @@ data/runs/07_validation_loss/<way>-seed<n>.json, a column for each quantity; wha
 import json
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
-from unittest import mock
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("KDLIB_PROGRESS", "0")
 
 import pandas as pd
 import torch
-from torch.nn import functional as F
 
-from kdlib import glue, models, runs, trainer
-from kdlib.learner import Learner
+from kdlib import runs
 from tools import experiments
 from tools.chapters import ROOT
 
@@ -65,35 +62,10 @@ def config_of(job: Job, **changes: Any) -> runs.RunConfig:
     return experiments.lgtm_run(method, job.seed, **{**term, **changes})
 
 
-def evaluation_with_losses(
-    learner: Learner,
-    task: glue.Task,
-    splits: dict[str, glue.Encoded],
-    batch_size: int = 128,
-    others: Sequence[Learner] = (),
-) -> trainer.Evaluate:
-    """`trainer.evaluation` with the mean cross entropy of the labels, in nats, beside the metrics of each network."""
-    metrics_alone = EVALUATION(learner, task, splits, batch_size, others)
-
-    def evaluate() -> dict[str, float]:
-        values = metrics_alone()
-        for who, prefix in ((learner, ""), *((other, f"{other.name}/") for other in others)):
-            for name, encoded in splits.items():
-                logits = torch.from_numpy(models.predict(who.module, encoded, batch_size))
-                values[f"{prefix}{name}/loss"] = F.cross_entropy(logits, encoded.labels).item()
-        return values
-
-    return evaluate
-
-
-EVALUATION = trainer.evaluation
-
-
 def compute(job: Job, work: Path = WORK, **changes: Any) -> dict[str, Any]:
     """Make a run and return its record: the columns of its history that tell of overfitting."""
     torch.set_num_threads(1)
-    with mock.patch.object(trainer, "evaluation", evaluation_with_losses):
-        record = runs.run(config_of(job, output_dir=str(work), **changes))
+    record = runs.run(config_of(job, output_dir=str(work), **changes))
     history = pd.DataFrame(record.history)
     wanted = [f"{who}validation/{what}" for who in ("", "teacher/") for what in KEPT]
     names = [name for name in ("epoch", "train_loss", "train_feedback_loss", *wanted) if name in history]
