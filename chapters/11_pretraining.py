@@ -129,6 +129,7 @@ tutor_start = None  # "teacher", a copy of its head, or "random"
 # misspelt one is found here.
 
 # %%
+# NBVAL_CHECK_OUTPUT
 given = {name: value for name, value in globals().items() if name not in names_before and not name.startswith("_")}
 downstream = given.pop("downstream")
 config = pretraining.configure(**given)
@@ -142,6 +143,7 @@ print("chosen for you:", ", ".join(f"{name} = {value}" for name, value in chosen
 # resumed masks what it would have masked.
 
 # %%
+# NBVAL_CHECK_OUTPUT
 tokenizer = models.load_tokenizer(config.teacher or config.student)
 text, held_out = pretraining.load_corpus(config, tokenizer)
 for name in ("lines", "empty", "undecodable", "cut"):
@@ -289,6 +291,7 @@ print("of the text:", ", ".join(f"{name} {count:,}" for name, count in record.sa
 # best epoch is kept; here `evaluate_every` decides, and the last weights count if it is as long as the training.
 
 # %%
+# NBVAL_CHECK_OUTPUT
 RATES, SEEDS, LONG = (2e-5, 3e-5, 4e-5, 5e-5), range(4), ("cola", "mrpc", "rte")
 TASKS = ("mnli", "qnli", "qqp", "sst2", "cola", "stsb", "mrpc", "rte")
 
@@ -330,6 +333,7 @@ print(f"{len(TASKS)} tasks, {len(RATES)} rates, {len(SEEDS)} seeds: {total} runs
 
 
 # %%
+# NBVAL_CHECK_OUTPUT
 def recorded():
     """The records of this chapter, none where there are none yet."""
     try:
@@ -362,6 +366,7 @@ pd.DataFrame(rows).round(2)
 # compared: mean over seeds, in per cent.
 
 # %%
+# NBVAL_CHECK_OUTPUT
 rows = [
     {
         "task": name.split("/")[0],
@@ -378,6 +383,7 @@ table = table.groupby(["task", "metric", "student learned from"])["score"]
 table.agg(mean="mean", std="std", seeds="count").round(1).reset_index()
 
 # %%
+# NBVAL_CHECK_OUTPUT
 for environment in sorted(
     {(r.environment["processor"], r.environment["device"], r.environment["threads"]) for r in found}
 ):
@@ -390,6 +396,7 @@ print("precision:", ", ".join(sorted({r.config["precision"] for r in found})) or
 # steps and fine-tune on whole tasks, so its numbers, below, are not comparable.
 
 # %%
+# NBVAL_CHECK_OUTPUT
 printed = runs.published()
 printed = printed[(printed["table"] == "tutor-tab2") & printed["task"].isin(["sst2", "mrpc", "rte"])]
 printed.pivot_table(index=["student", "method"], columns=["task", "metric"], values="value", aggfunc="first").fillna("")
@@ -401,10 +408,12 @@ printed.pivot_table(index=["student", "method"], columns=["task", "metric"], val
 # --write` measures it again.
 
 # %%
+# NBVAL_CHECK_OUTPUT
 costs = pd.read_csv(Path(runs.__file__).resolve().parents[1] / "data" / "benchmarks" / "tutor.csv")
 costs
 
 # %%
+# NBVAL_CHECK_OUTPUT
 dearest = costs.loc[costs["way"] == "Tutor-KD", "seconds / soft labels"]
 print(f"A step of Tutor-KD takes {dearest.min():.2f} to {dearest.max():.2f} times as long as one of soft labels.")
 

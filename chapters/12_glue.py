@@ -155,6 +155,7 @@ feedback_layers = None  # influence through the last layers only
 # misspelt one is found here.
 
 # %%
+# NBVAL_CHECK_OUTPUT
 given = {name: value for name, value in globals().items() if name not in names_before and not name.startswith("_")}
 baseline = given.pop("baseline")
 config = runs.configure(**given)
@@ -171,6 +172,7 @@ if config.objective == "logit_mse" and config.glue_task.is_regression:
 # ## The data
 
 # %%
+# NBVAL_CHECK_OUTPUT
 data = runs.load_data(config)
 splits = {"train": data.train, **data.evaluation, **data.test}
 print("  ".join(f"{name}: {len(split):,}" for name, split in splits.items()))
@@ -336,6 +338,7 @@ print("label:", expected if data.task.is_regression else data.task.label_names[e
 
 
 # %%
+# NBVAL_CHECK_OUTPUT
 def measured(task):
     """Mean and standard deviation over seeds of every way to train, times 100."""
     name = "validation/accuracy"
@@ -386,10 +389,12 @@ sst2 = measured("sst2")
 sst2
 
 # %%
+# NBVAL_CHECK_OUTPUT
 mrpc = measured("mrpc")
 mrpc
 
 # %%
+# NBVAL_CHECK_OUTPUT
 found = runs.book_records("12_glue")
 sizes = {r.config["task"]: r.samples for r in found}
 seeds = {task: len({r.config["seed"] for r in found if r.config["task"] == task}) for task in sizes}
@@ -410,6 +415,7 @@ print("precision:", ", ".join(sorted({r.config["precision"] for r in found})))
 
 
 # %%
+# NBVAL_CHECK_OUTPUT
 def paired(task, metric="validation/accuracy", rival="kd"):
     """Gain of every method over `rival`, paired by seed, with a 95 % interval."""
     scores = {}
@@ -434,6 +440,7 @@ paired("sst2")
 # compare sentences, and sees a small part. So only the order of the methods could be compared, if ours were resolved.
 
 # %%
+# NBVAL_CHECK_OUTPUT
 printed = runs.published()
 same = ["teacher", "student alone", "KD", "ProKT", "DML", "MetaDistil", "IKD", "LGTM"]
 printed = printed[
