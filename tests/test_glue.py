@@ -889,6 +889,13 @@ def test_a_tenth_of_train_is_cut_out_where_there_is_no_validation(tmp_path_facto
         assert all(abs(taken[c] - n / 10) <= 1 for c, n in counts.items() if n > 1)
 
 
+def test_the_only_row_of_a_class_stays_in_train(tmp_path):
+    for often in range(4, 12):
+        labels = [*["a", "b"] * often, *"cdefghij"]
+        data = glue.load(own(tmp_path, train=labels), MINE)
+        assert {labels[row] for row in data.train["row"]} == set(labels)
+
+
 def test_too_few_rows_to_cut_validation_out(tmp_path):
     with pytest.raises(
         ValueError, match=r"no validation split, and its 2 training rows are too few.*add a file named val"
