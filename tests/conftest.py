@@ -35,6 +35,16 @@ def no_other_machine(monkeypatch):
         pytest.fail(f"no test needs the network, but this one asked for {', '.join(asked)}")
 
 
+@pytest.fixture
+def offline_hub(monkeypatch):
+    """For a test that names a network of the hub: the libraries are told to be offline, and do not ask."""
+    import datasets
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+
+
 @pytest.fixture(scope="session")
 def root() -> Path:
     """The root of the repository."""

@@ -175,7 +175,7 @@ class TestMiniLM:
 
 
 class TestLoadingErrors:
-    def test_a_hub_that_cannot_be_reached(self, tokenizer):
+    def test_a_hub_that_cannot_be_reached(self, tokenizer, offline_hub):
         with pytest.raises(OSError, match=r"cannot load 'no-such/model-anywhere'.*'minilm' \(offline\)"):
             models.load("no-such/model-anywhere", TASK, tokenizer)
         with pytest.raises(OSError, match="cannot load 'no-such/model-anywhere'"):
@@ -197,7 +197,7 @@ class TestLoadingErrors:
         with pytest.raises(ValueError, match="has 40 word embeddings, but the tokenizer"):
             models.load(str(tmp_path), TASK, tokenizer)
 
-    def test_the_masked_language_model_has_the_same_errors(self, tokenizer, tmp_path):
+    def test_the_masked_language_model_has_the_same_errors(self, tokenizer, tmp_path, offline_hub):
         with pytest.raises(OSError, match="cannot load 'no-such/model-anywhere'"):
             models.load_masked("no-such/model-anywhere", tokenizer)
         masked_network("bert").save_pretrained(tmp_path)
