@@ -15,7 +15,6 @@ import hashlib
 import json
 import os
 import platform
-import re
 import shutil
 import subprocess
 import time
@@ -337,7 +336,7 @@ def configure(**parameters: Any) -> RunConfig:
     """
     known, problems = typed(RunConfig, parameters)
     config = RunConfig(**known)
-    problems += _name_problems(config)
+    problems += path_problems(config, ("source", "output_dir", "teacher", "student"))
     problems += bound_problems(config, _POSITIVE, _AT_LEAST_ZERO)
     for name in _UNIT_INTERVAL:
         value = getattr(config, name)
@@ -395,22 +394,7 @@ def bound_problems(
 
 
 MAX_NAME = 100
-"""Characters of a task's name, which names folders and files."""
-
-
-def _name_problems(config: RunConfig) -> list[str]:
-    """Names that cannot be those of files, and empty ones."""
-    problems = path_problems(config, ("source", "output_dir", "teacher", "student"))
-    if not re.fullmatch(r"\w[\w .+-]*", config.task) or len(config.task) > MAX_NAME:
-        problems.append(
-            f"task is {config.task[:MAX_NAME]!r}; files are named after it: expected a letter or digit, then letters, "
-            f"digits, blanks and . + - _, {MAX_NAME} at most"
-        )
-    for name in ("text_columns", "metrics"):
-        value = getattr(config, name)
-        if value is not None and not all(_listed(value)):
-            problems.append(f"{name} is {value!r}; expected one name, or several with one comma between each two")
-    return problems
+"""Characters of a corpus's name, which names folders."""
 
 
 def path_problems(config: Any, names: typing.Sequence[str]) -> list[str]:
@@ -753,6 +737,8 @@ class RunRecord:
     """what data and networks from outside the package were, see `contents`"""
     unknown: dict[str, float] = field(default_factory=dict)
     """the share of word pieces that the vocabulary does not have, by split; only where there are any"""
+    notes: list[str] = field(default_factory=list)
+    """what was decided when the data were read, see `glue.load`"""
     folder: Path = field(default=Path(), compare=False)
 
     @property
@@ -1164,6 +1150,7 @@ def _finish(
         finished=datetime.now(UTC).isoformat(timespec="seconds"),
         contents=contents(config),
         unknown={name: round(split.unknown, 4) for name, split in encoded.items() if split.unknown},
+        notes=list(data.notes),
         folder=config.folder,
     )
     write_record(record)

@@ -113,8 +113,10 @@ class TestConfigure:
             ({"teacher_epochs": -1}, "teacher_epochs is -1; expected 0 or more"),
             ({"precision": "fp61"}, "did you mean 'fp16'"),
             ({"task": "mine", "text_columns": "a,b,c"}, "expected one or two"),
-            ({"task": "mine", "text_columns": "a,"}, "text_columns is 'a,'; expected one name, or several"),
-            ({"task": "mine", "text_columns": ""}, "text_columns is ''; expected one name, or several"),
+            ({"task": "mine", "text_columns": "a,"}, "has a column without a name"),
+            ({"task": "mine", "text_columns": ""}, "has a column without a name"),
+            ({"task": "mine", "text_columns": "a", "metrics": "accuracy,"}, "metric ''"),
+            ({"task": "mine", "text_columns": "a", "metrics": "makro_f1"}, "did you mean 'macro_f1'"),
             ({"label_column": "stars"}, "label_column is 'stars', which describes data of your own: give text_columns"),
             ({"regression": True}, "regression is True, which describes data of your own"),
             ({"metrics": "f1"}, "metrics is 'f1', which describes data of your own"),
@@ -139,12 +141,15 @@ class TestConfigure:
             runs.configure(**parameters)
         assert str(caught.value).count("\n  - ") == 1
 
-    @pytest.mark.parametrize("name", ["../../evil", "/etc/x", "..", "a\nb", "$(ls)", "<script>", "", "x" * 200, "a/b"])
+    @pytest.mark.parametrize("name", ["../../evil", "/etc/x", "..", "a\nb", "", "x" * 200, "a/b"])
     def test_a_task_whose_name_is_no_file_name_is_refused(self, name):
-        with pytest.raises(ConfigurationError, match="files are named after it"):
+        with pytest.raises(ConfigurationError, match=r"files are named\s+after it") as caught:
             runs.configure(task=name, text_columns="text")
+        assert str(caught.value).count("\n  - ") == 1
 
-    @pytest.mark.parametrize("field", [f for f in dataclasses.fields(RunConfig) if "int" in str(f.type)], ids=str)
+    @pytest.mark.parametrize(
+        "field", [f for f in dataclasses.fields(RunConfig) if "int" in str(f.type)], ids=lambda f: f.name
+    )
     @pytest.mark.parametrize("value", [10**40, -(10**40)])
     def test_every_whole_number_has_a_limit(self, field, value):
         method = next(iter(runs.READ_BY.get(field.name, ["kd"])))
