@@ -56,7 +56,7 @@ def cross_entropy(
 
 
 def squared_error(
-    predictions: Float[Tensor, "batch #1"], targets: Float[Tensor, "batch"], reduction: Reduction = "mean"
+    predictions: Float[Tensor, "batch 1"], targets: Float[Tensor, "batch"], reduction: Reduction = "mean"
 ) -> Tensor:
     """Squared error (prediction − target)² of a regression head with one output, shapes `(batch, 1)` and `(batch,)`.
 

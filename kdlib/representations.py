@@ -13,15 +13,21 @@ from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Shaped
 from torch import Tensor
 from torch.nn import functional as F
 
-Mask = Int[Tensor, "batch tokens"]
-"""1 for a token, 0 for padding."""
+Mask = Shaped[Tensor, "batch tokens"]
+"""1 for a token, 0 for padding: integers, booleans or floating-point numbers."""
 
 Heads = Float[Tensor, "batch heads tokens size"]
 """Queries, keys or values of one layer."""
+
+TeachersHeads = Float[Tensor, "batch heads tokens teachers_size"]
+"""Those of a teacher with as many heads, which may be of another size."""
+
+OtherHeads = Float[Tensor, "batch other_heads tokens other_size"]
+"""Those of a network that may differ in both."""
 
 # Hidden states
 
@@ -45,7 +51,7 @@ def layer_map(student_depth: int, teacher_depth: int) -> tuple[tuple[int, int], 
 
 def hidden_mse(
     student_states: Sequence[Float[Tensor, "batch tokens hidden"]],
-    teacher_states: Sequence[Float[Tensor, "batch tokens hidden"]],
+    teacher_states: Sequence[Float[Tensor, "batch tokens teachers_hidden"]],
     attention_mask: Mask,
     projection: Callable[[Tensor], Tensor] | None = None,
     pairs: Sequence[tuple[int, int]] | None = None,
@@ -119,7 +125,7 @@ def attention(queries: Heads, keys: Heads, attention_mask: Mask) -> Float[Tensor
 
 def attention_mse(
     student: tuple[Sequence[Heads], Sequence[Heads]],
-    teacher: tuple[Sequence[Heads], Sequence[Heads]],
+    teacher: tuple[Sequence[TeachersHeads], Sequence[TeachersHeads]],
     attention_mask: Mask,
     of: Literal["distributions", "scores"] = "distributions",
 ) -> Float[Tensor, "batch"]:
@@ -154,7 +160,11 @@ def attention_mse(
 
 
 def attention_kl(
-    student_queries: Heads, student_keys: Heads, teacher_queries: Heads, teacher_keys: Heads, attention_mask: Mask
+    student_queries: Heads,
+    student_keys: Heads,
+    teacher_queries: TeachersHeads,
+    teacher_keys: TeachersHeads,
+    attention_mask: Mask,
 ) -> Float[Tensor, "batch"]:
     """KL(teacher ‖ student) of the attention distributions of one layer, averaged over heads and queries, in nats.
 
@@ -170,7 +180,7 @@ def attention_kl(
 
 
 def relation_kl(
-    student: Heads, teacher: Heads, attention_mask: Mask, relation_heads: int | None = None
+    student: Heads, teacher: OtherHeads, attention_mask: Mask, relation_heads: int | None = None
 ) -> Float[Tensor, "batch"]:
     """KL(teacher ‖ student) of the relations softmax(X Xᵀ / √size), averaged over heads and queries, in nats.
 
@@ -229,6 +239,6 @@ def _check_widths(student: Tensor, teacher: Tensor, remedy: str) -> None:
         )
 
 
-def _check_heads(student: Heads, teacher: Heads, remedy: str) -> None:
+def _check_heads(student: Heads, teacher: OtherHeads, remedy: str) -> None:
     if student.shape[1] != teacher.shape[1]:
         raise ValueError(f"the student has {student.shape[1]} heads, the teacher {teacher.shape[1]}: {remedy}")

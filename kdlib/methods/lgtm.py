@@ -95,7 +95,7 @@ def lgtm(
     names = None if feedback_layers is None else models.last_layers(module, feedback_layers)
     lowered = student.accelerator.autocast if tangent_precision == "autocast" else nullcontext
 
-    def influences_on(batch: Batch, feedback: Batch, answers: Outputs, rate: float) -> tuple[Tensor, Outputs, float]:
+    def influences_on(batch: Batch, feedback: Batch, answers: Outputs, rate: float) -> tuple[Tensor, Outputs, Tensor]:
         """Lines 3 to 7: I_i, which can be differentiated in the teacher's answers; the student's outputs; L_val."""
         with lowered():
             trial = teaching_experiment(student, batch, detached(answers), imitation, 1, pilot_rule, rate, pilot_pieces)

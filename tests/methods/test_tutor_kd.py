@@ -291,9 +291,12 @@ def test_in_turns_the_student_learns_words_that_the_new_tutor_drew(monkeypatch):
     embeddings.register_forward_pre_hook(
         lambda *what: read.append(what[-1]["input_ids"][MASKED].tolist()), with_kwargs=True
     )
+    inside, inner_loss = [], tutor.inner_loss
+    monkeypatch.setattr(tutor, "inner_loss", lambda *what: (inside.append(1), inner_loss(*what))[1])
     tutor.tutor_kd(*learners, TEACHER, SPECIAL, MASK, Settings(order="in turns"))(BATCH)
     assert len(asked) == 2 and not torch.allclose(*asked)
     assert read == DRAWN.tolist()
+    assert len(inside) == 1  # what is inside the networks earns the tutor nothing
 
 
 def test_padding_changes_nothing(fixed_draws):
