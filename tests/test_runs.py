@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertForSequenceClassification
 
 from kdlib import glue, models, runs, trainer
 from kdlib.runs import ConfigurationError, RunConfig
@@ -248,6 +248,76 @@ class TestRun:
         deeper = runs.configure(**{**QUICK, "student": None}, student_layers=3, output_dir=str(folder))
         with pytest.raises(ValueError, match="the teacher has 2 layers"):
             runs.run(deeper)
+
+    def test_a_student_may_be_cut_from_a_checkpoint_of_its_own(self, folder, tmp_path):
+        """IKD's Table 1: another network teaches than the one whose first layers are the student."""
+        tokenizer = models.load_tokenizer("tiny-1x32")
+        whole = models.load("tiny-3x32", glue.task_for("mini-mnli"), tokenizer, 7)
+        runs.save_pretrained(whole.base_model, tokenizer, tmp_path / "own")
+        config = runs.configure(**{**QUICK, "student": str(tmp_path / "own")}, student_layers=2)
+        student = runs.load_student(config, config.glue_task, tokenizer)
+        assert student.config.num_hidden_layers == 2
+        for ours, theirs in zip(student.bert.encoder.layer, whole.bert.encoder.layer[:2], strict=True):
+            torch.testing.assert_close(ours.state_dict(), theirs.state_dict(), rtol=0, atol=0)
+
+    @pytest.mark.parametrize("who", ["student", "teacher"])
+    @pytest.mark.parametrize("split", ["train", "validation", "test"])
+    def test_a_text_that_a_network_cannot_read_is_found_before_training(self, tmp_path, monkeypatch, who, split):
+        for name in ("train", "validation", "test"):
+            texts = ["the film was good", "the film was bad"] * 8
+            texts[5] = "the film was good " * 40 if name == split else texts[5]
+            pd.DataFrame({"text": texts, "label": [1, 0] * 8}).to_csv(tmp_path / f"{name}.csv", index=False)
+        tokenizer = models.load_tokenizer("tiny-1x32")
+        for name, longest in (("short", 64), ("long", 512)):
+            configuration = models.tiny_config("tiny-1x32", len(tokenizer), 2)
+            configuration.max_position_embeddings = longest
+            runs.save_pretrained(BertForSequenceClassification(configuration), tokenizer, tmp_path / name)
+        networks = {who: str(tmp_path / "short"), "teacher" if who == "student" else "student": str(tmp_path / "long")}
+        monkeypatch.setattr(runs.trainer, "train", lambda *_, **__: pytest.fail("trained"))
+        own = {"source": str(tmp_path), "task": "mine", "text_columns": "text", "untrained_teacher": True}
+        config = runs.configure(
+            **networks, **own, teacher_epochs=0, max_length=200, device="cpu", output_dir=str(tmp_path / "runs")
+        )
+        message = rf"reads 64 word pieces at most, but row 5 of {split} has \d+: give max_length 64"
+        with pytest.raises(ValueError, match=message):
+            runs.run(config)
+
+    @pytest.mark.parametrize("method", ["kd", "metadistil", "ikd"])
+    def test_a_head_that_was_never_trained_teaches_only_if_it_is_asked_for(self, tmp_path, method, monkeypatch):
+        tokenizer = models.load_tokenizer("tiny-1x32")
+        network = models.load("tiny-2x32", glue.task_for("mini-mnli"), tokenizer)
+        runs.save_pretrained(network.base_model, tokenizer, tmp_path / "encoder")
+        runs.save_pretrained(network, tokenizer, tmp_path / "classifier")
+        given = {**QUICK, "method": method, "teacher_epochs": 0, "max_steps": 1, "output_dir": str(tmp_path / "runs")}
+        with pytest.raises(
+            ConfigurationError, match=rf"the head of teacher .*encoder' was never trained, and {method}"
+        ):
+            runs.run(runs.configure(**{**given, "teacher": str(tmp_path / "encoder")}))
+        assert not list((tmp_path / "runs").glob("*/record.json"))
+        asked = runs.configure(**{**given, "teacher": str(tmp_path / "encoder")}, untrained_teacher=True)
+        assert runs.run(asked).config["untrained_teacher"] is True
+        runs.run(runs.configure(**{**given, "teacher": str(tmp_path / "classifier")}))
+
+    def test_the_time_that_a_run_may_take_is_kept(self, tmp_path):
+        given = runs.readable({**QUICK, "max_steps": 6}, "fine_tune") | {"method": "fine_tune"}
+        config = runs.configure(**given, output_dir=str(tmp_path), max_seconds=1e-3)
+        with pytest.raises(
+            trainer.TrainingInterruptedError, match="interrupted after step 1 of .*; run the same command"
+        ):
+            runs.run(config)
+        again = runs.run(dataclasses.replace(config, max_seconds=None))
+        plain = runs.run(dataclasses.replace(config, max_seconds=None, output_dir=str(tmp_path / "plain")))
+        assert again.history == plain.history and again.run_id == plain.run_id
+
+    def test_the_longest_gradient_is_that_of_the_configuration(self, config, monkeypatch):
+        given: list[float] = []
+        learner = runs.learner
+        monkeypatch.setattr(runs, "learner", lambda *a, **k: given.append(a[7]) or learner(*a, **k))
+        network = models.load("tiny-1x32", config.glue_task, models.load_tokenizer("tiny-1x32"))
+        for norm in (None, 0.25):
+            other = dataclasses.replace(config, max_grad_norm=norm)
+            runs._learner("student", network, other, runs.accelerator_for("cpu"), 96)
+        assert given == [1.0, 0.25]
 
     def test_the_student_alone_and_the_oracle(self, folder, record):
         given = runs.readable(QUICK, "fine_tune")

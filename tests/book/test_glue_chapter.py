@@ -2,11 +2,11 @@
 
 import dataclasses
 
+import pandas as pd
 import papermill
 import pytest
-import yaml
 
-from kdlib import runs
+from kdlib import glue, models, runs
 from tests.forms import execute, offered
 
 CHAPTER = "chapters/12_glue.py"
@@ -26,11 +26,39 @@ def test_a_misspelt_parameter_stops_before_any_work(root, tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
-@pytest.mark.parametrize("paper", ["lgtm", "metadistil", "ikd", "tutor_kd"])
-def test_the_papers_parameter_files_are_valid(root, paper):
-    parameters = yaml.safe_load((root / "configs" / f"{paper}.yml").read_text())
-    config = runs.configure(**parameters)
-    assert config.source == "nyu-mll/glue"
+@pytest.mark.timeout(300)
+def test_awkward_data_of_ones_own_run_to_the_end(root, tmp_path):
+    """Columns called row and posterior, classes with dollar signs, texts that are too long, no validation split."""
+    words = ["good", "bad", "lovely"]
+    rows = [{"row": f"the film was {words[number % 3]}", "posterior": "$" * (number % 3 + 1)} for number in range(90)]
+    for number in range(0, 90, 7):
+        rows[number]["row"] += " and the film was good" * 60
+    (tmp_path / "data").mkdir()
+    pd.DataFrame(rows).to_csv(tmp_path / "data" / "train.csv", index=False)
+    tokenizer = models.load_tokenizer("tiny-2x32")
+    network = models.load("tiny-2x32", glue.generic_task("mine", "row", ("$", "$$", "$$$")), tokenizer)
+    runs.save_pretrained(network.base_model, tokenizer, tmp_path / "network")
+    text = execute(
+        root / CHAPTER,
+        tmp_path,
+        source=str(tmp_path / "data"),
+        task="mine",
+        text_columns="row",
+        label_column="posterior",
+        metrics="macro_f1,accuracy",
+        teacher=str(tmp_path / "network"),
+        student_layers=1,
+        method="lgtm",
+        max_steps=2,
+        batch_size=8,
+        max_length=64,
+    )
+    assert "validation/macro_f1" in text and "label: $" in text
+    table = runs.results(tmp_path / "runs")
+    assert set(table["method"]) == {"fine_tune", "lgtm"} and runs.ROWS not in table  # the same rows for both
+    for folder in (tmp_path / "runs").glob("mine-*"):
+        record = runs.read_record(folder)
+        assert record.oracle == {} and any("no validation split" in note for note in record.notes)
 
 
 @pytest.mark.timeout(600)
