@@ -302,7 +302,7 @@ class TestRun:
         given = runs.readable({**QUICK, "max_steps": 6}, "fine_tune") | {"method": "fine_tune"}
         config = runs.configure(**given, output_dir=str(tmp_path), max_seconds=1e-3)
         with pytest.raises(
-            trainer.TrainingInterruptedError, match="interrupted after step 1 of .*; run the same command"
+            trainer.TrainingInterruptedError, match=r"interrupted after step 1 of .*; run the same command"
         ):
             runs.run(config)
         again = runs.run(dataclasses.replace(config, max_seconds=None))
