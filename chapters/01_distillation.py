@@ -427,7 +427,6 @@ for name, size in (("without", at_8), ("with", 64 * at_8)):
 # > 181-189, commit 3e4373c) and RepDistiller (`distiller_zoo/KD.py`, lines 14-16, commit b84f547). How much do these choices weigh?
 
 # %%
-# NBVAL_CHECK_OUTPUT
 conventions = {
     "T², sum over classes (ours)": lambda s, t, T: kl_divergence(s, t, T).mean(),
     "no T², sum over classes": lambda s, t, T: bare_kl(s, t, T).mean(),
@@ -1121,6 +1120,7 @@ targets.round(3)
 
 
 # %%
+# NBVAL_CHECK_OUTPUT
 def measured(metric, task, name):
     """The values of a metric, one for each seed (a single one for the teacher)."""
     if name == "teacher":
@@ -1128,7 +1128,6 @@ def measured(metric, task, name):
     return torch.tensor(seeds_of(task, **SETTINGS[name])[metric].to_numpy())
 
 
-# NBVAL_CHECK_OUTPUT
 rows = []
 for task in TASKS:
     for name in LOOKS:

@@ -979,6 +979,7 @@ plt.show()
 
 
 # %%
+# NBVAL_CHECK_OUTPUT
 def spread(values, digits=2):
     """Mean ± standard deviation over seeds, as text."""
     return f"{np.mean(values):.{digits}f} ± {np.std(values, ddof=1):.{digits}f}"
@@ -991,7 +992,6 @@ def final(task, mode, name):
 
 DETECTORS = {"influence": "influence", "clean": "influence, clean feedback", "size": "size of the influence",
              "loss": "loss", "margin": "margin"}  # fmt: skip
-# NBVAL_CHECK_OUTPUT
 rows = {}
 for task in ("mini-sst2", "mini-mrpc"):
     for name, label in DETECTORS.items():

@@ -313,7 +313,7 @@ def _folder(folder: Path, config: str | None, split: str, column: str) -> _Part:
     name = f"split {split!r} of {folder}"
     if all(path.suffix == ".txt" for path in paths):
         return _Part(name, paths, lambda: chain.from_iterable(map(_lines, paths)))
-    if all(tables.kind(path) in ("csv", "tsv") for path in paths) and sources.reads_as_we_do(builder.config):
+    if all(tables.format_of(path) in ("csv", "tsv") for path in paths) and sources.reads_as_we_do(builder.config):
         return _Part(name, paths, lambda: chain.from_iterable(_separated_texts(path, column, name) for path in paths))
     if hasattr(builder.config, "keep_default_na"):  # CSV with a separator of its own: a line that reads "null" is text
         builder.config.keep_default_na = False
@@ -323,7 +323,7 @@ def _folder(folder: Path, config: str | None, split: str, column: str) -> _Part:
 
 def _separated_texts(path: Path, column: str, name: str) -> Iterator[str]:
     """The lines of a column of a CSV or tab-separated file, read row by row as `tables` does it."""
-    tab = tables.kind(path) == "tsv"
+    tab = tables.format_of(path) == "tsv"
     with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as raw:
         file = io.TextIOWrapper(raw, encoding="utf-8-sig", newline="\n" if tab else "")
         try:

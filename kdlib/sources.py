@@ -142,9 +142,9 @@ def _find_in_folder(folder: Path, wanted: Wanted) -> Source:
         name = re.compile(re.escape(split) + r"(-\d{5}-of-\d{5}.*)?")
         files = sorted(
             path for path in home.iterdir()
-            if tables.kind(path) and name.fullmatch(Path(path.name.removesuffix(".gz")).stem) and path.is_file()
+            if tables.format_of(path) and name.fullmatch(Path(path.name.removesuffix(".gz")).stem) and path.is_file()
         )  # fmt: skip
-        if len({tables.kind(path) for path in files}) > 1:
+        if len({tables.format_of(path) for path in files}) > 1:
             raise ValueError(
                 f"split {split!r} has files of several kinds in {home}: {', '.join(p.name for p in files)}: keep one"
             )
@@ -233,7 +233,7 @@ def _find_by_layout(folder: Path, home: Path, wanted: Wanted) -> dict[str, Calla
                 f"{tables.one_line(error)}"
             ) from error
     files = {str(split): [Path(path) for path in paths] for split, paths in (builder.config.data_files or {}).items()}
-    if reads_as_we_do(builder.config) and all(tables.kind(path) for path in chain.from_iterable(files.values())):
+    if reads_as_we_do(builder.config) and all(tables.format_of(path) for path in chain.from_iterable(files.values())):
         columns = (wanted.texts, wanted.others)
         return {split: partial(_read_files, folder, split, paths, columns) for split, paths in files.items()}
     for split, paths in files.items():

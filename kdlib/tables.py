@@ -44,7 +44,7 @@ class Table:
         return len(next(iter(self.columns.values()), ()))
 
 
-def kind(path: Path) -> str | None:
+def format_of(path: Path) -> str | None:
     """The format of a file by its name, "csv", "tsv", "json" or "parquet"; None for any other."""
     return _KINDS.get(Path(path.stem).suffix if path.suffix == ".gz" else path.suffix)
 
@@ -52,7 +52,7 @@ def kind(path: Path) -> str | None:
 def read(paths: Sequence[Path], texts: Sequence[str], others: Sequence[str] = ()) -> Table:
     """Read the columns `texts` and `others` of some files, one file after the other; missing columns are left out.
 
-    The format follows from the name, see `kind`; `.gz` files of text are unpacked.  Tab-separated files have no
+    The format follows from the name, see `format_of`; `.gz` files of text are unpacked.  Tab-separated files have no
     quoting: each line is a row, and a quotation mark is a character as any other, as in the files of GLUE.  CSV files
     have quoting, as spreadsheets and pandas write it.  Both name their columns in the first line, and text that reads
     "null" or "17" is text; of the `others` a column that holds nothing but numbers holds numbers, and an empty cell is
@@ -61,7 +61,7 @@ def read(paths: Sequence[Path], texts: Sequence[str], others: Sequence[str] = ()
     Raises ValueError for what its author must mend and OSError for damage that another copy mends, with file and line.
     """
     wanted = (*texts, *others)
-    parts = [_READERS[str(kind(path))](path, wanted) for path in paths]
+    parts = [_READERS[str(format_of(path))](path, wanted) for path in paths]
     columns: dict[str, list[Any]] = {}
     for name in wanted:
         having = [name in part.columns for part in parts]
@@ -72,7 +72,7 @@ def read(paths: Sequence[Path], texts: Sequence[str], others: Sequence[str] = ()
             )
         if all(having):
             columns[name] = [value for part in parts for value in part.columns[name]]
-            if name in others and kind(paths[0]) in ("csv", "tsv"):
+            if name in others and format_of(paths[0]) in ("csv", "tsv"):
                 columns[name] = _typed(columns[name])
     return Table(columns, parts[0].present, parts[0].classes)
 
