@@ -499,6 +499,14 @@ def test_a_teacher_with_frozen_weights_can_be_measured(options):
     assert pairs.same(dict(embeddings.named_parameters()), before)
 
 
+def test_the_released_preset_names_what_the_released_code_does(monkeypatch):
+    """At equal rates two of the weights are one number, and a difference is close to a derivative: names tell."""
+    monkeypatch.setattr(module, "lgtm", lambda *who, **settings: settings)
+    named = {"influence": "released", "weight": "teacher_rate", "pilot_rule": "adamw", "tangent": "finite-difference"}
+    assert released(None, None) == named
+    assert released(None, None, tangent="jvp", observe=True) == named | {"tangent": "jvp", "observe": True}
+
+
 def test_settings_replace_those_of_the_released_preset():
     ends = []
     for step_of in (
