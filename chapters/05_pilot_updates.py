@@ -468,7 +468,7 @@ print(f"with D the meta-gradient is exact; with D left out its cosine with the e
 # | MetaDistil's objective | any; KL in its experiments | mean squared error of probabilities, times $T^2$ |
 # | MetaDistil's quiz | a tenth of the training set | a file of one's own; by default all of it at every step, and a comment speaks of the dev set |
 #
-# LGTM's step is in `utils_glue.py`, lines 107-153, and goes into the derivative without $D$ in lines 73-76 (twinkle0331/LGTM, commit e9b615f). MetaDistil's copy, its rate, the real step, the
+# LGTM's step is in `utils_glue.py`, lines 96-153, and goes into the derivative without $D$ in lines 73-76 (twinkle0331/LGTM, commit e9b615f). MetaDistil's copy, its rate, the real step, the
 # quiz and the comment are in `nlp/run_glue_distillation_meta.py`, lines 216-218, 577, 324-329, 594-595 and 714, its objective in `nlp/distillation_meta.py`, lines 47-51
 # (JetRunner/MetaDistil, commit 80e60c1).
 #
