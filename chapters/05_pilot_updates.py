@@ -468,7 +468,7 @@ print(f"with D the meta-gradient is exact; with D left out its cosine with the e
 # | MetaDistil's objective | any; KL in its experiments | mean squared error of probabilities, times $T^2$ |
 # | MetaDistil's quiz | a tenth of the training set | a file of one's own; by default all of it at every step, and a comment speaks of the dev set |
 #
-# LGTM's step is in `utils_glue.py`, lines 107-153, and goes into the derivative without $D$ in lines 73-76 (twinkle0331/LGTM, commit e9b615f). MetaDistil's copy, its rate, the real step, the
+# LGTM's step is in `utils_glue.py`, lines 96-153, and goes into the derivative without $D$ in lines 73-76 (twinkle0331/LGTM, commit e9b615f). MetaDistil's copy, its rate, the real step, the
 # quiz and the comment are in `nlp/run_glue_distillation_meta.py`, lines 216-218, 577, 324-329, 594-595 and 714, its objective in `nlp/distillation_meta.py`, lines 47-51
 # (JetRunner/MetaDistil, commit 80e60c1).
 #
@@ -729,6 +729,10 @@ plt.show()
 
 # %%
 # NBVAL_CHECK_OUTPUT
+vocabulary, pair = models.load_tokenizer("tiny-2x64"), ("tiny-2x32", "tiny-2x64")
+sizes = [models.load(name, glue.task_for("mini-mnli"), vocabulary).num_parameters() for name in pair]
+print(f"weights: {sizes[0]:,} of the student, {sizes[1]:,} of the teacher")
+assert sizes[0] < sizes[1] / 3
 for task, name in itertools.product(TASKS, ("with pilot update", "without")):
     first, last = (
         pd.Series([100 * record.history[place]["teacher/validation/accuracy"] for record in arm(task, name)])
@@ -746,7 +750,7 @@ for task, name in itertools.product(TASKS, ("with pilot update", "without")):
 
 # %% [markdown]
 # In the paper's Figure 2 the teacher degrades after some thousand steps and the student overtakes it. The lines above say what became of that
-# here, where training is much shorter and a student has a fifth of its teacher's weights.
+# here, where training is much shorter and a student has less than a third of its teacher's weights.
 #
 # ### Does it help?
 #
@@ -807,7 +811,7 @@ print(f"with the others between {lowest:.1f} and {highest:.1f} %")
 
 # %% [markdown]
 # Nothing is decided. No student of a learning teacher is shown to be ahead of that of a fixed one or behind it, with or without the pilot update, and nothing is shown to be
-# equal either: all the intervals reach beyond half a point. On `mini-sst2` one seed hardly learns, whoever teaches it, because the student's rate that is best on average is next to one at which
+# equal either: all the intervals reach beyond half a point. On `mini-sst2` one seed does not learn, whoever teaches it; the student's rate that is best on average there is next to one at which
 # training breaks down, as the table of rates shows. The paper's gains, below, lie well within the intervals.
 #
 # More seeds alone would not mend it. A teacher that has moved by less than a hundredth of a nat gives nearly the lessons of the fixed one. The rate that the validation
