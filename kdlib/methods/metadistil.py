@@ -57,10 +57,11 @@ def metadistil(
     rounding.
 
     `watch`, a batch of held-out data, adds measurements to the log, which cost passes and change nothing: those of
-    `won_tied_lost`, of the real step with the teaching experiment on that batch, and "teacher_closer", 1 if the teacher's
-    step brought it closer to the student on the training batch.  The comparison is fair if copy and student would take
-    the same step from the same lesson: `pilot_rule` "adamw", no dropout, and a student that does not clip its gradient,
-    as the copy does not (clipping has a Jacobian that is not diagonal, and would have to be differentiated).
+    `won_tied_lost`, of the real step with the teaching experiment on that batch, and "teacher_closer", 1 if the
+    teacher's step brought it closer to the student on the training batch.  The comparison is fair if copy and student
+    would take the same step from the same lesson: `pilot_rule` "adamw", no dropout, and a student that does not clip
+    its gradient, as the copy does not (clipping has a Jacobian that is not diagonal, and would have to be
+    differentiated).
 
     Raises ValueError for several AdamW steps (their Jacobian is not diagonal), for `micro_batches`, which would cut the
     answer that the teacher is differentiated through, and for `pilot_pieces` with an objective that compares samples.
