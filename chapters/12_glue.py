@@ -27,9 +27,19 @@
 # papermill chapters/12_glue.ipynb _build/rte.ipynb -f configs/lgtm.yml -p task rte -p device cuda
 # ```
 #
-# Start the same command again after an interruption, and the run goes on where it was. Ctrl-C, the signals that a batch system sends
-# before its limit, and `-p max_seconds` all end a run between two steps, with a checkpoint. A parameter that does not exist, or that the
-# method does not read, stops the notebook before any work is done.
+# A parameter that does not exist, or that the method does not read, stops the notebook before any work is done.
+#
+# *Your own data* are a folder with files named `train`, `validation` (or `dev`) and `test`, each `.csv`, `.tsv`, `.jsonl`, `.json` or
+# `.parquet`: `-p source FOLDER -p task any_name -p text_columns text`, or `first,second` for pairs, with `-p label_column` and
+# `-p metrics macro_f1` if need be. Without a validation file a tenth of the training rows is set aside; a test file is predicted, and
+# scored if it has labels.
+#
+# *An interruption* loses nothing: start the same command again, and the run goes on where it was. Ctrl-C, the signals that a batch
+# system sends before its limit (SIGTERM, SIGUSR1), and `-p max_seconds` all end a run between two steps, with a checkpoint. Without a
+# terminal a line with loss and metric is logged for every evaluation, through `logging`, to the logger `kdlib`.
+#
+# *Several devices*: one run takes one process and one device. Start several runs, each with its own `CUDA_VISIBLE_DEVICES`. They may share
+# an `output_dir`; those that need the same teacher wait for the one that fine-tunes it.
 
 # %% tags=["setup", "hide-input"]
 # Installs kdlib where it is missing, on Colab for example; otherwise does nothing.

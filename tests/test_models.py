@@ -1054,7 +1054,7 @@ class TestContent:
         )
         assert models.content("some/network") == f"some/network@{commit}"
 
-    def test_nothing_there_is_the_error_of_load(self, tmp_path):
+    def test_nothing_there_is_the_error_of_load(self, tmp_path, offline_hub):
         for name in ("no-such/model-anywhere", "no/such/path", str(tmp_path / "gone"), str(tmp_path)):
             with pytest.raises(OSError, match=f"cannot load '{name}'"):
                 models.content(name)

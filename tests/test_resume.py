@@ -53,6 +53,7 @@ TUTORED = {
     "max_length": 32,
     "method": "tutor",
     "teacher": "tiny-2x32",
+    "untrained_teacher": True,
     "student": "tiny-1x32",
     "steps": 9,
     "batch_size": 8,

@@ -57,10 +57,11 @@ def metadistil(
     rounding.
 
     `watch`, a batch of held-out data, adds measurements to the log, which cost passes and change nothing: those of
-    `step_comparison`, of the real step with the teaching experiment on that batch, and "teacher_closer", 1 if the teacher's
-    step brought it closer to the student on the training batch.  The comparison is fair if copy and student would take
-    the same step from the same lesson: `pilot_rule` "adamw", no dropout, and a student that does not clip its gradient,
-    as the copy does not (clipping has a Jacobian that is not diagonal, and would have to be differentiated).
+    `won_tied_lost`, of the real step with the teaching experiment on that batch, and "teacher_closer", 1 if the
+    teacher's step brought it closer to the student on the training batch.  The comparison is fair if copy and student
+    would take the same step from the same lesson: `pilot_rule` "adamw", no dropout, and a student that does not clip
+    its gradient, as the copy does not (clipping has a Jacobian that is not diagonal, and would have to be
+    differentiated).
 
     Raises ValueError for several AdamW steps (their Jacobian is not diagonal), for `micro_batches`, which would cut the
     answer that the teacher is differentiated through, and for `pilot_pieces` with an objective that compares samples.
@@ -117,7 +118,7 @@ def metadistil(
                 imitation.agreement(trial.outputs[0], theirs).mean()
                 for theirs in (lesson, models.targets(teacher.module, batch))
             )
-            values |= step_comparison(loss_on(student, {}, watch), watched)
+            values |= won_tied_lost(loss_on(student, {}, watch), watched)
             values["teacher_closer"] = float(after < before)
         return values
 
@@ -247,7 +248,7 @@ def loss_on(student: Learner, parameters: Parameters, batch: Batch) -> float:
         return pilot.task_loss(models.apply(student.module, parameters, batch), batch).mean().item()
 
 
-def step_comparison(ours: float, theirs: float) -> dict[str, float]:
+def won_tied_lost(ours: float, theirs: float) -> dict[str, float]:
     """What a loss says against another one: "watch_better", "watch_equal" and "watch_worse", one of them 1, the others
     0, and "watch_gain", by how much it is smaller.
 

@@ -69,12 +69,12 @@ def test_each_static_student_has_the_teacher_that_the_table_says(monkeypatch, tm
 
     def pretend(config):
         asked.append(config)
-        return SimpleNamespace(folder=config.folder, metrics={"test/accuracy": float(len(asked))})
+        return SimpleNamespace(folder=tmp_path / config.asked_id, metrics={"test/accuracy": float(len(asked))})
 
     monkeypatch.setattr(runs, "run", pretend)
     monkeypatch.setattr(static_records, "distances", lambda places, config: [places])
     table = static_records.taught(7, tmp_path)
-    ends = {c.student: c.folder / runs.TEACHER_FOLDER for c in asked if c.method == "metadistil"}
+    ends = {c.student: tmp_path / c.asked_id / runs.TEACHER_FOLDER for c in asked if c.method == "metadistil"}
     assert ends.keys() == set(STUDENTS)
     for row in table["accuracies"]:
         config = asked[int(row["accuracy"]) - 1]

@@ -200,7 +200,7 @@ def test_watching_changes_nothing_and_measures():
 def test_a_comparison_is_a_win_a_tie_or_a_loss(ours, theirs, tie):
     theirs = ours if tie else theirs
     names = ("watch_worse", "watch_equal", "watch_better")
-    values = module.step_comparison(ours, theirs)
+    values = module.won_tied_lost(ours, theirs)
     assert values == dict.fromkeys(names, 0.0) | {names[int(np.sign(theirs - ours)) + 1]: 1.0} | {
         "watch_gain": theirs - ours
     }
