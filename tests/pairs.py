@@ -22,10 +22,10 @@ def pair(dropout: float = 0.0, rate: float = RATE, **options) -> tuple[Learner, 
 
 
 class Plain:
-    """The same network and optimiser, written out: AdamW with two groups, clipping at one, no schedule yet."""
+    """The same network and optimiser, written out: AdamW with two groups, clipping, no schedule yet."""
 
     def __init__(self, who: Learner):
-        self.module = copy.deepcopy(who.module).eval()
+        self.module, self.longest = copy.deepcopy(who.module).eval(), who.max_grad_norm
         self.module.set_attn_implementation("eager")
         self.parameters = dict(self.module.named_parameters())
         groups = [[p for p in self.parameters.values() if (p.dim() >= 2) == matrix] for matrix in (True, False)]
@@ -42,7 +42,7 @@ class Plain:
         gradients = torch.autograd.grad(loss, list(self.parameters.values()), materialize_grads=True)
         for parameter, gradient in zip(self.parameters.values(), gradients, strict=True):
             parameter.grad = torch.nan_to_num(gradient)  # through AdamW, a word in no batch has 0/0
-        nn.utils.clip_grad_norm_(self.parameters.values(), 1.0)
+        nn.utils.clip_grad_norm_(self.parameters.values(), self.longest)
         self.optimizer.step()
         self.optimizer.zero_grad()
 

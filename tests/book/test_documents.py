@@ -175,7 +175,8 @@ def test_the_parameters_in_the_readme_are_parameters(root):
         for name in given:
             assert name in config.__dataclass_fields__, name
     for name, value in re.findall(r"`-p (\w+) ([\w/.-]+)`", text):
-        runs.configure(**({name: yaml.safe_load(value)} if name != "source" else {}))
+        method = {"method": runs.READ_BY[name][0]} if name in runs.READ_BY else {}
+        runs.configure(**({name: yaml.safe_load(value), **method} if name != "source" else {}))
 
 
 # Citation

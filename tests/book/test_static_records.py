@@ -69,6 +69,8 @@ def test_each_static_student_has_the_teacher_that_the_table_says(monkeypatch, tm
 
     def pretend(config):
         asked.append(config)
+        (tmp_path / config.asked_id / runs.STUDENT).mkdir(parents=True, exist_ok=True)
+        (tmp_path / config.asked_id / runs.STUDENT / "config.json").touch()
         return SimpleNamespace(folder=tmp_path / config.asked_id, metrics={"test/accuracy": float(len(asked))})
 
     monkeypatch.setattr(runs, "run", pretend)

@@ -46,9 +46,9 @@ def algorithm_1(
     student.descend(imitation(student.answers(BATCH), pairs.constants(example), BATCH["labels"]).mean())
 
 
-def both(imitation=MIXTURE, warm=0, **settings):
+def both(imitation=MIXTURE, warm=0, longest=1.0, **settings):
     """A step of ours and of the algorithm, from the same start; the learners and their plain counterparts."""
-    student, teacher = pairs.pair()
+    student, teacher = pairs.pair(max_grad_norm=longest)
     for number in range(warm):  # so that AdamW's moments are not zero
         for who in (student, teacher):
             loss = lambda batch, who=who: pilot.task_loss(models.outputs(who.module, batch), batch)  # noqa: E731
@@ -77,6 +77,12 @@ def agree(result, tolerance=1e-9) -> bool:
 )
 def test_a_step_is_that_of_algorithm_1(imitation, settings):
     assert agree(both(imitation, **settings))
+
+
+@pytest.mark.parametrize("settings", [{}, {"inner_steps": 3}], ids=["one step", "three steps"])
+def test_the_teachers_gradient_has_the_right_size_too(settings):
+    """AdamW's first step is blind to it, and so is one that clips; a later one that does not is not."""
+    assert agree(both(warm=2, longest=1e9, **settings))
 
 
 @pytest.mark.parametrize("imitation", IMITATIONS.values(), ids=IMITATIONS)
