@@ -1,9 +1,11 @@
 """Bars for people, lines for log files, silence where output is stored; and nobody is counted."""
 
 import io
+import logging
 import os
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -74,6 +76,70 @@ def test_who_gets_what(show, monkeypatch, setting, terminal, kernel, bars, lines
     assert screen.getvalue() == ("one line\n" if lines else "")
     progress.notice("be patient")  # a bar does not say why nothing happens
     assert ("be patient\n" in screen.getvalue()) is (setting not in ("0", ""))
+
+
+class Broken(io.StringIO):
+    """The writing end of a pipe that nobody reads any more, or of a full disk."""
+
+    def __init__(self, error):
+        super().__init__()
+        self.error = error
+
+    def write(self, text):
+        raise self.error
+
+    def flush(self):
+        raise self.error
+
+
+@pytest.mark.parametrize(
+    "error", [BrokenPipeError(), OSError(28, "No space left on device"), ValueError("closed")], ids=str
+)
+@pytest.mark.parametrize("setting", [None, "1"])
+def test_an_output_that_cannot_be_written_ends_nothing(show, monkeypatch, setting, error):
+    show(terminal=False)
+    if setting is not None:
+        monkeypatch.setenv("KDLIB_PROGRESS", setting)
+    monkeypatch.setattr(sys, "stderr", Broken(error))
+    items = progress.bar(range(3), "long")
+    if setting == "1":
+        items.start_t = items.last_print_t = items.start_t - 4
+    assert list(items) == [0, 1, 2]
+    progress.line("one line")
+    progress.notice("be patient")
+
+
+def test_without_a_stream_at_all_nothing_is_shown_and_nothing_ends(show, monkeypatch):
+    show()
+    monkeypatch.setattr(sys, "stderr", None)
+    assert list(progress.bar(range(3), "long")) == [0, 1, 2]
+    progress.line("one line")
+    progress.notice("be patient")
+
+
+def test_lines_go_through_logging(show):
+    """Who configures the logger gets them as well: a file, a service."""
+    show(terminal=False)
+    lines: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(f"{record.levelname} {record.getMessage()}")
+    logging.getLogger("kdlib").addHandler(handler)
+    try:
+        progress.line("one line")
+        progress.notice("be patient")
+    finally:
+        logging.getLogger("kdlib").removeHandler(handler)
+    assert lines == ["INFO one line", "WARNING be patient"]
+
+
+def test_a_kernel_shows_lines_of_work_that_takes_long(show, monkeypatch):
+    """papermill's log file is read by people; a notebook in a browser has bars."""
+    screen = show(terminal=False)
+    monkeypatch.setitem(sys.modules, "ipykernel", object())
+    now = time.perf_counter()
+    progress.line("soon", now)
+    progress.line("late", now - progress.LONG - 1)
+    assert screen.getvalue() == "late\n"
 
 
 def test_training_writes_a_line_an_epoch_into_a_log_file(show):
