@@ -237,3 +237,14 @@ class TestFind:
         assert stored.find(f"~/{sound.name}") == str(sound)
         monkeypatch.chdir(sound.parent)
         assert stored.find(sound.name) == sound.name
+
+
+class TestExplain:
+    def test_for_a_hub_id_too_nobody_is_told_to_read_pickles_or_to_run_code(self):
+        for text, said in [
+            ("Weights only load failed. Set weights_only=False", "its weights are a pickle that"),
+            ("contains custom code: set trust_remote_code=True", "it brings code of its own"),
+            ("Error while deserializing header", "damaged: then delete its folder in"),
+        ]:
+            error = str(stored.explain("some/network", "some/network", RuntimeError(text)))
+            assert said in error and "=" not in error.replace("HF_", "")
