@@ -83,6 +83,7 @@ def bar(items: Iterable, description: str, initial: int = 0, total: int | None =
         total=total,
         initial=initial,
         file=_Unbreakable(sys.stderr),
+        disable=False,  # whatever TQDM_DISABLE says, which is read long before KDLIB_PROGRESS
         delay=3,
         leave=False,
         mininterval=0.5,

@@ -498,7 +498,7 @@ def _of_the_teacher(config: RunConfig) -> dict[str, Any]:
     if config.method in FEEDBACK:
         filled |= {
             "pilot_pieces": None if config.pilot_pieces == 1 else config.pilot_pieces,
-            "pilot_rule": config.pilot_rule or ("adamw" if _released(config) else "sgd"),
+            "pilot_rule": config.pilot_rule or ("adamw" if config.influence == "released" else "sgd"),
             "pilot_learning_rate": config.pilot_learning_rate,
             "tangent": config.tangent or "jvp",
             "tangent_precision": config.tangent_precision or "fp32",
@@ -514,7 +514,7 @@ def _of_the_teacher(config: RunConfig) -> dict[str, Any]:
     if config.method == "lgtm":
         weight = None if config.influence_share is not None else config.influence_weight
         if weight is None and config.influence_share is None:
-            weight = "teacher_rate" if _released(config) else 1.0
+            weight = "teacher_rate" if config.influence == "released" else 1.0
         filled |= {
             "influence": config.influence or "weighted",
             "influence_weight": weight,
@@ -536,10 +536,6 @@ def _of_the_teacher(config: RunConfig) -> dict[str, Any]:
             else _default(config.feedback_batch_size, config.batch_size),
         }
     return filled
-
-
-def _released(config: RunConfig) -> bool:
-    return config.method == "lgtm" and config.influence == "released"
 
 
 def _teacher_epochs(method: str, teacher: str, student_epochs: int) -> int:

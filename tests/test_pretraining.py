@@ -383,6 +383,23 @@ class TestErrorsBeforeAnyWork:
         with pytest.raises(ValueError, match=r"the student has \d+ word pieces, the teacher \d+.*one vocabulary"):
             self.run(quick, tmp_path, student=str(tmp_path / "wide"))
 
+    @pytest.mark.parametrize("method", METHODS[1:])
+    def test_a_head_that_was_never_trained_is_asked_for_words_only_by_name(
+        self, quick, tmp_path, before_reading, method, monkeypatch
+    ):
+        """What is inside an encoder may be shown as it is."""
+        network = AutoModelForMaskedLM.from_pretrained(quick["teacher"])
+        runs.save_pretrained(network.base_model, AutoTokenizer.from_pretrained(quick["teacher"]), tmp_path / "encoder")
+        settings = {"method": method, "teacher": str(tmp_path / "encoder")}
+        predicting = method in ("soft_labels", "distilbert", "untutored", "tutor")
+        if predicting:
+            with pytest.raises(ConfigurationError, match=rf"encoder' comes without a trained .* and {method} asks it"):
+                self.run(quick, tmp_path, **settings)
+            settings["untrained_teacher"] = True
+        monkeypatch.setattr(corpus, "load", lambda *_, **__: (_ for _ in ()).throw(EOFError("came to the corpus")))
+        with pytest.raises(EOFError):
+            self.run(quick, tmp_path, **settings)
+
     def test_as_many_words_but_others(self, quick, tmp_path, before_reading):
         shutil.copytree(quick["teacher"], tmp_path / "other")
         path = tmp_path / "other" / "tokenizer.json"
