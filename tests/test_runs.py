@@ -249,6 +249,15 @@ class TestRun:
         with pytest.raises(ValueError, match="the teacher has 2 layers"):
             runs.run(deeper)
 
+    def test_a_test_split_may_be_missing_where_nobody_wants_predictions(self, tmp_path):
+        for split in ("train", "validation"):
+            rows = {"sentence1": ["a b", "c d"] * 4, "sentence2": ["a", "d"] * 4, "label": [0, 1] * 4}
+            pd.DataFrame(rows).to_json(tmp_path / f"{split}.jsonl", orient="records", lines=True)
+        given = {"source": str(tmp_path), "task": "rte", "teacher": "minilm", "student_layers": 1}
+        assert runs.load_data(runs.configure(**given, predict_test=False)).test == {}
+        with pytest.raises(ValueError, match=r"has no split 'test' for task 'rte'.*predict_test=False"):
+            runs.load_data(runs.configure(**given))
+
     def test_a_student_may_be_cut_from_a_checkpoint_of_its_own(self, folder, tmp_path):
         """IKD's Table 1: another network teaches than the one whose first layers are the student."""
         tokenizer = models.load_tokenizer("tiny-1x32")
