@@ -90,9 +90,7 @@ task = "mini-mnli"  # cola, sst2, mrpc, stsb, qqp, mnli, qnli, rte, wnli, or one
 text_columns = None  # for a data set of your own: "text" or "first,second"
 label_column = "label"
 regression = False  # for a data set of your own: labels are scores
-metrics = (
-    None  # for a data set of your own: "accuracy", "macro_f1", …, several with commas; the first one chooses the best
-)
+metrics = None  # for a data set of your own: "macro_f1,accuracy", …; the first one chooses the best checkpoint
 max_length = 128  # word pieces of an example
 max_train = None  # a random subset of so many training examples
 max_evaluation = None
