@@ -306,6 +306,8 @@ class TestStudentTangent:
             along({})
         with pytest.raises(ValueError, match=r"direction of classifier\.bias has shape \(2,\), the parameter \(3,\)"):
             along(GRADIENT | {"classifier.bias": torch.zeros(2)})
+        with pytest.raises(ValueError, match=r"direction of classifier\.weight has shape"):
+            along(GRADIENT | {"classifier.weight": GRADIENT["classifier.weight"].T})  # as many numbers
         for bad in (math.nan, math.inf):
             with pytest.raises(ValueError, match=rf"classifier\.bias has an entry that is {bad}"):
                 along(GRADIENT | {"classifier.bias": torch.tensor([0.0, bad, 0.0], dtype=torch.float64)})
