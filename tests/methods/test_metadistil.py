@@ -221,6 +221,21 @@ def fair_comparison(sign: int, rate: float, max_grad_norm: float = math.inf) -> 
     return [step(BATCH, FEEDBACK) for _ in range(3)][-1]  # AdamW's first step is a sign, whoever teaches
 
 
+def test_a_teacher_is_closer_if_its_step_led_it_towards_the_student_that_it_taught():
+    """One step and the same step turned round: one of them leads away."""
+    found = []
+    for sign in (1, -1):
+        student, teacher = pairs.pair()
+        teacher.optimizer.param_groups[0]["lr"] = teacher.optimizer.param_groups[1]["lr"] = sign * 1e-3
+        taught, lesson = (models.targets(who.module, BATCH) for who in (student, teacher))
+        values = metadistil(student, teacher, MIXTURE, pilot_learning_rate=FAR, watch=FEEDBACK)(BATCH, FEEDBACK)
+        after = models.targets(teacher.module, BATCH)
+        distances = [MIXTURE.agreement(taught, answers).mean().item() for answers in (lesson, after)]
+        assert values["teacher_closer"] == (distances[1] < distances[0])
+        found.append(values["teacher_closer"])
+    assert sorted(found) == [0.0, 1.0]
+
+
 def test_a_fair_comparison_is_won_by_the_teachers_step_and_lost_when_it_is_turned_round():
     better, worse = (fair_comparison(sign, rate=1e-5) for sign in (1, -1))
     assert better["watch_better"] == worse["watch_worse"] == 1
