@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import random
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +84,7 @@ def _digest(tensors: dict[str, Tensor], state: str) -> str:
     return digest.hexdigest()
 
 
-def save(path: Path, learners: list[Learner], state: dict[str, Any]) -> None:
+def save(path: Path, learners: Sequence[Learner], state: dict[str, Any]) -> None:
     """Write learners (weights, optimisers, schedules, loss scaler), the random state and `state` to `path`."""
     tensors: dict[str, Tensor] = {}
     saved: dict[str, Any] = {"training": state, "learners": {}}
@@ -114,7 +115,7 @@ def save(path: Path, learners: list[Learner], state: dict[str, Any]) -> None:
     write_tensors(path, tensors, saved)
 
 
-def load(path: Path, learners: list[Learner]) -> dict[str, Any]:
+def load(path: Path, learners: Sequence[Learner]) -> dict[str, Any]:
     """Put learners and the random state back to where `save` found them; return the saved `state`.
 
     Raises CheckpointError if the file is damaged or belongs to other networks; nothing is changed then.

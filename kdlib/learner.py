@@ -14,6 +14,8 @@ from transformers import get_linear_schedule_with_warmup
 Batch = dict[str, Tensor]
 """What `glue.collate` returns, plus `positions`: where in the encoded training set each sample stands."""
 
+BATCH_SIZE, WEIGHT_DECAY, WARMUP_RATIO = 32, 0.01, 0.1
+"""BERT's own, unless somebody asks for others."""
 PRECISIONS = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 
 
@@ -131,8 +133,8 @@ def learner(
     accelerator: Accelerator,
     learning_rate: float,
     total_steps: int,
-    weight_decay: float = 0.01,
-    warmup_ratio: float = 0.1,
+    weight_decay: float = WEIGHT_DECAY,
+    warmup_ratio: float = WARMUP_RATIO,
     max_grad_norm: float = 1.0,
     micro_batches: int = 1,
 ) -> Learner:

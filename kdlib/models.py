@@ -96,6 +96,11 @@ class Outputs(NamedTuple):
     attentions: tuple[Float[Tensor, "batch heads tokens tokens"], ...] = ()
 
 
+def detached(outputs: Outputs) -> Outputs:
+    """The same numbers, as constants."""
+    return Outputs(outputs.logits.detach(), tuple(states.detach() for states in outputs.hidden_states))
+
+
 class Encoding(NamedTuple):
     """What happens inside an encoder; queries, keys and values have one entry for each layer that was asked for.
 
@@ -525,6 +530,18 @@ def output_layer(model: nn.Module) -> nn.Linear:
             "classifier of BERT's or Electra's kind"
         )
     return head
+
+
+def zero_classifier(module: nn.Module) -> None:
+    """Set the classification head to zero, so that the network starts with equal probabilities for all classes.
+
+    Two networks that start so agree at first, whatever they are.  Raises what `output_layer` raises.
+
+    Source: LGTM Figure 5, the one-stage setting, after ProKT.  Derived in: chapters/04_online_distillation.
+    """
+    head = output_layer(module)
+    nn.init.zeros_(head.weight)
+    nn.init.zeros_(head.bias)
 
 
 def last_layers(model: PreTrainedModel, layers: int) -> list[str]:

@@ -11,11 +11,14 @@ import math
 from collections.abc import Callable, Collection, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from kdlib import losses, models
+from kdlib.learner import Batch, Learner
 from kdlib.models import Outputs, Parameters
 
 Loss = Callable[[Outputs, Mapping[str, Tensor]], Tensor]
@@ -197,3 +200,87 @@ def _moments(name: str, gradient: Tensor, state: AdamWState) -> tuple[Tensor, Te
     mean = state.beta1 * state.exp_avg[name] + (1 - state.beta1) * gradient
     square = state.beta2 * state.exp_avg_sq[name] + (1 - state.beta2) * gradient.square()
     return mean / (1 - state.beta1**step), (square / (1 - state.beta2**step)).sqrt()
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A teaching experiment: the copy at its end, and what its steps went through.
+
+    `places` and `outputs`: the parameters before each step, and what the copy answered there.  `slopes`: the diagonal
+    Jacobian of the last step in its gradient, over −`rate`; None for plain gradient steps, where it is one.
+    """
+
+    copy: Parameters
+    places: list[Parameters]
+    outputs: list[Outputs]
+    rate: float
+    slopes: Parameters | None = None
+
+
+def teaching_experiment(
+    student: Learner,
+    batch: Batch,
+    targets: Outputs,
+    loss: Callable[[Outputs, Outputs, Tensor], Tensor],
+    rate: float,
+    rule: Literal["sgd", "adamw"] = "sgd",
+    steps: int = 1,
+    pieces: int = 1,
+    **wanted: bool,
+) -> Experiment:
+    """A copy of the student learns the batch, without dropout; the student and its optimiser stay as they are.
+
+    `loss(student's outputs, teacher's outputs, labels)` has one value per sample; `targets` are the teacher's outputs.
+
+    Source: MetaDistil eq. (2) and Algorithm 1, lines 3 and 4.  Derived in: chapters/05_pilot_updates.
+    """
+    copy, places, outputs, slopes = models.trainable(student.module), [], [], None
+    for _ in range(steps):
+        slope, answered = _gradient_and_outputs(student.module, copy, batch, targets, loss, pieces, **wanted)
+        places.append(copy)
+        outputs.append(answered)
+        if rule == "sgd":
+            copy = sgd(copy, slope, rate)
+        else:
+            learned = {name: student.module.get_parameter(name) for name in copy}
+            state = adamw_state(student.optimizer, learned, rate)
+            copy, slopes = adamw(copy, slope, state), adamw_preconditioner(slope, state)
+    return Experiment(copy, places, outputs, rate, slopes)
+
+
+def _gradient_and_outputs(
+    module: nn.Module,
+    parameters: Parameters,
+    batch: Batch,
+    targets: Outputs,
+    loss: Callable[[Outputs, Outputs, Tensor], Tensor],
+    pieces: int,
+    **wanted: bool,
+) -> tuple[Parameters, Outputs]:
+    """The gradient of the student's loss at `parameters`, without dropout, and the outputs on the way."""
+    outputs: list[Outputs] = []
+
+    def of_piece(own: Outputs, piece: Mapping[str, Tensor]) -> Tensor:
+        outputs.append(models.detached(own))
+        return loss(own, tree_map(lambda values: values[piece["places"]], targets), piece["labels"])
+
+    placed = {**batch, "places": torch.arange(len(targets.logits), device=targets.logits.device)}
+    slope = gradient(module, parameters, placed, of_piece, pieces=pieces, **wanted)
+    return slope, tree_map(lambda *parts: torch.cat(parts), *outputs)
+
+
+def recording(values: list[Tensor]) -> Loss:
+    """The task's loss, which also puts its values, by sample, into the list."""
+
+    def loss(outputs: Outputs, batch: Mapping[str, Tensor]) -> Tensor:
+        losses = task_loss(outputs, batch)
+        values.append(losses.detach())
+        return losses
+
+    return loss
+
+
+def loss_at(module: nn.Module, parameters: Parameters, batch: Batch) -> float:
+    """The mean task loss on a batch, without dropout, at `parameters`, or at the module's own for an empty dict."""
+    with torch.no_grad(), models.evaluating(module):
+        return task_loss(models.apply(module, parameters, batch), batch).mean().item()

@@ -7,11 +7,9 @@ the later methods update two networks in turns.
 import hashlib
 import itertools
 import math
-import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +17,17 @@ import pandas as pd
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from filelock import FileLock, Timeout
 from torch import Tensor
 
 from kdlib import checkpoints, glue, losses, metrics, models
+from kdlib.folders import prepare_folder
 from kdlib.interrupts import asked_to_stop
 from kdlib.learner import Batch, Learner, NonFiniteLossError
-from kdlib.methods import Step
+from kdlib.methods.base import Step
 from kdlib.models import predict
 from kdlib.progress import bar, line, notice
 
-CHECKPOINT, BEST, LOCK = "checkpoint.safetensors", "best.safetensors", ".lock"
+CHECKPOINT, BEST = "checkpoint.safetensors", "best.safetensors"
 LOGITS = "logits-"
 """How the files begin that keep a fixed teacher's logits."""
 LOSS = "loss"
@@ -145,34 +143,109 @@ def _kept_logits(path: Path, samples: int) -> Tensor | None:
     return table
 
 
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """What is trained, on what, and how it is judged.
+
+    `step` moves the `learners`; the first of them ends with the weights of the evaluation with the highest `select`, or
+    without `select` with its last ones, as the others do.  What the step returns is averaged between two evaluations
+    and goes into the history as "train_<name>".
+
+    With `feedback` data the step is called with a batch of them as well, of `feedback_batch_size` samples or as many as
+    in a training batch, drawn in an order of their own; `data` itself may be given for them, which says that the two
+    are meant to be one.  `prepare(batch, number)` may add to the batch of step `number`, from 0, what is drawn anew
+    each time, such as masks; it must depend on its arguments only.
+    """
+
+    step: Step
+    learners: Sequence[Learner]
+    data: glue.Encoded
+    schedule: Schedule
+    evaluate: Evaluate
+    select: str | None = None
+    feedback: glue.Encoded | None = None
+    feedback_batch_size: int | None = None
+    prepare: Callable[[Batch, int], Batch] | None = None
+
+    @property
+    def kept(self) -> Learner:
+        """The learner that the training is for."""
+        return self.learners[0]
+
+    @property
+    def total(self) -> int:
+        """The number of optimiser steps.  Raises ValueError if there is nothing to train on."""
+        total = self.schedule.total_steps(len(self.data))
+        if total < 1:
+            raise ValueError(f"nothing to train on: {len(self.data)} samples, {self.schedule.epochs} epochs")
+        return total
+
+    def identity(self) -> dict[str, Any]:
+        """What a checkpoint belongs to: the schedule, but for how often it is saved, and all data."""
+        own = {name: value for name, value in asdict(self.schedule).items() if name != "checkpoint_every"}
+        found = {**own, "samples": len(self.data), "data": fingerprint(self.data, labels=True)}
+        if self.feedback is None:
+            return found
+        if self.feedback is not self.data:
+            _check_disjoint(self.data, self.feedback)
+        return {**found, "feedback data": fingerprint(self.feedback, labels=True)}
+
+    def batches(self, start: int) -> Iterator[list[Batch]]:
+        """What the steps from `start` on are called with: a batch each, and one of feedback data if there are any."""
+        schedule, device = self.schedule, self.kept.accelerator.device
+        order = training_batches(self.data, schedule, start, self.total)
+        quizzes = feedback_batches(self.feedback, self.feedback_batch_size or schedule.batch_size, schedule.seed, start)
+        for number, indices in enumerate(order, start):
+            batch = training_batch(self.data, indices, device)
+            found = [batch if self.prepare is None else self.prepare(batch, number)]
+            if self.feedback is not None:
+                found.append(training_batch(self.feedback, next(quizzes), device))
+            yield found
+
+
+@dataclass
+class _State:
+    """How far a training is: what a checkpoint keeps of it besides the learners."""
+
+    identity: dict[str, Any]
+    step: int = 0
+    sums: dict[str, float] = field(default_factory=dict)
+    """of what the steps since the last evaluation have returned"""
+    counts: dict[str, int] = field(default_factory=dict)
+    """A step need not report everything: LGTM does not where it leaves the feedback out."""
+    history: list[dict[str, float]] = field(default_factory=list)
+    best_step: int = -1
+    best_metrics: dict[str, float] = field(default_factory=dict)
+    seconds: float = 0.0
+
+    def add(self, values: dict[str, float]) -> None:
+        """Count one more step, which returned these values."""
+        self.step += 1
+        self.sums |= {name: self.sums.get(name, 0.0) + value for name, value in values.items()}
+        self.counts |= {name: self.counts.get(name, 0) + 1 for name in values}
+
+    def judge(self, row: dict[str, float], select: str | None) -> bool:
+        """Take a row into the history and begin anew to add up; whether it is the best so far."""
+        self.history.append(row)
+        self.sums, self.counts = {}, {}
+        better = not self.best_metrics or select is None or row[select] > self.best_metrics[select]
+        if better:
+            self.best_step = self.step
+            self.best_metrics = {name: value for name, value in row.items() if "/" in name}
+        return better
+
+
 def train(
-    step: Step,
-    learners: list[Learner],
-    encoded: glue.Encoded,
-    schedule: Schedule,
-    evaluate: Evaluate,
-    select: str | None,
-    keep: Learner,
+    training: Training,
     folder: Path | None = None,
     identity: dict[str, Any] | None = None,
     resume: bool = True,
-    feedback: glue.Encoded | None = None,
-    feedback_batch_size: int | None = None,
-    prepare: Callable[[Batch, int], Batch] | None = None,
     max_seconds: float | None = None,
 ) -> Result:
-    """Run `step` over the data; end with the weights of `keep` from the evaluation with the highest `select`.
+    """Run the steps of a training to its end.
 
-    Without `select` it ends with the last weights.  `prepare(batch, number)` may add to the batch of step `number`,
-    from 0, what is drawn anew each time, such as masks; it must depend on its arguments only.
-
-    With `feedback` data the step is called with a batch of them as well, of `feedback_batch_size` samples or as many as
-    in a training batch, drawn in an order of their own; `encoded` itself may be given for them, which says that the two
-    are meant to be one.  What the step returns is averaged between two evaluations and
-    goes into the history as "train_<name>".  Learners other than `keep` end with their last weights.
-
-    With a `folder` the run survives being killed at any moment: started again, it goes on from the last checkpoint and
-    ends with the same weights and history, bit for bit.  `identity` is stored with the checkpoint, together with the
+    With a `folder` it survives being killed at any moment: started again, it goes on from the last checkpoint and ends
+    with the same weights and history, bit for bit.  `identity` is stored with the checkpoint, together with the
     schedule and a fingerprint of all data; one that was written under another identity is refused.  Without a folder
     the best weights are held in memory.
 
@@ -183,99 +256,76 @@ def train(
     CheckpointError if the folder cannot be written or holds a checkpoint of another run or a damaged one, ValueError
     for no data and for other feedback data that are also trained on.
     """
-    accelerator = keep.accelerator
-    total = schedule.total_steps(len(encoded))
-    if total < 1:
-        raise ValueError(f"nothing to train on: {len(encoded)} samples, {schedule.epochs} epochs")
-    if feedback is not None and feedback is not encoded:
-        _check_disjoint(encoded, feedback)
-    # How often the state is saved may change from one sitting to the next.
-    own = {name: value for name, value in asdict(schedule).items() if name != "checkpoint_every"}
-    identity = {**own, "samples": len(encoded), "data": fingerprint(encoded, labels=True), **(identity or {})}
-    if feedback is not None:
-        identity["feedback data"] = fingerprint(feedback, labels=True)
-    state: dict[str, Any] = {
-        "identity": identity,
-        "step": 0,
-        "sums": {},
-        "counts": {},
-        "history": [],
-        "best_step": -1,
-        "best_metrics": {},
-        "seconds": 0.0,
-    }
-    best_weights: dict[str, Tensor] = {}
+    schedule, kept, total = training.schedule, training.kept, training.total
     set_seed(schedule.seed)
-    if folder is not None:
-        prepare_folder(folder)
-        if resume and (folder / CHECKPOINT).exists():
-            state = _resume(folder / CHECKPOINT, learners, identity)
-            if select is not None and state["best_step"] >= 0:
-                best_weights = _best(folder / BEST, keep)  # now, not after all the work that is left
-        elif not resume:
-            for stale in (CHECKPOINT, BEST):
-                (folder / stale).unlink(missing_ok=True)
-
-    seconds_before, started = state["seconds"], time.perf_counter()
+    state, best_weights = _begin(training, folder, identity or {}, resume)
+    before, started = state.seconds, time.perf_counter()
 
     def save() -> None:
-        state["seconds"] = seconds_before + time.perf_counter() - started
+        state.seconds = before + time.perf_counter() - started
         if folder is not None:
-            checkpoints.save(folder / CHECKPOINT, learners, state)
+            checkpoints.save(folder / CHECKPOINT, training.learners, asdict(state))
 
-    for learner in learners:
+    for learner in training.learners:
         learner.module.train()
     with asked_to_stop() as stopping:
-        batches = training_batches(encoded, schedule, state["step"], total)
-        quizzes = feedback_batches(feedback, feedback_batch_size or schedule.batch_size, schedule.seed, state["step"])
-        for indices in bar(batches, f"training {keep.name}", initial=state["step"], total=total):
-            data = [training_batch(encoded, indices, accelerator.device)]
-            if prepare is not None:
-                data[0] = prepare(data[0], state["step"])
-            if feedback is not None:
-                data.append(training_batch(feedback, next(quizzes), accelerator.device))
+        for data in bar(training.batches(state.step), f"training {kept.name}", initial=state.step, total=total):
             try:
-                values = step(*data)
+                state.add(training.step(*data))
             except NonFiniteLossError as error:
-                raise _located(error, state["step"] + 1, folder) from error
-            state["step"] += 1
-            sums = {name: state["sums"].get(name, 0.0) + value for name, value in values.items()}
-            state["sums"] = state["sums"] | sums
-            # A step need not report everything: LGTM does not where it leaves the feedback out.
-            state["counts"] = state["counts"] | {name: state["counts"].get(name, 0) + 1 for name in values}
-            if _due(state["step"], schedule, len(encoded), total):
-                row = {
-                    "step": state["step"],
-                    "epoch": state["step"] / math.ceil(len(encoded) / schedule.batch_size),
-                    "learning_rate": keep.optimizer.param_groups[0]["lr"],
-                    **{f"train_{name}": value / state["counts"][name] for name, value in state["sums"].items()},
-                    **evaluate(),
-                }
-                state["history"].append(row)
-                state["sums"], state["counts"] = {}, {}
-                if not state["best_metrics"] or select is None or row[select] > state["best_metrics"][select]:
-                    state["best_step"] = state["step"]
-                    state["best_metrics"] = {name: value for name, value in row.items() if "/" in name}
-                    if select is not None:
-                        best_weights = checkpoints.module_tensors(keep.module)
-                    if select is not None and folder is not None:
+                raise _located(error, state.step + 1, folder) from error
+            if _due(state.step, schedule, len(training.data), total):
+                row = _row(training, state)
+                if state.judge(row, training.select) and training.select is not None:
+                    best_weights = checkpoints.module_tensors(kept.module)
+                    if folder is not None:
                         checkpoints.write_tensors(folder / BEST, best_weights)
                 if schedule.checkpoint_every is None:
                     save()
-                chosen = "" if select is None else f", {select} {row[select]:.4f}"
-                line(f"{keep.name}: epoch {row['epoch']:.2f}, loss {row['train_loss']:.4f}{chosen}", started)
-            if schedule.checkpoint_every is not None and state["step"] % schedule.checkpoint_every == 0:
+                chosen = "" if training.select is None else f", {training.select} {row[training.select]:.4f}"
+                line(f"{kept.name}: epoch {row['epoch']:.2f}, loss {row['train_loss']:.4f}{chosen}", started)
+            if schedule.checkpoint_every is not None and state.step % schedule.checkpoint_every == 0:
                 save()
-            late = max_seconds is not None and time.perf_counter() - started > max_seconds and state["step"] < total
+            late = max_seconds is not None and time.perf_counter() - started > max_seconds and state.step < total
             if stopping() or late:
                 save()
-                raise TrainingInterruptedError(_how_to_resume(state["step"], total, folder))
-    if select is not None:
-        keep.module.load_state_dict(best_weights)
-    for learner in learners:
+                raise TrainingInterruptedError(_how_to_resume(state.step, total, folder))
+    if training.select is not None:
+        kept.module.load_state_dict(best_weights)
+    for learner in training.learners:
         learner.module.eval()
-    seconds = seconds_before + time.perf_counter() - started
-    return Result(pd.DataFrame(state["history"]), state["best_step"], state["best_metrics"], seconds)
+    seconds = before + time.perf_counter() - started
+    return Result(pd.DataFrame(state.history), state.best_step, state.best_metrics, seconds)
+
+
+def _begin(
+    training: Training, folder: Path | None, identity: dict[str, Any], resume: bool
+) -> tuple[_State, dict[str, Tensor]]:
+    """Where the training stands, its learners put back to there, and the best weights so far."""
+    state = _State(training.identity() | identity)
+    if folder is None:
+        return state, {}
+    prepare_folder(folder)
+    path = folder / CHECKPOINT
+    if not resume:
+        for stale in (path, folder / BEST):
+            stale.unlink(missing_ok=True)
+    if not path.exists():
+        return state, {}
+    state = _State(**_resume(path, training.learners, state.identity))
+    chosen = training.select is not None and state.best_step >= 0
+    return state, _best(folder / BEST, training.kept) if chosen else {}  # now, not after all the work that is left
+
+
+def _row(training: Training, state: _State) -> dict[str, float]:
+    """A row of the history: what the last steps have returned on average, and an evaluation."""
+    return {
+        "step": state.step,
+        "epoch": state.step / math.ceil(len(training.data) / training.schedule.batch_size),
+        "learning_rate": training.kept.optimizer.param_groups[0]["lr"],
+        **{f"train_{name}": value / state.counts[name] for name, value in state.sums.items()},
+        **training.evaluate(),
+    }
 
 
 def training_batches(encoded: glue.Encoded, schedule: Schedule, start: int, total: int) -> Iterator[list[int]]:
@@ -307,53 +357,6 @@ def training_batch(encoded: glue.Encoded, indices: list[int], device: torch.devi
     return glue.to_device(batch, device)
 
 
-def prepare_folder(folder: Path) -> None:
-    """Create `folder`, see that it can be written, before any work is done, and clear what a killed run left.
-
-    Raises CheckpointError that names the folder and the remedy.
-    """
-    with writing_to(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".writable"
-        probe.touch()
-        probe.unlink()
-        for stale in folder.glob(".*.tmp"):  # left by a run that was killed while it wrote
-            shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
-
-
-@contextmanager
-def writing_to(folder: Path) -> Iterator[None]:
-    """Put an OSError of the block into a CheckpointError that names the folder and the remedy."""
-    try:
-        yield
-    except OSError as error:
-        raise checkpoints.CheckpointError(
-            f"cannot write to {folder} ({error.strerror or error}): choose another output_dir"
-        ) from error
-
-
-@contextmanager
-def alone_in(folder: Path) -> Iterator[None]:
-    """Create `folder`; keep others out who compute the same run, or wait until they have left.
-
-    A process that is killed leaves too: its lock is the operating system's.
-
-    Raises CheckpointError if `folder` cannot be written.
-    """
-    lock = FileLock(folder / LOCK)
-    with writing_to(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        try:
-            lock.acquire(blocking=False)
-        except Timeout:
-            notice(f"{folder.name} is being computed by another process: waiting for it")
-            lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
-
-
 def _check_disjoint(encoded: glue.Encoded, feedback: glue.Encoded) -> None:
     if len(feedback) == 0:
         raise ValueError("the feedback set is empty: raise feedback_fraction, or max_train")
@@ -379,7 +382,7 @@ def _due(step: int, schedule: Schedule, samples: int, total: int) -> bool:
     return step % every == 0 or step == total
 
 
-def _resume(path: Path, learners: list[Learner], identity: dict[str, Any]) -> dict[str, Any]:
+def _resume(path: Path, learners: Sequence[Learner], identity: dict[str, Any]) -> dict[str, Any]:
     _, saved = checkpoints.read_tensors(path)
     found = saved["training"]["identity"]
     differing = sorted(key for key in found.keys() | identity.keys() if found.get(key) != identity.get(key))

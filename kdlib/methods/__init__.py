@@ -1,24 +1,38 @@
-"""One file per paper; each reads like the paper's algorithm.
+"""One file per paper; each reads like the paper's algorithm, after the settings that its method has.
 
-A method is a function that takes the learners and returns a `Step`: a function of one batch, and of a feedback batch
-where the method asks for one, that updates the learners and returns numbers to log, "loss" among them.  What is
-imitated is always an argument, a `kdlib.imitation.Imitation`.
+A method is one file and one entry here.
 """
 
-from collections.abc import Callable
+from kdlib.methods.base import Method
+from kdlib.methods.ikd import IKD
+from kdlib.methods.kd import KD, FineTune
+from kdlib.methods.lgtm import LGTM
+from kdlib.methods.metadistil import MetaDistil
+from kdlib.methods.on_text import OnText
+from kdlib.methods.online import DML, ProKT
+from kdlib.methods.task_agnostic import MLM, DistilBERT, MiniLM, MiniLMv2, SoftLabels, TinyBERT
+from kdlib.methods.tutor import TutorKD, Untutored
 
-from jaxtyping import Float
-from torch import Tensor
-from torch.nn import functional as F
+METHODS: dict[str, type[Method]] = {
+    "fine_tune": FineTune,
+    "kd": KD,
+    "prokt": ProKT,
+    "dml": DML,
+    "metadistil": MetaDistil,
+    "ikd": IKD,
+    "lgtm": LGTM,
+}
+"""The settings class of each method, by the name that a run's configuration has for it."""
 
-Step = Callable[..., dict[str, float]]
-
-
-def mean_entropy(logits: Float[Tensor, "batch classes"]) -> float:
-    """The mean entropy of the predictions, in nats; 0 for a single output, where there is no distribution.
-
-    Source: the entropy gap of LGTM Figures 5 and 6 is the difference of two of them.
-    Derived in: chapters/04_online_distillation.
-    """
-    log_p = F.log_softmax(logits.detach().float(), dim=-1)
-    return -(log_p.exp() * log_p).sum(-1).mean().item()
+ON_TEXT: dict[str, type[OnText]] = {
+    "mlm": MLM,
+    "soft_labels": SoftLabels,
+    "distilbert": DistilBERT,
+    "tinybert": TinyBERT,
+    "minilm": MiniLM,
+    "minilm_v2": MiniLMv2,
+    "untutored": Untutored,
+    "tutor": TutorKD,
+}
+"""Likewise of the methods on plain text: masked language modelling without a teacher, the baselines of Tutor-KD's
+tables, Tutor-KD without and with its tutor."""

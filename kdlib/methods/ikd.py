@@ -7,45 +7,64 @@ teacher and none through the student's step (chapters/03_finite_differences).
 Source: IKD eqs. (5)-(15).  Derived in: chapters/06_student_feedback.
 """
 
-from contextlib import nullcontext
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from kdlib import influence, losses, models
-from kdlib.imitation import Imitation
-from kdlib.influence import TangentMethod
+from kdlib import influence, losses, models, pilot
 from kdlib.learner import Batch, Learner, minimise_together
-from kdlib.methods import Step, mean_entropy, metadistil
-from kdlib.methods.online import detached
-
-FeedbackAt = Literal["before", "after"]
-FEEDBACK_AT: tuple[FeedbackAt, ...] = ("before", "after")
-Exam = Literal["course", "train", "feedback"]
-EXAMS: tuple[Exam, ...] = ("course", "train", "feedback")
-"""Where an exam comes from: the course batch itself, another batch of the training set, or the feedback split."""
+from kdlib.methods.base import Cast, Learning, Piloting, Run, Step, Trained, Unlabelled, check_whole_batch, mean_entropy
+from kdlib.models import Outputs
+from kdlib.settings import Share, by_rule, fill, settings
 
 
-def ikd(
-    student: Learner,
-    teacher: Learner,
-    imitation: Imitation,
-    meta_weight: float = 0.5,
-    feedback_at: FeedbackAt = "before",
-    labelled_course: bool = True,
-    pilot_learning_rate: float | None = None,
-    tangent: TangentMethod = "jvp",
-    tangent_precision: Literal["fp32", "autocast"] = "fp32",
-) -> Step:
+@settings
+class IKD(Piloting, Learning, Trained, Unlabelled):
+    """The teacher hears, class by class, what its soft targets do to the student's exam."""
+
+    slower: ClassVar[float] = 0.1
+
+    meta_weight: Share = 0.5
+    """weight γ of the student's exam in the teacher's loss, 1 − this that of the labels"""
+    feedback_at: Literal["before", "after"] = "before"
+    """the exam "after" the course step, exact, or "before" it, the paper's shortcut"""
+    exam: Literal["course", "train", "feedback"] = by_rule()
+    """the "course" batch again, another batch of "train", or of "feedback"; None: "course", without labels
+    "feedback\""""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        fill(self, exam="course" if self.labelled_course else "feedback")
+
+    @property
+    def feedback(self) -> str | None:
+        return None if self.exam == "course" else self.exam
+
+    def problems(self, run: Run) -> list[str]:
+        found = super().problems(run)
+        if not self.labelled_course and self.exam != "feedback":
+            found.append(f"exam is {self.exam!r}, but only the feedback split has labels; expected 'feedback'")
+        if self.exam == "course" and self.labelled_course and self.feedback_batch_size is not None:
+            found.append(
+                f"feedback_batch_size is {self.feedback_batch_size}, but the exam is the course batch itself: leave it "
+                "out, or give exam 'train' or 'feedback'"
+            )
+        return found
+
+    def step(self, cast: Cast) -> Step:
+        return ikd(*cast.pair, self)
+
+
+def ikd(student: Learner, teacher: Learner, settings: IKD) -> Step:
     """A step on a course batch and an exam batch; called with one batch, the course is the exam as well.
 
     Both networks move at once, from the state before the step, each on its own loss, as the paper adds them up: the
-    student imitates the teacher's answers; the teacher lowers γ · the student's loss on the exam after the course
-    + (1 − γ) · its own loss on the labels.  γ is `meta_weight`; the paper's λ is 1 − `imitation.alpha`.  In MetaDistil
-    the student waits for the teacher's update; here it learns from the answers that the feedback is about.
+    student imitates the teacher's outputs; the teacher lowers γ · the student's loss on the exam after the course
+    + (1 − γ) · its own loss on the labels.  γ is `meta_weight`; the paper's λ is 1 − α.  In MetaDistil the student
+    waits for the teacher's update; here it learns from the outputs that the feedback is about.
 
     The student after the course is a copy that takes a plain gradient step, without dropout, at `pilot_learning_rate`
     or at the student's present rate.  With `feedback_at="after"` the exam's gradient is taken there, and the teacher's
@@ -58,61 +77,62 @@ def ikd(
     With `labelled_course=False` nobody reads the labels of the course: the student imitates only, and the teacher's
     own loss is that on the exam, which costs it another pass.
 
-    Raises ValueError for settings that `check_settings` refuses, and for a course without labels that is its own exam.
+    Raises ValueError for `micro_batches`, and for a course without labels that is its own exam.
 
     Source: IKD eqs. (5)-(14).  Derived in: chapters/06_student_feedback.
     """
-    micro_batches = max(student.micro_batches, teacher.micro_batches)
-    check_settings(meta_weight, feedback_at, labelled_course, imitation.alpha, micro_batches)
-    module, wanted = student.module, imitation.wanted
-    lowered = student.accelerator.autocast if tangent_precision == "autocast" else nullcontext
+    check_whole_batch(student, teacher)
+    module, wanted = student.module, settings.wanted
 
     def step(batch: Batch, exam: Batch | None = None) -> dict[str, float]:
-        if exam is None and not labelled_course:
+        if exam is None and not settings.labelled_course:
             raise ValueError("the course has no labels, so it cannot be the exam: give a second batch")
         exam = batch if exam is None else exam
-        rate = student.optimizer.param_groups[0]["lr"] if pilot_learning_rate is None else pilot_learning_rate
         with models.evaluating(teacher.module), teacher.accelerator.autocast():
-            answers = models.outputs(teacher.module, batch, **wanted)
-        lesson = detached(answers)
+            teacher_outputs = models.outputs(teacher.module, batch, **wanted)
+        targets = models.detached(teacher_outputs)
+        moving, exam_losses = tangent_of_exam(batch, exam, targets)
+        logits: list[Tensor] = []
 
-        # What the student has to say: its tangent along the gradient of the exam.
-        with lowered():
-            here, known = models.trainable(module), None
-            place = here
-            if feedback_at == "after":
-                trial = metadistil.teaching_experiment(student, batch, lesson, imitation, 1, "sgd", rate)
-                place, known = trial.copy, trial.outputs[0]
-            examined: list[Tensor] = []
-            direction = influence.feedback_gradient(module, place, exam, metadistil.recording(examined))
-            said = influence.student_tangent(module, here, batch, direction, tangent, outputs=known, **wanted)
+        def both_losses(_: Batch) -> list[Tensor]:
+            outputs = models.outputs(module, batch, **wanted)
+            logits.append(outputs.logits.detach())
+            influences = influence.distillation_influence(settings.loss, *moving, teacher_outputs, batch["labels"])
+            teachers = settings.meta_weight * (-settings.rate(student) * influences)
+            if settings.meta_weight < 1:
+                teachers = teachers + (1 - settings.meta_weight) * loss_on_labels(teacher_outputs, batch, exam)
+            return [settings.loss(outputs, targets, batch["labels"]), teachers]
 
-        seen: list[Tensor] = []
-
-        def both(_: Batch) -> list[Tensor]:
-            own = models.outputs(module, batch, **wanted)
-            seen.append(own.logits.detach())
-            objective = lambda ours, theirs: imitation(ours, theirs, batch["labels"])  # noqa: E731
-            meta = -rate * influence.distillation_influence(objective, *said, answers)
-            taught = meta_weight * meta
-            if meta_weight < 1:
-                taught = taught + (1 - meta_weight) * teachers_own()
-            return [imitation(own, lesson, batch["labels"]), taught]
-
-        def teachers_own() -> Tensor:
-            """By sample on a labelled course, which the teacher has answered; else the mean on the exam."""
-            if labelled_course:
-                return losses.task_loss(answers.logits, batch["labels"], "none")
-            with models.evaluating(teacher.module):
-                return losses.task_loss(models.logits(teacher.module, exam), exam["labels"])
-
-        loss, _ = minimise_together([student, teacher], both, batch)
+        loss, _ = minimise_together([student, teacher], both_losses, batch)
         return {
             "loss": loss,
-            "feedback_loss": torch.cat(examined).mean().item(),
-            "student_entropy": mean_entropy(seen[0]),
-            "teacher_entropy": mean_entropy(lesson.logits),
+            "feedback_loss": exam_losses.mean().item(),
+            "student_entropy": mean_entropy(logits[0]),
+            "teacher_entropy": mean_entropy(targets.logits),
         }
+
+    def tangent_of_exam(batch: Batch, exam: Batch, targets: Outputs) -> tuple[tuple[Outputs, Outputs], Tensor]:
+        """The student's outputs on the course and their tangent along the exam's gradient; the exam's losses."""
+        with settings.lowered(student):
+            here, outputs = models.trainable(module), None
+            place = here
+            if settings.feedback_at == "after":
+                rate = settings.rate(student)
+                trial = pilot.teaching_experiment(student, batch, targets, settings.loss, rate, **wanted)
+                place, outputs = trial.copy, trial.outputs[0]
+            exam_losses: list[Tensor] = []
+            direction = influence.feedback_gradient(module, place, exam, pilot.recording(exam_losses))
+            moving = influence.student_tangent(
+                module, here, batch, direction, settings.tangent, outputs=outputs, **wanted
+            )
+        return moving, torch.cat(exam_losses)
+
+    def loss_on_labels(teacher_outputs: Outputs, batch: Batch, exam: Batch) -> Tensor:
+        """The teacher's own: by sample on a labelled course, which it has answered; else the mean on the exam."""
+        if settings.labelled_course:
+            return losses.task_loss(teacher_outputs.logits, batch["labels"], "none")
+        with models.evaluating(teacher.module):
+            return losses.task_loss(models.logits(teacher.module, exam), exam["labels"])
 
     return step
 
@@ -135,16 +155,3 @@ def feedback(
     p = F.softmax(logits / temperature, dim=-1)
     change = (tangent - (p * tangent).sum(-1, keepdim=True)) / temperature
     return learning_rate * weight * temperature**2 * change
-
-
-def check_settings(
-    meta_weight: float, feedback_at: str, labelled_course: bool, alpha: float, micro_batches: int
-) -> None:
-    """Raise ValueError for settings of `ikd` that have no meaning."""
-    if not 0 <= meta_weight <= 1:
-        raise ValueError(f"meta_weight is {meta_weight}; expected a weight between 0 (labels only) and 1 (exam only)")
-    if feedback_at not in FEEDBACK_AT:
-        raise ValueError(f"feedback_at is {feedback_at!r}; expected one of {', '.join(FEEDBACK_AT)}")
-    if not labelled_course and alpha != 0:
-        raise ValueError(f"alpha is {alpha}, a weight for the labels of a course that has none; expected 0")
-    metadistil.check_settings(1, "sgd", micro_batches)

@@ -1,14 +1,15 @@
 """Task-agnostic distillation: a student learns a language model's knowledge from text without labels.
 
 The baselines of Tutor-KD's tables, and BERT's own masked language modelling, which makes the teachers.  Each function
-returns the loss of a network on a batch, one value for each sentence, whose mean is the loss: `step` makes it a step.
+returns the loss of a network on a batch, one value for each sentence, whose mean is the loss.
 A batch has `input_ids`, `corrupted` (some words masked or replaced), `masked` (which) and `attention_mask`, as
 `corpus.Masking` makes it.  Teachers are fixed and asked without a graph; padding never counts.
 
 Derived in: chapters/09_tutor_kd.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -16,17 +17,112 @@ from transformers import PreTrainedModel
 
 from kdlib import losses, models
 from kdlib import representations as inner
-from kdlib.learner import Batch, Learner
-from kdlib.methods import Step
-from kdlib.methods.tutor import Student, depth, per_sentence
+from kdlib.learner import Batch
+from kdlib.methods.on_text import (
+    AskingForWords,
+    ComparingAttention,
+    Loss,
+    OnText,
+    Student,
+    TextCast,
+    TextRun,
+    check_heads,
+    depth,
+)
+from kdlib.methods.tutor_words import per_sentence
 from kdlib.models import Encoding
+from kdlib.settings import Layers, Positive, settings
 
-Loss = Callable[[Batch], Tensor]
+
+@settings
+class MLM(OnText):
+    """BERT's own masked language modelling, without a teacher."""
+
+    teaches: ClassVar[Literal["nobody", "fixed", "learning"]] = "nobody"
+    ignores: ClassVar[tuple[str, ...]] = ("teacher", "student_layers")
+    trains_head: ClassVar[bool] = True
+
+    trained: Literal["all", "head"] = "all"
+    """what learns, "all" or only the "head", for an encoder that comes without one"""
+
+    def problems(self, run: TextRun) -> list[str]:
+        found = super().problems(run)
+        return found if run.student else [*found, f"method {run.method!r} trains a network of its own: give student"]
+
+    def loss(self, cast: TextCast) -> Loss:
+        return masked_language_model(cast.student.module)
 
 
-def step(student: Learner, loss: Loss) -> Step:
-    """An optimiser step on `loss`."""
-    return lambda batch: {"loss": student.minimise(loss, batch)}
+@settings
+class SoftLabels(AskingForWords):
+    """The teacher's distributions at the masked positions."""
+
+    trains_head: ClassVar[bool] = True
+
+    temperature: Positive = 1.0
+    """of both distributions"""
+
+    def loss(self, cast: TextCast) -> Loss:
+        return soft_labels(*cast.pair, self.temperature)
+
+
+@settings
+class DistilBERT(AskingForWords):
+    """Soft labels, hard labels, and the cosine of the last hidden states."""
+
+    trains_head: ClassVar[bool] = True
+
+    temperature: Positive = 2.0
+    """of both distributions"""
+
+    def loss(self, cast: TextCast) -> Loss:
+        return distilbert(*cast.pair, self.temperature)
+
+
+@settings
+class TinyBERT(ComparingAttention):
+    """Hidden states of all layers, and attention."""
+
+    def loss(self, cast: TextCast) -> Loss:
+        student, teacher = cast.pair
+        return tinybert(student, teacher, self.compares(student.network, teacher))
+
+
+@settings
+class MiniLM(OnText):
+    """The last layer's attention and relations between its values."""
+
+    def check(self, student: PreTrainedModel, teacher: PreTrainedModel) -> None:
+        check_heads(student, teacher, "take minilm_v2, or such a student")
+
+    def loss(self, cast: TextCast) -> Loss:
+        return minilm(*cast.pair)
+
+
+@settings
+class MiniLMv2(OnText):
+    """Relations among queries, among keys and among values of the last layer."""
+
+    relation_heads: Layers | None = None
+    """into so many they are split; None: 12, or the student's own where 12 does not divide its width"""
+
+    def heads(self, student: PreTrainedModel) -> int:
+        """Into how many heads they are split for this student."""
+        usual = 12 if student.config.hidden_size % 12 == 0 else student.config.num_attention_heads
+        return self.relation_heads or usual
+
+    def check(self, student: PreTrainedModel, teacher: PreTrainedModel) -> None:
+        heads = self.heads(student)
+        for who, width in (("student", student.config.hidden_size), ("teacher", teacher.config.hidden_size)):
+            if width % heads:
+                raise ValueError(
+                    f"relation_heads is {heads}, which does not divide the {who}'s width of {width}: give a number "
+                    "that divides both"
+                )
+
+    def loss(self, cast: TextCast) -> Loss:
+        student, teacher = cast.pair
+        return minilm_v2(student, teacher, self.heads(student.network))
 
 
 def masked_language_model(network: PreTrainedModel) -> Loss:

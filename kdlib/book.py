@@ -1,0 +1,50 @@
+"""The data of the book's own chapters, which are in the repository and not in an installed package."""
+
+from pathlib import Path
+
+import pandas as pd
+
+import kdlib
+from kdlib.records import RunRecord, read_record
+
+
+def records(chapter: str) -> list[RunRecord]:
+    """The committed records that a chapter reads, `data/runs/<chapter>/*.json`, in the order of their names.
+
+    Raises FileNotFoundError in an installation without the repository's data.
+    """
+    folder = Path(kdlib.__file__).resolve().parents[1] / "data" / "runs" / chapter
+    paths = sorted(folder.glob("*.json"))
+    if not paths:
+        raise FileNotFoundError(f"no run records in {folder}: `make experiments` writes them")
+    return [read_record(path) for path in paths]
+
+
+def choices(chapter: str) -> pd.DataFrame:
+    """What was tried before a chapter's records were made, `data/choices/<chapter>.csv`: a row for each setting.
+
+    Columns: the settings, then mean and std (fractions) of the validation accuracy over the seeds that choose, and
+    their count; for teachers that learn also the teacher's mean accuracy.
+
+    Raises FileNotFoundError in an installation without the repository's data.
+    """
+    path = Path(kdlib.__file__).resolve().parents[1] / "data" / "choices" / f"{chapter}.csv"
+    if not path.exists():
+        raise FileNotFoundError(
+            f"no table of choices {path}: `python -m tools.experiments --choose {chapter}` writes it"
+        )
+    return pd.read_csv(path)
+
+
+def published(task: str | None = None, folder: Path | str | None = None) -> pd.DataFrame:
+    """The papers' printed results, one number a row; only those of `task` if it is given.
+
+    Columns: paper, table, split, method, student, task, metric, value (a string, as printed), teacher, setting.  Read
+    from `data/published/`; an installation without the repository has none and gets an empty table.
+    """
+    where = Path(folder) if folder is not None else Path(kdlib.__file__).parents[1] / "data" / "published"
+    tables = [pd.read_csv(path, dtype=str, keep_default_na=False) for path in sorted(where.glob("*.csv"))]
+    if not tables:
+        return pd.DataFrame(columns=["paper", "table", "split", "method", "student", "task", "metric", "value"])
+    table = pd.concat(tables, ignore_index=True)
+    return table if task is None else table[table["task"] == task].reset_index(drop=True)
