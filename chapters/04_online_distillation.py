@@ -768,13 +768,14 @@ on_digits_said
 
 # %% tags=["agrees"]
 from kdlib import glue, losses, methods, models
+from kdlib.batches import collate
 from kdlib.imitation import Imitation
 from kdlib.learner import Learner, accelerator_for
 from kdlib.methods import online
 
 setting = runs.configure(task="mini-mnli", student="tiny-1x32", method="fine_tune", device="cpu", max_train=8)
 small, tokenizer = runs.load_data(setting), models.load_tokenizer("tiny-1x32")
-batch = glue.collate(glue.encode(small.train, small.task, tokenizer), torch.arange(8))
+batch = collate(glue.encode(small.train, small.task, tokenizer), torch.arange(8))
 
 
 def learner_of(who, network):

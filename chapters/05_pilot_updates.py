@@ -72,6 +72,7 @@ from torch.nn import functional as F
 from transformers import BertConfig, BertForSequenceClassification
 
 from kdlib import glue, models, plots, runs
+from kdlib.batches import collate
 from kdlib.classroom import expect, untouched
 
 plots.use_style()
@@ -962,7 +963,7 @@ generator = torch.Generator().manual_seed(0)
 
 def drawn(encoded, steps):
     """Batches of 32 random samples."""
-    return [glue.collate(encoded, torch.randperm(len(encoded), generator=generator)[:32]) for _ in range(steps)]
+    return [collate(encoded, torch.randperm(len(encoded), generator=generator)[:32]) for _ in range(steps)]
 
 
 networks = {
@@ -977,7 +978,7 @@ for batch in drawn(lessons, 150):
         ),
         batch,
     )
-steps = drawn(lessons, 80), drawn(quizzes, 80), glue.collate(watched, torch.arange(128))
+steps = drawn(lessons, 80), drawn(quizzes, 80), collate(watched, torch.arange(128))
 live = pd.DataFrame(
     {name: tried_out(sign, networks, *steps) for name, sign in (("down", 1), ("none", 0), ("up", -1))}
 ).T

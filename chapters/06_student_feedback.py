@@ -70,6 +70,7 @@ from torch.func import functional_call, grad, jacrev, jvp
 from torch.nn import functional as F
 
 from kdlib import glue, models, plots, runs
+from kdlib.batches import collate
 from kdlib.classroom import expect, untouched
 
 plots.use_style()
@@ -420,7 +421,7 @@ def batches(encoded, size, seed):
     while True:
         for rows in torch.randperm(len(encoded), generator=generator).split(size):
             if len(rows) == size:
-                yield glue.collate(encoded, rows)
+                yield collate(encoded, rows)
 
 
 def answer(network, weights, batch):
@@ -477,7 +478,7 @@ def teachers_gradient(student, teacher, batch, place, rate):
 
 encoded, teacher, student = networks_for("mini-mnli")
 fit(teacher, batches(encoded, 32, seed=1), 150, 1e-3)
-one = glue.collate(encoded, torch.arange(16))
+one = collate(encoded, torch.arange(16))
 lesson = answer(teacher.double(), {}, one).detach()
 rates, found = [2e-3 * 10 ** (power / 2) for power in range(-2, 7)], {}
 student.double()
@@ -677,7 +678,7 @@ def after_own_step(student, weights, batch, slopes, rate):
 
 # %%
 encoded, _, student = networks_for("mini-mnli")
-many, rows = glue.collate(encoded, torch.arange(48)), {}
+many, rows = collate(encoded, torch.arange(48)), {}
 for stage, steps in (("fresh", 0), ("60 steps", 60), ("240 steps", 180)):
     fit(student, batches(encoded, 32, seed=5), steps, 2e-3)
     slopes = label_slopes(student, weights_of(student), many)

@@ -1162,8 +1162,8 @@ costs.pivot_table(floors, "way", "tokens", sort=False).swaplevel(axis=1).sort_in
 
 
 # %%
-from kdlib import influence as influence_of
 from kdlib import pilot
+from kdlib import tangent as tangent_of
 
 
 def found_by(method, layers=None):
@@ -1173,10 +1173,10 @@ def found_by(method, layers=None):
     lesson = answer(teacher, {}, batch).detach()
     copy = pilot.sgd_step(student, weights, batch, lambda outputs, _: kl(outputs.logits, lesson), 0.5)
     names = None if layers is None else models.last_layers(student, layers)
-    g = influence_of.feedback_gradient(student, copy, feedback, among=names)
+    g = tangent_of.feedback_gradient(student, copy, feedback, among=names)
     here = {name: weights[name] for name in g}
-    own, moving = influence_of.student_tangent(student, here, batch, g, method)
-    return influence_of.distillation_influence(kl, own.logits, moving.logits, lesson)
+    own, moving = tangent_of.student_tangent(student, here, batch, g, method)
+    return tangent_of.distillation_influence(kl, own.logits, moving.logits, lesson)
 
 
 exact, rows = found_by("jvp"), {}
