@@ -10,7 +10,7 @@ from typing import Literal
 from jaxtyping import Float
 from torch import Tensor
 
-from kdlib import losses
+from kdlib import losses, representations
 from kdlib.losses import Objective
 from kdlib.models import Outputs
 
@@ -58,7 +58,7 @@ class Imitation:
             )
         if self.pkd_weight == 0:
             return loss
-        states = losses.patient(
+        states = representations.patient(
             learner.hidden_states, example.hidden_states, self.pkd_layers, self.pkd_normalisation, reduction="none"
         )
         return loss + self.pkd_weight * states

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import get_linear_schedule_with_warmup
 
 Batch = dict[str, Tensor]
-"""What `glue.collate` returns, plus `positions`: where in the encoded training set each sample stands."""
+"""What `batches.collate` returns, plus `positions`: where in the encoded training set each sample stands."""
 
 PRECISIONS = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 

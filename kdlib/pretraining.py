@@ -23,7 +23,8 @@ from accelerate import Accelerator
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from kdlib import checkpoints, corpus, glue, models, representations, runs, trainer
+from kdlib import checkpoints, corpus, models, representations, runs, trainer
+from kdlib.batches import Encoded, sequential_batches
 from kdlib.learner import Learner, accelerator_for, learner, refuse_many_processes
 from kdlib.methods import Step, task_agnostic, tutor
 from kdlib.methods.task_agnostic import Loss
@@ -408,7 +409,7 @@ def _compute(config: PretrainingConfig) -> RunRecord:
     return _finish(config, who, text, held_out, tokenizer, result)
 
 
-def load_corpus(config: PretrainingConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[corpus.Corpus, glue.Encoded]:
+def load_corpus(config: PretrainingConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[corpus.Corpus, Encoded]:
     """The training text and the held-out blocks.
 
     Raises ValueError for a corpus that is too small to hold anything out, and what `corpus.load` raises.
@@ -430,7 +431,7 @@ def load_corpus(config: PretrainingConfig, tokenizer: PreTrainedTokenizerBase) -
     return dataclasses.replace(text, encoded=first), rest
 
 
-def _blocks(encoded: glue.Encoded, start: int, stop: int) -> glue.Encoded:
+def _blocks(encoded: Encoded, start: int, stop: int) -> Encoded:
     """The blocks `start` … `stop` − 1."""
     left, right = int(encoded.offsets[start]), int(encoded.offsets[stop])
     return dataclasses.replace(
@@ -553,7 +554,7 @@ def _check_length(config: PretrainingConfig, network: PreTrainedModel) -> None:
 
 
 def evaluation(
-    config: PretrainingConfig, who: Networks, held_out: glue.Encoded, tokenizer: PreTrainedTokenizerBase
+    config: PretrainingConfig, who: Networks, held_out: Encoded, tokenizer: PreTrainedTokenizerBase
 ) -> Callable[[], dict[str, float]]:
     """A function that returns what the method minimises, on the held-out blocks, always with the same masks and draws.
 
@@ -561,7 +562,7 @@ def evaluation(
     """
     masking = corpus.masking(tokenizer, config.mask_rate, seed=0)
     accelerator, device = who.student.accelerator, who.student.accelerator.device
-    batches = glue.sequential_batches(held_out.lengths, 4 * config.batch_size)
+    batches = sequential_batches(held_out.lengths, 4 * config.batch_size)
 
     def measured(batch: dict) -> dict[str, float]:
         if who.loss is not None:
@@ -589,7 +590,7 @@ def _finish(
     config: PretrainingConfig,
     who: Networks,
     text: corpus.Corpus,
-    held_out: glue.Encoded,
+    held_out: Encoded,
     tokenizer: PreTrainedTokenizerBase,
     result: trainer.Result,
 ) -> RunRecord:

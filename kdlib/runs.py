@@ -13,7 +13,6 @@ import difflib
 import functools
 import hashlib
 import json
-import os
 import platform
 import shutil
 import subprocess
@@ -35,12 +34,13 @@ from scipy.special import log_softmax
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import kdlib
-from kdlib import checkpoints, glue, losses, metrics, miniglue, models, trainer
+from kdlib import files, glue, losses, metrics, miniglue, models, trainer
+from kdlib.batches import Encoded
 from kdlib.imitation import Imitation
-from kdlib.influence import TangentMethod
 from kdlib.learner import PRECISIONS, Batch, Learner, accelerator_for, learner, refuse_many_processes
 from kdlib.methods import Step, ikd, kd, lgtm, metadistil, online
 from kdlib.progress import notice
+from kdlib.tangent import TangentMethod
 
 RECORD, STUDENT, TEACHER_FOLDER = "record.json", "student", "teacher"
 ONLINE = ("prokt", "dml")
@@ -937,7 +937,7 @@ def load_student(config: RunConfig, task: glue.Task, tokenizer: PreTrainedTokeni
     return models.first_layers(network, config.student_layers, config.seed)
 
 
-def check_lengths(encoded: typing.Mapping[str, glue.Encoded], network: PreTrainedModel, name: str) -> None:
+def check_lengths(encoded: typing.Mapping[str, Encoded], network: PreTrainedModel, name: str) -> None:
     """Raise ValueError if a split holds an example that is longer than what the network can read."""
     longest = models.longest(network)
     for split, samples in encoded.items():
@@ -949,7 +949,7 @@ def check_lengths(encoded: typing.Mapping[str, glue.Encoded], network: PreTraine
             )
 
 
-def encode_all(data: glue.TaskData, tokenizer: PreTrainedTokenizerBase, max_length: int) -> dict[str, glue.Encoded]:
+def encode_all(data: glue.TaskData, tokenizer: PreTrainedTokenizerBase, max_length: int) -> dict[str, Encoded]:
     """Tokenise every split once: "train", "feedback" if there is one, the evaluation and the test splits, by name."""
     feedback = {} if data.feedback is None else {"feedback": data.feedback}
     splits = {"train": data.train, **feedback, **data.evaluation, **data.test}
@@ -987,7 +987,7 @@ def _method(
     data: glue.TaskData,
     tokenizer: PreTrainedTokenizerBase,
     student: Learner,
-    encoded: dict[str, glue.Encoded],
+    encoded: dict[str, Encoded],
 ) -> tuple[RunRecord | None, Learner | None, Step]:
     """The record of the teacher's fine-tuning, the teacher if it learns, and the step of the configured method."""
     if config.method == "fine_tune":
@@ -1081,7 +1081,7 @@ def imitation_of(config: RunConfig) -> Imitation:
     )
 
 
-def feedback_data(config: RunConfig, data: glue.TaskData, encoded: dict[str, glue.Encoded]) -> glue.Encoded | None:
+def feedback_data(config: RunConfig, data: glue.TaskData, encoded: dict[str, Encoded]) -> Encoded | None:
     """What the teacher gets its feedback from, if it does: the split carved out of the training set, as a rule."""
     if config.method not in FEEDBACK:
         return encoded.get(config.exam)  # an exam of "train" or "feedback"; nothing for the course itself
@@ -1092,7 +1092,7 @@ def feedback_data(config: RunConfig, data: glue.TaskData, encoded: dict[str, glu
     return dataclasses.replace(leaking, rows=-1 - leaking.rows)
 
 
-def watched_batch(split: str, encoded: dict[str, glue.Encoded], accelerator: Accelerator) -> Batch:
+def watched_batch(split: str, encoded: dict[str, Encoded], accelerator: Accelerator) -> Batch:
     """The first rows of a split as one batch."""
     rows = range(min(WATCHED, len(encoded[split])))
     return trainer.training_batch(encoded[split], list(rows), accelerator.device)
@@ -1101,7 +1101,7 @@ def watched_batch(split: str, encoded: dict[str, glue.Encoded], accelerator: Acc
 def _finish(
     config: RunConfig,
     data: glue.TaskData,
-    encoded: dict[str, glue.Encoded],
+    encoded: dict[str, Encoded],
     student: Learner,
     tokenizer: PreTrainedTokenizerBase,
     result: trainer.Result,
@@ -1181,24 +1181,16 @@ def compare_with_oracle(data: glue.TaskData, outputs: dict[str, np.ndarray]) -> 
 
 def save_pretrained(network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Write model and tokenizer as a folder for `from_pretrained`, complete or not at all."""
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    with models.quiet():
+    with files.written(folder) as temporary, models.quiet():
         network.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
-    for weights in temporary.glob("*.safetensors"):
-        checkpoints.share(weights)
-    shutil.rmtree(folder, ignore_errors=True)
-    temporary.rename(folder)
 
 
 def write_record(record: RunRecord) -> None:
     """Write `record.json` atomically."""
     fields = {name: value for name, value in vars(record).items() if name != "folder"}
     path = record.folder / RECORD
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(fields, indent=1) + "\n")
-    temporary.replace(path)
+    files.write_text(path, json.dumps(fields, indent=1) + "\n")
 
 
 def read_record(folder: Path | str) -> RunRecord:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from kdlib import checkpoints, models, pretraining, runs, trainer
+from kdlib import checkpoints, files, models, pretraining, runs, trainer
 from kdlib.learner import Learner
 from kdlib.methods import ikd, tutor
 
@@ -70,13 +70,13 @@ PLACES = {
     "teacher-first-step": (Learner, "minimise", 1, "after"),
     "teacher-mid-run": (Learner, "minimise", 6, "before"),
     "teacher-saved-not-recorded": (runs, "write_record", 1, "before"),
-    "teacher-logits-half-written": (checkpoints.os, "replace", 7, "before"),
+    "teacher-logits-half-written": (files.os, "replace", 7, "before"),
     "student-first-step": (Learner, "minimise", 10, "before"),
     "student-between-checkpoints": (Learner, "minimise", 14, "after"),
     "student-last-step": (Learner, "minimise", 18, "after"),
     "student-evaluating": (models, "logits", 25, "before"),
     "best-written-checkpoint-not": (checkpoints, "save", 6, "before"),
-    "checkpoint-half-written": (checkpoints.os, "replace", 11, "before"),
+    "checkpoint-half-written": (files.os, "replace", 11, "before"),
     "student-folder-half-written": (runs, "save_pretrained", 2, "before"),
     "student-saved-not-recorded": (runs, "write_record", 2, "before"),
 }

@@ -13,6 +13,7 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertForSequenceClassification
 
 from kdlib import glue, models, runs, trainer
+from kdlib.batches import Encoded
 from kdlib.runs import ConfigurationError, RunConfig
 
 QUICK = {
@@ -723,7 +724,7 @@ class TestTeachersThatLearn:
         assert ends[0] == ends[1]
 
 
-def feedback_seen(monkeypatch, **parameters) -> tuple[list[dict], dict[str, glue.Encoded]]:
+def feedback_seen(monkeypatch, **parameters) -> tuple[list[dict], dict[str, Encoded]]:
     """The feedback batches that a run's step gets, and the run's splits."""
     seen, splits, original = [], {}, runs.lgtm.lgtm
 
@@ -746,7 +747,7 @@ def feedback_seen(monkeypatch, **parameters) -> tuple[list[dict], dict[str, glue
     return seen, splits
 
 
-def sentences(encoded: glue.Encoded) -> set[tuple[int, ...]]:
+def sentences(encoded: Encoded) -> set[tuple[int, ...]]:
     pieces = encoded.input_ids.split(encoded.lengths.tolist())
     return {tuple(piece.tolist()) for piece in pieces}
 

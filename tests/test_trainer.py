@@ -16,7 +16,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kdlib import checkpoints, glue, trainer
+from kdlib import checkpoints, trainer
+from kdlib.batches import Encoded
 from kdlib.checkpoints import CheckpointError
 from kdlib.imitation import Imitation
 from kdlib.learner import NonFiniteLossError, accelerator_for
@@ -402,7 +403,7 @@ class TestFeedback:
         assert list(trainer.feedback_batches(None, 8, 0, 0)) == []
 
     @staticmethod
-    def feedback(samples: int = 10) -> glue.Encoded:
+    def feedback(samples: int = 10) -> Encoded:
         data = toy.encoded(samples, seed=5)
         return dataclasses.replace(data, rows=torch.arange(samples) + 5000)
 

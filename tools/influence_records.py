@@ -20,7 +20,7 @@ os.environ.setdefault("KDLIB_PROGRESS", "0")
 import numpy as np
 import torch
 
-from kdlib import runs
+from kdlib import files, runs
 from tools.chapters import ROOT, read_source, tagged
 
 CHAPTER = "02_influence"
@@ -97,9 +97,7 @@ def make(job: Job) -> str:
     record = compute(job)
     FOLDER.mkdir(parents=True, exist_ok=True)
     text = json.dumps(record, separators=(",", ":")).replace('],"', '],\n"').replace(',"moments"', ',\n"moments"')
-    temporary = job.path.with_suffix(".tmp")
-    temporary.write_text(text + "\n")
-    temporary.replace(job.path)
+    files.write_text(job.path, text + "\n")
     return f"{CHAPTER}  {job.path.stem}  {record['seconds']:.0f} s"
 
 

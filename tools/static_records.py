@@ -18,7 +18,7 @@ os.environ.setdefault("KDLIB_PROGRESS", "0")
 
 import torch
 
-from kdlib import glue, losses, models, runs
+from kdlib import files, glue, losses, models, runs
 from tools import experiments
 from tools.chapters import ROOT
 
@@ -92,9 +92,7 @@ def make(seed: int) -> str:
         "git_commit": runs.git_commit(),
     }
     FOLDER.mkdir(parents=True, exist_ok=True)
-    temporary = path_of(seed).with_suffix(".tmp")
-    temporary.write_text(json.dumps(record, indent=1) + "\n")
-    temporary.replace(path_of(seed))
+    files.write_text(path_of(seed), json.dumps(record, indent=1) + "\n")
     shutil.rmtree(work)
     return f"static teaching  seed {seed}  {record['seconds']:.0f} s"
 

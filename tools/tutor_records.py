@@ -25,7 +25,7 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
-from kdlib import models, pretraining, runs
+from kdlib import files, models, pretraining, runs
 from tools.chapters import ROOT
 
 FOLDER, TEACHER = ROOT / "data" / "runs" / "09_tutor_kd", ROOT / "data" / "teachers" / "mini-corpus"
@@ -154,9 +154,7 @@ def make(job: tuple[str, int]) -> str:
 def write(path: Path, record: dict[str, Any]) -> None:
     """Write a record atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(record, indent=1) + "\n")
-    temporary.replace(path)
+    files.write_text(path, json.dumps(record, indent=1) + "\n")
 
 
 def has_teacher() -> bool:

@@ -15,12 +15,12 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from kdlib import influence, losses, models
+from kdlib import losses, models
 from kdlib.imitation import Imitation
-from kdlib.influence import TangentMethod
 from kdlib.learner import Batch, Learner, minimise_together
 from kdlib.methods import Step, mean_entropy, metadistil
 from kdlib.methods.online import detached
+from kdlib.tangent import TangentMethod, distillation_influence, feedback_gradient, student_tangent
 
 FeedbackAt = Literal["before", "after"]
 FEEDBACK_AT: tuple[FeedbackAt, ...] = ("before", "after")
@@ -84,8 +84,8 @@ def ikd(
                 trial = metadistil.teaching_experiment(student, batch, lesson, imitation, 1, "sgd", rate)
                 place, known = trial.copy, trial.outputs[0]
             examined: list[Tensor] = []
-            direction = influence.feedback_gradient(module, place, exam, metadistil.recording(examined))
-            said = influence.student_tangent(module, here, batch, direction, tangent, outputs=known, **wanted)
+            direction = feedback_gradient(module, place, exam, metadistil.recording(examined))
+            said = student_tangent(module, here, batch, direction, tangent, outputs=known, **wanted)
 
         seen: list[Tensor] = []
 
@@ -93,7 +93,7 @@ def ikd(
             own = models.outputs(module, batch, **wanted)
             seen.append(own.logits.detach())
             objective = lambda ours, theirs: imitation(ours, theirs, batch["labels"])  # noqa: E731
-            meta = -rate * influence.distillation_influence(objective, *said, answers)
+            meta = -rate * distillation_influence(objective, *said, answers)
             taught = meta_weight * meta
             if meta_weight < 1:
                 taught = taught + (1 - meta_weight) * teachers_own()
@@ -126,7 +126,7 @@ def feedback(
 ) -> Float[Tensor, "batch classes"]:
     """fb_ic = η λ T² · ∂_g log p^s_ic: how much the exam's loss grows with the teacher's probability of class c.
 
-    `logits` and `tangent` are the student's, from `influence.student_tangent`; `weight` is λ.  With KL as the objective
+    `logits` and `tangent` are the student's, from `tangent.student_tangent`; `weight` is λ.  With KL as the objective
     the gradient of mean_i Σ_c fb_ic p^t_ic in the teacher is the meta-gradient.  For each sample the mean over classes
     under the student's own prediction is zero: whatever pleases one class displeases the others.
 

@@ -19,12 +19,12 @@ from torch import Tensor
 
 from kdlib import models
 from kdlib.imitation import Imitation
-from kdlib.influence import TangentMethod, distillation_influence, feedback_gradient, student_tangent
 from kdlib.learner import Batch, Learner
 from kdlib.methods import Step, mean_entropy
 from kdlib.methods.metadistil import PILOT_RULES, PilotRule, check_pieces, recording, teaching_experiment
 from kdlib.methods.online import detached
 from kdlib.models import Outputs
+from kdlib.tangent import TangentMethod, distillation_influence, feedback_gradient, student_tangent
 
 Variant = Literal["weighted", "printed", "meta", "released"]
 VARIANTS: tuple[Variant, ...] = ("weighted", "printed", "meta", "released")

@@ -15,14 +15,20 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from kdlib import influence, losses, models, pilot
+from kdlib import losses, models, pilot
 from kdlib.imitation import Imitation
-from kdlib.influence import TangentMethod
 from kdlib.learner import Batch, Learner
 from kdlib.losses import Objective
 from kdlib.methods import Step, mean_entropy
 from kdlib.methods.online import detached
 from kdlib.models import Outputs, Parameters
+from kdlib.tangent import (
+    TangentMethod,
+    distillation_influence,
+    feedback_gradient,
+    hessian_vector_product,
+    student_tangent,
+)
 
 PilotRule = Literal["sgd", "adamw"]
 PILOT_RULES: tuple[PilotRule, ...] = ("sgd", "adamw")
@@ -86,9 +92,7 @@ def metadistil(
             trial = teaching_experiment(student, batch, lesson, imitation, inner_steps, pilot_rule, rate, pilot_pieces)
             # Line 5: the quiz, and what it says about every step of the experiment.
             quizzed: list[Tensor] = []
-            direction = influence.feedback_gradient(
-                module, trial.copy, feedback, recording(quizzed), pieces=pilot_pieces
-            )
+            direction = feedback_gradient(module, trial.copy, feedback, recording(quizzed), pieces=pilot_pieces)
             tangents = tangents_along(direction, module, batch, lesson, imitation, trial, tangent)
         watched = loss_on(student, trial.copy, watch) if watch is not None else 0.0
 
@@ -96,7 +100,7 @@ def metadistil(
             """−η_s Σ of the influences over the experiment's steps: its mean has the gradient of the quiz's loss."""
             objective = lambda ours, theirs: imitation(ours, theirs, batch["labels"])  # noqa: E731
             pairs = zip(trial.outputs, tangents, strict=True)
-            return -rate * sum(influence.distillation_influence(objective, *pair, answers) for pair in pairs)
+            return -rate * sum(distillation_influence(objective, *pair, answers) for pair in pairs)
 
         # Line 6: the teacher.
         teacher.minimise(quiz_loss, batch)
@@ -186,7 +190,7 @@ def tangents_along(
     tangents: list[Outputs] = []
     for number in reversed(range(len(trial.places))):
         here, known = trial.places[number], trial.outputs[number]
-        along = influence.student_tangent(module, here, batch, direction, method, outputs=known, **imitation.wanted)
+        along = student_tangent(module, here, batch, direction, method, outputs=known, **imitation.wanted)
         tangents.insert(0, along[1])
         if number > 0:
             direction = passed_back(module, here, batch, lesson, imitation, direction, trial.rate)
@@ -227,7 +231,7 @@ def passed_back(
     def loss(outputs: Outputs, batch: Batch) -> Tensor:
         return imitation(outputs, lesson, batch["labels"])
 
-    curved = influence.hessian_vector_product(module, parameters, batch, loss, direction, **imitation.wanted)
+    curved = hessian_vector_product(module, parameters, batch, loss, direction, **imitation.wanted)
     return {name: value - learning_rate * curved[name] for name, value in direction.items()}
 
 

@@ -349,7 +349,7 @@ class Tutor(nn.Module):
 
     def forward(self, states: Float[Tensor, "positions hidden"]) -> Float[Tensor, "positions vocabulary"]:
         """Logits of p_G, in float32 at least, from the teacher's last hidden states on the masked sentence."""
-        return _full_precision(self.head(states))
+        return losses.full_precision(self.head(states))
 
     def baseline(self, rewards: Float[Tensor, "samples positions"], kind: Baseline) -> Tensor | float:
         """What is subtracted from these rewards."""
@@ -382,7 +382,7 @@ class Student(nn.Module):
 
     def scores(self, states: Float[Tensor, "*positions hidden"]) -> Float[Tensor, "*positions"]:
         """What `modified_prediction` and `modified_loss` take, in float32 at least."""
-        return _full_precision(self.score(states).squeeze(-1))
+        return losses.full_precision(self.score(states).squeeze(-1))
 
 
 @dataclass(frozen=True)
@@ -600,10 +600,6 @@ def _spread(loss: Tensor, batch: Batch) -> Tensor:
 
 def _numbers(values: dict[str, Tensor]) -> dict[str, float]:
     return dict(zip(values, torch.stack([*values.values()]).tolist(), strict=True))
-
-
-def _full_precision(values: Tensor) -> Tensor:
-    return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
 def _draw_weights(module: nn.Module, spread: float) -> None:
