@@ -29,6 +29,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import BertForSequenceClassification
 
 from kdlib import influence, losses, models, pilot
+from kdlib.tangent import RADIUS, feedback_gradient, influence_along, student_tangent
 
 CLASSES, WORDS, LAYERS = 3, 30522, 3  # BERT's vocabulary: a gradient has as many rows, whatever the sentence
 OBJECTIVE = partial(losses.kl_divergence, temperature=2.0, reduction="none")
@@ -139,7 +140,7 @@ def ways(student: torch.nn.Module, batch: dict, direction: dict) -> dict[str, Ca
 
     found = {STEP: training_step, **{f"per sample, {m}": partial(from_gradients, m) for m in ("loop", "vmap")}}
     for method in ("double-backward", "finite-difference", "jvp"):
-        found[method] = partial(influence.influence_along, student, parameters, batch, loss, direction, method)
+        found[method] = partial(influence_along, student, parameters, batch, loss, direction, method)
     return found
 
 
@@ -147,7 +148,7 @@ def costs(hidden: int, samples: int, tokens: int, device: str, turns: int, limit
     """The rows of the first table for one width and one batch size."""
     student = network(hidden, device)
     batch, feedback = (random_batch(samples, tokens, device, seed) for seed in (0, 1))
-    direction = influence.feedback_gradient(student, models.trainable(student), feedback)
+    direction = feedback_gradient(student, models.trainable(student), feedback)
     functions = ways(student, batch, direction)
     size = sum(value.nbytes for value in direction.values())
     if 2 * samples * size > limit * 1e9:
@@ -192,10 +193,10 @@ def errors(hidden: int, tokens: int, device: str, samples: int = 16) -> pd.DataF
     """Relative error of the logits' tangent against jvp in float64, by precision, method and radius."""
     student, batch = network(hidden, device), random_batch(samples, tokens, device, 0)
     parameters = models.trainable(student)
-    direction = influence.feedback_gradient(student, parameters, random_batch(samples, tokens, device, 1))
+    direction = feedback_gradient(student, parameters, random_batch(samples, tokens, device, 1))
     student.double()
     wide = {name: value.double() for name, value in direction.items()}
-    expected = influence.student_tangent(student, models.trainable(student), batch, wide)[1].logits
+    expected = student_tangent(student, models.trainable(student), batch, wide)[1].logits
     student.float()
     settings = [("jvp", None), ("double-backward", None)]
     settings += [("finite-difference", radius) for radius in (1e-1, 1e-2, 1e-3, 1e-4)]
@@ -204,8 +205,8 @@ def errors(hidden: int, tokens: int, device: str, samples: int = 16) -> pd.DataF
         row = {"method": method, "radius": radius}
         for precision in ("float32", "bfloat16"):
             with torch.autocast(device, dtype=torch.bfloat16, enabled=precision == "bfloat16"):
-                tangent = influence.student_tangent(
-                    student, models.trainable(student), batch, direction, method, radius or influence.RADIUS
+                tangent = student_tangent(
+                    student, models.trainable(student), batch, direction, method, radius or RADIUS
                 )[1].logits
             row[precision] = f"{((tangent.double() - expected).norm() / expected.norm()).item():.1e}"
         rows.append(row)

@@ -25,14 +25,14 @@ from pathlib import Path
 
 import pandas as pd
 import torch
+from kdlib.imitation import Imitation
 from torch import Tensor, nn
 from transformers import BertForSequenceClassification
 
 from benchmarks.influence import CLASSES, peak_bytes, random_batch, seconds
 from kdlib import models, pilot
-from kdlib.imitation import Imitation
 from kdlib.learner import Batch, Learner, accelerator_for, learner
-from kdlib.methods import Step
+from kdlib.methods.base import Step
 from kdlib.methods.ikd import ikd
 from kdlib.methods.lgtm import lgtm
 from kdlib.methods.metadistil import metadistil

@@ -59,7 +59,7 @@ import matplotlib.pyplot as plt
 import torch
 from torch.nn import functional as F
 
-from kdlib import plots
+from kdlib import book, plots
 
 plots.use_style()
 
@@ -872,7 +872,7 @@ def table_of(records):
     return pd.DataFrame(rows).set_index("run_id")
 
 
-recorded, teachers = (table_of(runs.book_records(chapter)) for chapter in ("01_distillation", "teachers"))
+recorded, teachers = (table_of(book.records(chapter)) for chapter in ("01_distillation", "teachers"))
 teachers, trained = teachers.set_index("task"), {}  # `trained`: what had no records, by run id of the first seed
 
 

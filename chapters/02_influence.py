@@ -66,7 +66,9 @@ from sklearn.metrics import roc_auc_score
 from torch.func import functional_call, grad, hessian, jvp
 from torch.nn import functional as F
 
+import kdlib.tangent
 from kdlib import glue, influence, losses, models, pilot, plots
+from kdlib.batches import collate, length_grouped_batches
 
 # %%
 plots.use_style()
@@ -379,7 +381,7 @@ def stage(task, seed):
     data = glue.load("miniglue", task, feedback_fraction=0.1, seed=seed)
     tokenizer = models.load_tokenizer(STUDENT)
     train, feedback = (glue.encode(rows, data.task, tokenizer) for rows in (data.train, data.feedback))
-    exam = glue.collate(feedback, range(len(feedback)))
+    exam = collate(feedback, range(len(feedback)))
     chosen = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))[:PROBES]
     chosen = chosen[train.lengths[chosen].argsort(stable=True)]
     return SimpleNamespace(
@@ -388,7 +390,7 @@ def stage(task, seed):
         train=train,
         exam=exam,
         clean_exam={**exam, "labels": torch.tensor(data.feedback["clean_label"][:])},
-        probes=[glue.collate(train, part) for part in chosen.split(200)],
+        probes=[collate(train, part) for part in chosen.split(200)],
         oracle=data.train.select(chosen.tolist()).to_pandas(),
     )
 
@@ -419,10 +421,10 @@ def shown(batch, teacher):
 def schedule(stage, seed, epochs):
     """Batches in random order, each with its share of the peak learning rate: up over a tenth, then down to zero."""
     generator = torch.Generator().manual_seed(seed)
-    order = [b for _ in range(epochs) for b in glue.length_grouped_batches(stage.train.lengths, BATCH, generator)]
+    order = [b for _ in range(epochs) for b in length_grouped_batches(stage.train.lengths, BATCH, generator)]
     for step, indices in enumerate(order, start=1):
         done = step / (len(order) + 1)
-        yield glue.collate(stage.train, indices), min(10 * done, (1 - done) / 0.9)
+        yield collate(stage.train, indices), min(10 * done, (1 - done) / 0.9)
 
 
 # %% tags=["experiment"]
@@ -467,7 +469,7 @@ small = stage("mini-sst2", seed=0)
 student, teacher = student.double(), teacher.double()
 student.set_attn_implementation("eager")  # the fused kernels have no second derivatives
 
-batch = shown(glue.collate(small.train, range(32)), teacher)
+batch = shown(collate(small.train, range(32)), teacher)
 exam = {name: values[:128] for name, values in small.exam.items()}
 parameters = models.trainable(student)
 
@@ -810,7 +812,7 @@ check_reverse_influence(reverse_influence)
 # %% [markdown]
 # ## The same, from the library
 #
-# `kdlib.influence` does all this for any module and any pytree of outputs. It must be what we have derived. One sign is not ours: `classical_influence` is
+# `kdlib.tangent` and `kdlib.influence` do all this for any module and any pytree of outputs. It must be what we have derived. One sign is not ours: `classical_influence` is
 # {eq}`eq-infl-classic` as Koh and Liang define it, negative for a sample that helps.
 
 # %% tags=["agrees"]
@@ -818,16 +820,16 @@ from functools import partial
 
 same = {"rtol": 1e-9, "atol": 1e-12}
 kl = partial(losses.kl_divergence, reduction="none")
-outputs, along = influence.student_tangent(student, parameters, batch, g)
+outputs, along = kdlib.tangent.student_tangent(student, parameters, batch, g)
 torch.testing.assert_close((outputs.logits, along.logits), student_tangent(batch, g), **same)
 
-theirs = influence.distillation_influence(kl, outputs.logits, along.logits, batch["teacher_logits"])
+theirs = kdlib.tangent.distillation_influence(kl, outputs.logits, along.logits, batch["teacher_logits"])
 ours = distillation_influence(lambda z: kl(z, batch["teacher_logits"]), logits, tangent)
 torch.testing.assert_close(theirs, ours, **same)
 
 library_pilot = pilot.sgd_step(student, parameters, batch, imitation, ETA)
 torch.testing.assert_close(library_pilot, sgd_step(parameters, ETA), **same)
-torch.testing.assert_close(influence.feedback_gradient(student, library_pilot, exam), g, **same)
+torch.testing.assert_close(kdlib.tangent.feedback_gradient(student, library_pilot, exam), g, **same)
 
 library_each = influence.per_sample_gradients(student, parameters, batch, imitation)
 torch.testing.assert_close(library_each, {name: torch.stack([one[name] for one in each]) for name in g}, **same)
@@ -836,7 +838,7 @@ here = influence.Checkpoint(parameters, ETA)
 torch.testing.assert_close(influence.tracin(student, [here], batch, exam, imitation), ETA * plain, **same)
 torch.testing.assert_close(influence.classical_influence(student, parameters, batch, imitation, slope_of_exam), -plain)
 
-product = influence.hessian_vector_product(student, parameters, batch, imitation, g)
+product = kdlib.tangent.hessian_vector_product(student, parameters, batch, imitation, g)
 torch.testing.assert_close(product, curvature_along(lesson_loss, parameters, g), **same)
 
 right = grad(digit_exam)(theta).flatten()
@@ -860,15 +862,17 @@ print("kdlib agrees with the tools of this chapter")
 def observe(stage, student, teacher):
     """What is seen of the probes at one moment: tensors (PROBES,)."""
     parameters, rows = models.trainable(student), []
-    given, clean = (influence.feedback_gradient(student, parameters, exam) for exam in (stage.exam, stage.clean_exam))
+    given, clean = (
+        kdlib.tangent.feedback_gradient(student, parameters, exam) for exam in (stage.exam, stage.clean_exam)
+    )
     for batch in stage.probes:
         batch = shown(batch, teacher)
-        outputs, tangent = influence.student_tangent(student, parameters, batch, given)
-        _, clean_tangent = influence.student_tangent(student, parameters, batch, clean)
+        outputs, tangent = kdlib.tangent.student_tangent(student, parameters, batch, given)
+        _, clean_tangent = kdlib.tangent.student_tangent(student, parameters, batch, clean)
         z, label = outputs.logits, batch["labels"][:, None]
         rows.append({
-            "influence": influence.distillation_influence(imitation, outputs, tangent, batch),
-            "clean": influence.distillation_influence(imitation, outputs, clean_tangent, batch),
+            "influence": kdlib.tangent.distillation_influence(imitation, outputs, tangent, batch),
+            "clean": kdlib.tangent.distillation_influence(imitation, outputs, clean_tangent, batch),
             "tangent": tangent.logits[:, 1] - tangent.logits[:, 0],
             "loss": -z.log_softmax(-1).gather(-1, label)[:, 0],
             "margin": z.gather(-1, label)[:, 0] - z.scatter(-1, label, -torch.inf).max(-1).values,

@@ -69,7 +69,8 @@ from torch.func import functional_call, grad, jvp, vmap
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kdlib import glue, models, plots, runs
+from kdlib import book, glue, models, plots, runs
+from kdlib.batches import collate
 
 plots.use_style()
 torch.set_num_threads(1)  # ratios of times should not depend on how many cores are free
@@ -337,7 +338,7 @@ for module in (teacher, student):
 
 def rows_of(encoded, count):
     """The first `count` examples of a split as a batch: what BERT reads, and the labels."""
-    batch = glue.collate(encoded, torch.arange(count))
+    batch = collate(encoded, torch.arange(count))
     return {name: batch[name] for name in ("input_ids", "attention_mask", "token_type_ids")}, batch["labels"]
 
 
@@ -355,7 +356,7 @@ def weights_of(module, dtype=torch.float32):
 optimiser = torch.optim.Adam(student.parameters(), lr=1e-3)
 generator = torch.Generator().manual_seed(0)
 for _ in range(40):
-    batch = glue.collate(training, torch.randint(len(training), (32,), generator=generator))
+    batch = collate(training, torch.randint(len(training), (32,), generator=generator))
     loss = F.cross_entropy(models.logits(student, batch), batch["labels"])
     optimiser.zero_grad()
     loss.backward()
@@ -1199,7 +1200,7 @@ check_two_class_factor(two_class_factor)
 
 # %%
 # NBVAL_CHECK_OUTPUT
-published = runs.published()
+published = book.published()
 published = published[published["table"] == "lgtm-tab3"].pivot_table("value", "method", "metric", "first")
 minutes = published["training_time_minutes"].astype(float)
 print(published.to_string())
@@ -1471,11 +1472,12 @@ check_influence_pull(influence_pull)
 # %% [markdown]
 # ## The same, from the library
 #
-# `kdlib.influence` has the ways of this chapter for any module, and leaves the module as it was.
+# `kdlib.tangent` has the ways of this chapter for any module, and leaves the module as it was.
 
 # %% tags=["agrees"]
 import kdlib.influence
 import kdlib.pilot
+import kdlib.tangent
 from kdlib import losses
 
 everything = {**inputs, "labels": labels, "teacher": teacher_logits.detach()}
@@ -1491,23 +1493,23 @@ def same(ours, theirs):
 
 
 their_pilot = kdlib.pilot.sgd_step(student, exact_weights, everything, objective_of, RATE)
-their_g = kdlib.influence.feedback_gradient(student, their_pilot, exam)
+their_g = kdlib.tangent.feedback_gradient(student, their_pilot, exam)
 for name in g:
     same(their_pilot[name], pilot[name])
     same(their_g[name], g[name])
 for method in ("jvp", "double-backward"):
-    outputs, tangents = kdlib.influence.student_tangent(student, exact_weights, inputs, g, method)
+    outputs, tangents = kdlib.tangent.student_tangent(student, exact_weights, inputs, g, method)
     same(outputs.logits, z)
     same(tangents.logits, student_tangent(network, exact_weights, g)[1])
-_, tangents = kdlib.influence.student_tangent(student, exact_weights, inputs, g, "finite-difference", radius=0.01)
+_, tangents = kdlib.tangent.student_tangent(student, exact_weights, inputs, g, "finite-difference", radius=0.01)
 same(tangents.logits, central_tangent(network, exact_weights, g, 0.01 / size(g)))
 ours = distillation_influence(kl, z, tangent, teacher_logits)
-theirs = kdlib.influence.distillation_influence(
+theirs = kdlib.tangent.distillation_influence(
     lambda s, t: losses.kl_divergence(s, t, reduction="none"), z, tangent, teacher_logits
 )
 same(theirs, ours)
 same(ours, kl_influence(z, tangent, teacher_logits))
-same(kdlib.influence.meta_gradient_loss(theirs, RATE), meta_gradient_loss(ours, RATE))
+same(kdlib.tangent.meta_gradient_loss(theirs, RATE), meta_gradient_loss(ours, RATE))
 one_by_one = kdlib.influence.per_sample_gradients(student, exact_weights, everything, objective_of, "vmap")
 same(sum((one_by_one[name] * g[name]).flatten(1).sum(dim=1) for name in g), ours)
 print("kdlib agrees with this chapter's tangents, influences and meta-gradient")

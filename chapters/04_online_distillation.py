@@ -65,7 +65,7 @@ from scipy import stats
 from sklearn.datasets import load_digits
 from torch.nn import functional as F
 
-from kdlib import plots, runs
+from kdlib import book, plots, runs
 
 plots.use_style()
 torch.set_num_threads(1)
@@ -767,14 +767,16 @@ on_digits_said
 # and plain gradient descent: after three rounds the weights must be ours.
 
 # %% tags=["agrees"]
-from kdlib import glue, losses, methods, models
 from kdlib.imitation import Imitation
+
+from kdlib import glue, losses, methods, models
+from kdlib.batches import collate
 from kdlib.learner import Learner, accelerator_for
 from kdlib.methods import online
 
 setting = runs.configure(task="mini-mnli", student="tiny-1x32", method="fine_tune", device="cpu", max_train=8)
 small, tokenizer = runs.load_data(setting), models.load_tokenizer("tiny-1x32")
-batch = glue.collate(glue.encode(small.train, small.task, tokenizer), torch.arange(8))
+batch = collate(glue.encode(small.train, small.task, tokenizer), torch.arange(8))
 
 
 def learner_of(who, network):
@@ -820,9 +822,9 @@ print("kdlib agrees with this chapter's losses and, in all three orders, with it
 
 # %%
 # NBVAL_CHECK_OUTPUT
-RECORDS = runs.book_records("04_online_distillation")
+RECORDS = book.records("04_online_distillation")
 TASKS = ("mini-sst2", "mini-mnli")
-tried = runs.book_choices("04_online_distillation").rename(columns={"learning_rate": "rate"})
+tried = book.choices("04_online_distillation").rename(columns={"learning_rate": "rate"})
 tried["teacher's rate"] = tried["teaching_rate"].map("{:g}".format).replace("nan", "")
 tried["accuracy"] = (100 * tried["mean"]).map("{:.1f}".format)
 names = {"fine_tune": "alone", "kd": "fixed teacher", "prokt": "teacher first", "dml": "mutual"}

@@ -71,7 +71,8 @@ from torch.func import functional_call, grad, jvp
 from torch.nn import functional as F
 from transformers import BertConfig, BertForSequenceClassification
 
-from kdlib import glue, models, plots, runs
+from kdlib import book, glue, models, plots, runs
+from kdlib.batches import collate
 from kdlib.classroom import expect, untouched
 
 plots.use_style()
@@ -578,8 +579,9 @@ for number in range(3):
     algorithm_1(student, teacher, random_batch(number), random_batch(100 + number), 0.5, optimizers)
 
 # %% tags=["agrees"]
-from kdlib import losses
 from kdlib.imitation import Imitation
+
+from kdlib import losses
 from kdlib.learner import accelerator_for, learner
 from kdlib.methods.metadistil import metadistil
 from kdlib.pilot import AdamWState, adamw_preconditioner
@@ -618,7 +620,7 @@ print("kdlib's step ends with the same teacher and the same student")
 
 # %%
 TASKS = ("mini-sst2", "mini-mnli")
-records = runs.book_records("05_pilot_updates")
+records = book.records("05_pilot_updates")
 SETTING = {"student": "tiny-2x32", "alpha": 0.5, "temperature": 2.0}
 ARMS = {
     "fixed teacher": {"method": "kd", "feedback_fraction": 0.1},
@@ -678,7 +680,7 @@ columns = ["gain (points)", "interval", "seeds in favour", "seeds to see 0.5", "
 
 # %%
 # NBVAL_CHECK_OUTPUT
-tried = runs.book_choices("05_pilot_updates")
+tried = book.choices("05_pilot_updates")
 tried["way"] = tried["pilot_update"].map({True: "with pilot update", False: "without"}).fillna("fixed teacher")
 tried.loc[tried["pilot_rule"] == "adamw", "way"] = "with AdamW's pilot"
 tried[["mean", "std", "teacher"]] *= 100
@@ -822,7 +824,7 @@ print(f"with the others between {lowest:.1f} and {highest:.1f} %")
 
 # %%
 # NBVAL_CHECK_OUTPUT
-printed = runs.published()
+printed = book.published()
 rows = (printed["table"] == "metadistil-tab1") & (printed["split"] == "validation") & (printed["metric"] == "accuracy")
 rows &= printed["method"].isin(["KD", "MetaDistil", "MetaDistil without pilot update"])
 paper = printed[rows].pivot_table(index="method", columns="task", values="value", aggfunc="first")
@@ -962,7 +964,7 @@ generator = torch.Generator().manual_seed(0)
 
 def drawn(encoded, steps):
     """Batches of 32 random samples."""
-    return [glue.collate(encoded, torch.randperm(len(encoded), generator=generator)[:32]) for _ in range(steps)]
+    return [collate(encoded, torch.randperm(len(encoded), generator=generator)[:32]) for _ in range(steps)]
 
 
 networks = {
@@ -977,7 +979,7 @@ for batch in drawn(lessons, 150):
         ),
         batch,
     )
-steps = drawn(lessons, 80), drawn(quizzes, 80), glue.collate(watched, torch.arange(128))
+steps = drawn(lessons, 80), drawn(quizzes, 80), collate(watched, torch.arange(128))
 live = pd.DataFrame(
     {name: tried_out(sign, networks, *steps) for name, sign in (("down", 1), ("none", 0), ("up", -1))}
 ).T

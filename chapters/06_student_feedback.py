@@ -69,7 +69,8 @@ from scipy import stats
 from torch.func import functional_call, grad, jacrev, jvp
 from torch.nn import functional as F
 
-from kdlib import glue, models, plots, runs
+from kdlib import book, glue, models, plots, runs
+from kdlib.batches import collate
 from kdlib.classroom import expect, untouched
 
 plots.use_style()
@@ -420,7 +421,7 @@ def batches(encoded, size, seed):
     while True:
         for rows in torch.randperm(len(encoded), generator=generator).split(size):
             if len(rows) == size:
-                yield glue.collate(encoded, rows)
+                yield collate(encoded, rows)
 
 
 def answer(network, weights, batch):
@@ -477,7 +478,7 @@ def teachers_gradient(student, teacher, batch, place, rate):
 
 encoded, teacher, student = networks_for("mini-mnli")
 fit(teacher, batches(encoded, 32, seed=1), 150, 1e-3)
-one = glue.collate(encoded, torch.arange(16))
+one = collate(encoded, torch.arange(16))
 lesson = answer(teacher.double(), {}, one).detach()
 rates, found = [2e-3 * 10 ** (power / 2) for power in range(-2, 7)], {}
 student.double()
@@ -547,6 +548,7 @@ def course_and_exam(student, teacher, batch, exam, rate, gamma, after, optimizer
 
 # %% tags=["agrees"]
 from kdlib.imitation import Imitation
+
 from kdlib.learner import accelerator_for, learner
 from kdlib.methods import ikd
 
@@ -677,7 +679,7 @@ def after_own_step(student, weights, batch, slopes, rate):
 
 # %%
 encoded, _, student = networks_for("mini-mnli")
-many, rows = glue.collate(encoded, torch.arange(48)), {}
+many, rows = collate(encoded, torch.arange(48)), {}
 for stage, steps in (("fresh", 0), ("60 steps", 60), ("240 steps", 180)):
     fit(student, batches(encoded, 32, seed=5), steps, 2e-3)
     slopes = label_slopes(student, weights_of(student), many)
@@ -872,9 +874,9 @@ said_rows.round(3)
 
 # %%
 # NBVAL_CHECK_OUTPUT
-records = runs.book_records("06_student_feedback")
+records = book.records("06_student_feedback")
 TASKS = ("mini-sst2", "mini-mnli")
-tried = runs.book_choices("06_student_feedback")
+tried = book.choices("06_student_feedback")
 tried = tried[tried["pkd_weight"].isna()].assign(accuracy=(100 * tried["mean"]).round(1))
 fixed, learning = (tried[tried["method"] == method] for method in ("kd", "ikd"))
 print("validation accuracy (%), mean of three seeds: by the student's rate, with a fixed teacher")
@@ -978,7 +980,7 @@ entropy
 
 # %%
 # NBVAL_CHECK_OUTPUT
-printed = runs.published()
+printed = book.published()
 printed[printed["table"] == "ikd-tab4"].pivot_table(index="task", columns="setting", values="value", aggfunc="first")
 
 # %% mystnb={"image": {"alt": "Histograms of the teacher's probability of the label in the first and the last quarter of a training with gamma one."}, "figure": {"name": "fig-feedback-targets", "caption": "Soft targets early and late, the counterpart of IKD's Figure 4: the teacher's probability of the label at T = 2, mini-mnli, γ = 1, the live run above, whose few steps move them a little, outwards."}}

@@ -70,7 +70,7 @@ from torch.func import functional_call, grad, jvp, vmap
 from torch.nn import functional as F
 from transformers import BertConfig, BertForSequenceClassification
 
-from kdlib import glue, models, plots, runs, trainer
+from kdlib import book, glue, models, plots, runs, trainer
 from kdlib.classroom import expect, untouched
 
 plots.use_style()
@@ -240,8 +240,9 @@ def end_of(kind, weight=0.3, steps=2):
 
 
 # %% tags=["agrees"]
-from kdlib import losses
 from kdlib.imitation import Imitation
+
+from kdlib import losses
 from kdlib.learner import accelerator_for, learner
 from kdlib.methods.lgtm import lgtm
 
@@ -566,7 +567,7 @@ check_smallest_influence(smallest_influence)
 
 # %%
 # NBVAL_CHECK_OUTPUT
-tried = runs.book_choices("07_good_teachers")
+tried = book.choices("07_good_teachers")
 tried["way"] = tried["influence"].fillna("online").replace("meta", "meta, half as long")
 tried["accuracy"] = [f"{100 * m:.1f} ± {100 * s:.1f}" for m, s in zip(tried["mean"], tried["std"], strict=True)]
 best = tried.loc[tried.groupby("way")["mean"].idxmax()].set_index("way")["teaching_rate"]
@@ -575,7 +576,7 @@ print("validation accuracy (%) of the student by the teacher's rate")
 tried.pivot(index="teaching_rate", columns="way", values="accuracy")
 
 # %%
-records = [*runs.book_records("05_pilot_updates"), *runs.book_records("07_good_teachers")]
+records = [*book.records("05_pilot_updates"), *book.records("07_good_teachers")]
 COMMON = {"task": "mini-mnli", "student": "tiny-2x32", "objective": "kl", "feedback_fraction": 0.1}
 COMMON |= {"teacher": "tiny-2x64", "alpha": 0.5, "temperature": 2.0}  # chapter 5 varies these
 AS_PRINTED = {"method": "lgtm", "influence_weight": 1.0}
@@ -1162,8 +1163,8 @@ costs.pivot_table(floors, "way", "tokens", sort=False).swaplevel(axis=1).sort_in
 
 
 # %%
-from kdlib import influence as influence_of
 from kdlib import pilot
+from kdlib import tangent as tangent_of
 
 
 def found_by(method, layers=None):
@@ -1173,10 +1174,10 @@ def found_by(method, layers=None):
     lesson = answer(teacher, {}, batch).detach()
     copy = pilot.sgd_step(student, weights, batch, lambda outputs, _: kl(outputs.logits, lesson), 0.5)
     names = None if layers is None else models.last_layers(student, layers)
-    g = influence_of.feedback_gradient(student, copy, feedback, among=names)
+    g = tangent_of.feedback_gradient(student, copy, feedback, among=names)
     here = {name: weights[name] for name in g}
-    own, moving = influence_of.student_tangent(student, here, batch, g, method)
-    return influence_of.distillation_influence(kl, own.logits, moving.logits, lesson)
+    own, moving = tangent_of.student_tangent(student, here, batch, g, method)
+    return tangent_of.distillation_influence(kl, own.logits, moving.logits, lesson)
 
 
 exact, rows = found_by("jvp"), {}

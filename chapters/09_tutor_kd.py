@@ -67,7 +67,7 @@ import torch
 from scipy import stats
 from torch.nn import functional as F
 
-from kdlib import corpus, glue, models, plots, pretraining, runs, trainer
+from kdlib import book, corpus, glue, models, plots, pretraining, runs, trainer
 from kdlib.classroom import expect, untouched
 from kdlib.learner import accelerator_for
 from kdlib.methods import tutor as tutoring
@@ -829,7 +829,7 @@ def curve(way, column):
 print(
     f"{len(WAYS)} ways, {len(SEEDS)} seeds each; {RECORDS['tutor-kd', SEEDS[0]]['config']['steps']} steps of distillation"
 )
-tried = 100 * runs.book_choices("09_tutor_kd").pivot_table(index=["tuned", "way"], columns="rate", values="mean")
+tried = 100 * book.choices("09_tutor_kd").pivot_table(index=["tuned", "way"], columns="rate", values="mean")
 print("validation accuracy (%), mean of both tasks and three seeds, by the learning rate of the distillation;")
 print(f"a student that is not distilled has {tried.loc['fine-tuning', 'no distillation'].max():.1f} %")
 tried = tried.loc["distillation"]

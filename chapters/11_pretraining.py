@@ -61,7 +61,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import pandas as pd
 
-from kdlib import models, plots, pretraining, runs
+from kdlib import book, engine, models, plots, pretraining, runs
 
 plots.use_style()
 names_before = set(globals()) | {"names_before"}
@@ -231,7 +231,7 @@ def untaught(config, folder):
     else:
         whole = models.load_masked(config.teacher, tokenizer, config.seed)
         network = models.first_layers(whole, config.student_layers, config.seed)
-    runs.save_pretrained(network.base_model, tokenizer, folder)
+    engine.save_pretrained(network.base_model, tokenizer, folder)
     return str(folder)
 
 
@@ -337,7 +337,7 @@ print(f"{len(TASKS)} tasks, {len(RATES)} rates, {len(SEEDS)} seeds: {total} runs
 def recorded():
     """The records of this chapter, none where there are none yet."""
     try:
-        return runs.book_records("11_pretraining")
+        return book.records("11_pretraining")
     except FileNotFoundError:
         return []
 
@@ -397,7 +397,7 @@ print("precision:", ", ".join(sorted({r.config["precision"] for r in found})) or
 
 # %%
 # NBVAL_CHECK_OUTPUT
-printed = runs.published()
+printed = book.published()
 printed = printed[(printed["table"] == "tutor-tab2") & printed["task"].isin(["sst2", "mrpc", "rte"])]
 printed.pivot_table(index=["student", "method"], columns=["task", "metric"], values="value", aggfunc="first").fillna("")
 

@@ -73,7 +73,7 @@ import pandas as pd
 from IPython.display import Markdown
 from scipy import stats
 
-from kdlib import models, plots, runs
+from kdlib import book, models, plots, runs
 
 plots.use_style()
 names_before = set(globals()) | {"names_before"}
@@ -282,7 +282,7 @@ PRINTED_AS = {"prokt": "ProKT", "dml": "DML", "metadistil": "MetaDistil", "ikd":
 def beside_the_papers(record):
     """The papers' scores on the same validation metric, times 100, with ours in the last row."""
     methods = ["teacher", "student alone", "KD", PRINTED_AS.get(record.config["method"], "")]
-    published = runs.published(record.config["task"])
+    published = book.published(record.config["task"])
     published = published[(published["split"] == "validation") & published["method"].isin(methods)]
     if published.empty:
         return Markdown(f"The papers print nothing for `{record.config['task']}`.")
@@ -350,7 +350,7 @@ print("label:", expected if data.task.is_regression else data.task.label_names[e
 def measured(task):
     """Mean and standard deviation over seeds of every way to train, times 100."""
     name = "validation/accuracy"
-    found = [r for r in runs.book_records("12_glue") if r.config["task"] == task]
+    found = [r for r in book.records("12_glue") if r.config["task"] == task]
     rows = [
         {
             "method": way(r.config),
@@ -403,7 +403,7 @@ mrpc
 
 # %%
 # NBVAL_CHECK_OUTPUT
-found = runs.book_records("12_glue")
+found = book.records("12_glue")
 sizes = {r.config["task"]: r.samples for r in found}
 seeds = {task: len({r.config["seed"] for r in found if r.config["task"] == task}) for task in sizes}
 for task, samples in sizes.items():
@@ -427,7 +427,7 @@ print("precision:", ", ".join(sorted({r.config["precision"] for r in found})))
 def paired(task, metric="validation/accuracy", rival="kd"):
     """Gain of every method over `rival`, paired by seed, with a 95 % interval."""
     scores = {}
-    for r in runs.book_records("12_glue"):
+    for r in book.records("12_glue"):
         if r.config["task"] == task and way(r.config) != WAYS["teacher"]:
             scores.setdefault(way(r.config), {})[r.config["seed"]] = 100 * r.metrics[metric]
     table = pd.DataFrame(scores)
@@ -449,7 +449,7 @@ paired("sst2")
 
 # %%
 # NBVAL_CHECK_OUTPUT
-printed = runs.published()
+printed = book.published()
 same = ["teacher", "student alone", "KD", "ProKT", "DML", "MetaDistil", "IKD", "LGTM"]
 printed = printed[
     printed["task"].isin(sizes) & printed["method"].isin(same) & printed["metric"].isin(["accuracy", "f1"])

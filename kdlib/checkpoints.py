@@ -6,7 +6,6 @@ Nothing is pickled, so a checkpoint from elsewhere cannot run code.
 
 import hashlib
 import json
-import os
 import random
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from kdlib import files
 from kdlib.learner import Learner
 
 
@@ -26,36 +26,22 @@ class CheckpointError(OSError):
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], state: dict[str, Any] | None = None) -> None:
-    """Write tensors and a JSON state to `path`: first to a temporary file beside it, then rename.
-
-    Whatever stood at `path` stays intact until the new file is complete on disk.
+    """Write tensors and a JSON state to `path`; whatever stood there stays intact until the new file is complete.
 
     Raises CheckpointError if the folder cannot be written or the disk is full.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     # Copies: safetensors refuses tensors that share memory, as tied weights do.
     owned = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     told = json.dumps(state or {})
     metadata = {"format": "pt", "state": told, "sha256": _digest(owned, told)}
     try:
-        save_file(owned, temporary, metadata=metadata)
-        share(temporary)
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        with files.written(path) as temporary:
+            save_file(owned, temporary, metadata=metadata)
     except (OSError, SafetensorError) as error:
-        temporary.unlink(missing_ok=True)
         raise CheckpointError(
             f"could not write {path}: {error}. The file that stood there before is intact; "
             "free some space or choose another output_dir, then run again to resume"
         ) from error
-
-
-def share(path: Path) -> None:
-    """Give a file the permissions of any new file: safetensors lets nobody but the owner read what it writes."""
-    mask = os.umask(0)
-    os.umask(mask)
-    path.chmod(0o666 & ~mask)
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

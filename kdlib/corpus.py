@@ -12,7 +12,6 @@ import gzip
 import hashlib
 import io
 import json
-import os
 import re
 import tempfile
 import zlib
@@ -33,7 +32,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from kdlib import glue, miniglue, sources, stored, tables
+from kdlib import miniglue, sources, stored, tables
+from kdlib.batches import UNKNOWN_NOTABLE, Encoded, unknown_id, unknown_share, unknown_words
+from kdlib.files import written
 from kdlib.progress import bar
 
 MINI = "mini-corpus"
@@ -53,7 +54,7 @@ class Corpus:
     (not UTF-8) and cut (longer than a block); the pieces that became [UNK]; and the blocks and tokens there are.
     """
 
-    encoded: glue.Encoded
+    encoded: Encoded
     counts: dict[str, int]
 
 
@@ -125,9 +126,9 @@ def load(
         raise ValueError(
             f"the text of {source} fills no block of {SHORTEST} tokens: give a larger corpus, or packed=False"
         )
-    notable = counts["unknown"] >= glue.UNKNOWN_NOTABLE * pieces
-    words = glue.unknown_words(strange, tokenizer) if notable else []
-    share = glue.unknown_share(counts["unknown"], pieces, str(source), tokenizer, lambda: words)
+    notable = counts["unknown"] >= UNKNOWN_NOTABLE * pieces
+    words = unknown_words(strange, tokenizer) if notable else []
+    share = unknown_share(counts["unknown"], pieces, str(source), tokenizer, lambda: words)
     tokens = torch.frombuffer(ids, dtype=torch.int32)
     offsets = torch.cat([torch.zeros(1, dtype=torch.int64), torch.frombuffer(lengths, dtype=torch.int64).cumsum(0)])
     if kept is not None:
@@ -153,7 +154,7 @@ def _corpus(tokens: Tensor, offsets: Tensor, counts: dict[str, int], pad: int, u
     blocks = len(offsets) - 1
     types = torch.zeros(1, dtype=torch.int8).expand(len(tokens))
     labels, rows = torch.zeros(blocks, dtype=torch.int64), torch.arange(blocks)
-    return Corpus(glue.Encoded(tokens, types, offsets, labels, rows, pad, unknown), counts)
+    return Corpus(Encoded(tokens, types, offsets, labels, rows, pad, unknown), counts)
 
 
 def _pieces(
@@ -167,7 +168,7 @@ def _pieces(
 
     Raises ValueError for a part that has no usable line.
     """
-    unknown = glue.unknown_id(tokenizer)
+    unknown = unknown_id(tokenizer)
     for part in parts:
         lines = part.lines()
         if max_lines is not None:
@@ -412,22 +413,14 @@ def _cache_file(
 def _to_cache(
     path: Path, tokens: Tensor, offsets: Tensor, counts: dict[str, int], unknown: tuple[int, list[str]]
 ) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    metadata = {"format": "pt", "counts": json.dumps(counts), "unknown": json.dumps(unknown)}
     try:
-        metadata = {"format": "pt", "counts": json.dumps(counts), "unknown": json.dumps(unknown)}
-        save_file({"input_ids": tokens, "offsets": offsets}, temporary, metadata=metadata)
-        mask = os.umask(0)
-        os.umask(mask)
-        temporary.chmod(0o666 & ~mask)  # safetensors lets nobody but the owner read what it writes
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        with written(path) as temporary:
+            save_file({"input_ids": tokens, "offsets": offsets}, temporary, metadata=metadata)
     except (OSError, SafetensorError) as error:
         raise OSError(
             f"could not write {path}: {error}. Free some space, choose another cache, or none (cache=None)"
         ) from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _from_cache(path: Path, source: str | Path, tokenizer: PreTrainedTokenizerBase) -> Corpus | None:
@@ -445,7 +438,7 @@ def _from_cache(path: Path, source: str | Path, tokenizer: PreTrainedTokenizerBa
     whole = whole and [counts.get(name) for name in ("blocks", "tokens")] == [len(offsets) - 1, len(tokens)]
     if not whole or offsets[-1] != len(tokens):
         return None
-    share = glue.unknown_share(counts["unknown"], pieces, str(source), tokenizer, lambda: words)
+    share = unknown_share(counts["unknown"], pieces, str(source), tokenizer, lambda: words)
     return _corpus(tokens, offsets, counts, tokenizer.pad_token_id, share)
 
 

@@ -7,7 +7,6 @@ then a run that was interrupted goes on from its checkpoint.
 import dataclasses
 import hashlib
 import json
-import os
 import shutil
 import time
 from collections.abc import Callable, Mapping
@@ -18,7 +17,7 @@ from typing import Any, Protocol
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from kdlib import checkpoints, machine, models, trainer
+from kdlib import files, machine, models, trainer
 from kdlib.folders import alone_in, prepare_folder, writing_to
 from kdlib.records import RECORD, RunRecord, read_record, write_record
 from kdlib.trainer import Result, Training
@@ -154,12 +153,6 @@ def _clear(folder: Path) -> None:
 
 def save_pretrained(network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Write model and tokenizer as a folder for `from_pretrained`, complete or not at all."""
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    with models.quiet():
+    with files.written(folder) as temporary, models.quiet():
         network.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
-    for weights in temporary.glob("*.safetensors"):
-        checkpoints.share(weights)
-    shutil.rmtree(folder, ignore_errors=True)
-    temporary.rename(folder)

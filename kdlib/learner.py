@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import get_linear_schedule_with_warmup
 
 Batch = dict[str, Tensor]
-"""What `glue.collate` returns, plus `positions`: where in the encoded training set each sample stands."""
+"""What `batches.collate` returns, plus `positions`: where in the encoded training set each sample stands."""
 
 BATCH_SIZE, WEIGHT_DECAY, WARMUP_RATIO = 32, 0.01, 0.1
 """BERT's own, unless somebody asks for others."""

@@ -10,7 +10,7 @@ Nothing is detached here: chapters 4 to 7 differentiate the same functions with 
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -279,61 +279,9 @@ def distillation_loss(
     return alpha * hard + (1 - alpha) * soft
 
 
-def patient_layers(
-    student_depth: int, teacher_depth: int, layers: Literal["skip", "last"] = "skip"
-) -> tuple[tuple[int, int], ...]:
-    """Which layer of the teacher each layer of the student imitates in PKD: pairs (student's, teacher's), from 1.
-
-    The student's last layer is left out: what it says goes into the logits.  "skip" spreads the teacher's layers
-    evenly, "last" takes those just below its own last one.
-
-    Raises ValueError for other layers, a student of one layer and a student deeper than its teacher.
-
-    Source: PKD (Sun et al., 2019), used in IKD Table 3.
-    """
-    if layers not in ("skip", "last"):
-        raise ValueError(f"layers is {layers!r}; expected 'skip' or 'last'")
-    if not 2 <= student_depth <= teacher_depth:
-        raise ValueError(
-            f"PKD needs a student with at least two layers and no more than its teacher; it has {student_depth}, the "
-            f"teacher {teacher_depth}: choose another pair, or leave pkd_weight at 0"
-        )
-    inner = range(1, student_depth)
-    if layers == "skip":
-        return tuple((layer, layer * teacher_depth // student_depth) for layer in inner)
-    return tuple((layer, teacher_depth - student_depth + layer) for layer in inner)
-
-
-def patient(
-    student_states: Sequence[Float[Tensor, "batch tokens hidden"]],
-    teacher_states: Sequence[Float[Tensor, "batch tokens hidden"]],
-    layers: Literal["skip", "last"] = "skip",
-    normalisation: Literal["sum", "mean"] = "sum",
-    reduction: Reduction = "mean",
-) -> Tensor:
-    """PKD's objective on hidden states: squared distances of the first tokens' states, each scaled to length one.
-
-    The states are those that transformers returns, the embeddings first; `patient_layers` pairs them.  With "sum" the
-    squares are added up over layers and units, as in the paper; with "mean" they are averaged, as in the code released
-    with MetaDistil, which is (layers − 1) · hidden times smaller and goes with a weight of 100 there.
-
-    Raises ValueError for another normalisation and for different widths; also what `patient_layers` raises.
-
-    Source: PKD (Sun et al., 2019), used in IKD Table 3.
-    """
-    if normalisation not in ("sum", "mean"):
-        raise ValueError(f"normalisation is {normalisation!r}; expected 'sum' or 'mean'")
-    widths = student_states[0].shape[-1], teacher_states[0].shape[-1]
-    if widths[0] != widths[1]:
-        raise ValueError(
-            f"PKD compares hidden states, but the student has {widths[0]} units and the teacher {widths[1]}: choose a "
-            "student of the teacher's width (student_layers), or leave pkd_weight at 0"
-        )
-    pairs = patient_layers(len(student_states) - 1, len(teacher_states) - 1, layers)
-    ours = torch.stack([F.normalize(student_states[mine][:, 0], dim=-1) for mine, _ in pairs], dim=1)
-    theirs = torch.stack([F.normalize(teacher_states[their][:, 0], dim=-1) for _, their in pairs], dim=1)
-    squares = (ours - theirs).square().flatten(1)
-    return reduce(squares.sum(-1) if normalisation == "sum" else squares.mean(-1), reduction)
+def full_precision(values: Tensor) -> Tensor:
+    """The same numbers in float32 at least, in which all objectives are computed, under autocast too."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
 def _check_pair(student_logits: Tensor, teacher_logits: Tensor, temperature: float, softmax: bool) -> None:

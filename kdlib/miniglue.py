@@ -17,7 +17,6 @@ import json
 import math
 import os
 import random
-import shutil
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -27,6 +26,8 @@ from statistics import NormalDist
 from typing import Any
 
 from transformers import BertTokenizerFast
+
+from kdlib import files
 
 TASK_NAMES = ("mini-sst2", "mini-mrpc", "mini-mnli", "mini-stsb")
 SIZES = {"train": 4000, "validation": 800, "test": 1000}
@@ -674,15 +675,9 @@ def folder() -> Path:
         return shipped
     cached = Path(os.environ.get("KDLIB_CACHE", Path.home() / ".cache" / "kdlib")) / "miniglue-2"
     if not cached.exists():
-        partial = cached.with_name(f".{cached.name}.{os.getpid()}.tmp")
-        shutil.rmtree(partial, ignore_errors=True)
-        write(partial)
-        try:
-            partial.rename(cached)
-        except OSError:
-            shutil.rmtree(partial)
-            if not cached.exists():  # otherwise another process was faster
-                raise
+        cached.parent.mkdir(parents=True, exist_ok=True)
+        with files.written(cached, keep=True) as partial:  # another process may be faster
+            write(partial)
     return cached
 
 

@@ -52,6 +52,8 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from kdlib import glue, miniglue, stored
+from kdlib.batches import Encoded, collate, sequential_batches, to_device
+from kdlib.losses import full_precision
 from kdlib.progress import bar, notice
 
 BOOK_TEACHER, BOOK_MASKED, MINILM = "book-teacher", "book-mlm", "minilm"
@@ -575,7 +577,7 @@ def check_pair(teacher: PreTrainedModel, student: PreTrainedModel) -> None:
 
 
 def outputs(model: nn.Module, batch: Mapping[str, Tensor], hidden_states: bool = False) -> Outputs:
-    """What a sequence classifier answers to a batch made by `glue.collate`, as its mode and weights are.
+    """What a sequence classifier answers to a batch made by `batches.collate`, as its mode and weights are.
 
     Logits are in float32 at least.
     """
@@ -585,7 +587,7 @@ def outputs(model: nn.Module, batch: Mapping[str, Tensor], hidden_states: bool =
         token_type_ids=batch["token_type_ids"],
         **({"output_hidden_states": True} if hidden_states else {}),
     )
-    return Outputs(_full_precision(answer.logits), tuple(answer.hidden_states) if hidden_states else ())
+    return Outputs(full_precision(answer.logits), tuple(answer.hidden_states) if hidden_states else ())
 
 
 def logits(model: nn.Module, batch: Mapping[str, Tensor]) -> Float[Tensor, "batch classes"]:
@@ -641,7 +643,7 @@ def masked_logits(
 
     Raises ValueError unless `model` is a masked language model of BERT's or Electra's kind.
     """
-    return _full_precision(masked_head(model)(states))
+    return full_precision(masked_head(model)(states))
 
 
 def masked_head(model: PreTrainedModel) -> nn.Module:
@@ -668,7 +670,7 @@ def targets(model: nn.Module, batch: Mapping[str, Tensor], hidden_states: bool =
 @torch.no_grad()
 def predict(
     model: PreTrainedModel,
-    encoded: glue.Encoded,
+    encoded: Encoded,
     batch_size: int = 64,
     description: str = "predicting",
     autocast: Callable[[], AbstractContextManager] = nullcontext,
@@ -683,8 +685,8 @@ def predict(
     was_training = model.training
     model.eval()
     outputs = np.empty((len(encoded), model.config.num_labels), dtype=np.float32)
-    for indices in bar(glue.sequential_batches(encoded.lengths, batch_size), description):
-        batch = glue.to_device(glue.collate(encoded, indices), device)
+    for indices in bar(sequential_batches(encoded.lengths, batch_size), description):
+        batch = to_device(collate(encoded, indices), device)
         with autocast():
             outputs[indices] = logits(model, batch).cpu().numpy()
     model.train(was_training)
@@ -727,9 +729,9 @@ def apply(
     buffers = {name: buffer.detach().clone() for name, buffer in module.named_buffers()}
     answer = functional_call(module, {**buffers, **parameters}, kwargs=inputs)
     if isinstance(answer, Tensor):
-        return Outputs(_full_precision(answer))
+        return Outputs(full_precision(answer))
     return Outputs(
-        _full_precision(answer.logits),
+        full_precision(answer.logits),
         tuple(answer.hidden_states) if hidden_states else (),
         tuple(answer.attentions) if attentions else (),
     )
@@ -777,10 +779,6 @@ def additive_mask(attention_mask: Int[Tensor, "batch tokens"], dtype: torch.dtyp
     """
     padding = attention_mask[:, None, None, :] == 0
     return torch.zeros_like(padding, dtype=dtype).masked_fill(padding, torch.finfo(dtype).min)
-
-
-def _full_precision(values: Tensor) -> Tensor:
-    return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
 def some(names: list[str]) -> str:

@@ -1,7 +1,7 @@
 """Pilot steps: where the student would be after one step, while the student itself stays where it is.
 
 A pilot step takes parameters, a dict from name to tensor, and returns new ones; the module only says what to compute
-with them.  Dropout is off, so that the step descends the same function whose derivatives `kdlib.influence` takes.
+with them.  Dropout is off, so that the step descends the same function whose derivatives `kdlib.tangent` takes.
 
 An update rule is a function of parameters and gradient: `sgd`, or `adamw` with the state of an optimiser.  The step
 is the rule at the gradient.

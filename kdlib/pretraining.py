@@ -23,7 +23,8 @@ from pydantic import Field
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from kdlib import checkpoints, corpus, engine, glue, models, representations, trainer
+from kdlib import checkpoints, corpus, engine, models, representations, trainer
+from kdlib.batches import Encoded, sequential_batches
 from kdlib.engine import STUDENT, Findings, Prepared, forget, name_of, save_pretrained
 from kdlib.learner import (
     BATCH_SIZE,
@@ -294,7 +295,7 @@ def prepare(config: PretrainingConfig) -> Prepared:
     return Prepared(training, lambda result: _finish(config, who.cast, text, held_out, tokenizer, result))
 
 
-def load_corpus(config: PretrainingConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[corpus.Corpus, glue.Encoded]:
+def load_corpus(config: PretrainingConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[corpus.Corpus, Encoded]:
     """The training text and the held-out blocks.
 
     Raises ValueError for a corpus that is too small to hold anything out, and what `corpus.load` raises.
@@ -316,7 +317,7 @@ def load_corpus(config: PretrainingConfig, tokenizer: PreTrainedTokenizerBase) -
     return dataclasses.replace(text, encoded=first), rest
 
 
-def _blocks(encoded: glue.Encoded, start: int, stop: int) -> glue.Encoded:
+def _blocks(encoded: Encoded, start: int, stop: int) -> Encoded:
     """The blocks `start` … `stop` − 1."""
     left, right = int(encoded.offsets[start]), int(encoded.offsets[stop])
     return dataclasses.replace(
@@ -409,7 +410,7 @@ def _check_length(config: PretrainingConfig, network: PreTrainedModel) -> None:
 
 
 def evaluation(
-    config: PretrainingConfig, who: Networks, held_out: glue.Encoded, tokenizer: PreTrainedTokenizerBase
+    config: PretrainingConfig, who: Networks, held_out: Encoded, tokenizer: PreTrainedTokenizerBase
 ) -> trainer.Evaluate:
     """A function that returns what the method minimises, on the held-out blocks, always with the same masks and draws.
 
@@ -418,7 +419,7 @@ def evaluation(
     masking = corpus.masking(tokenizer, config.mask_rate, seed=0)
     student = who.cast.student
     device = student.accelerator.device
-    batches = glue.sequential_batches(held_out.lengths, 4 * config.batch_size)
+    batches = sequential_batches(held_out.lengths, 4 * config.batch_size)
 
     @torch.no_grad()
     def evaluate() -> dict[str, float]:
@@ -443,7 +444,7 @@ def _finish(
     config: PretrainingConfig,
     cast: TextCast,
     text: corpus.Corpus,
-    held_out: glue.Encoded,
+    held_out: Encoded,
     tokenizer: PreTrainedTokenizerBase,
     result: trainer.Result,
 ) -> Findings:

@@ -1,13 +1,14 @@
 """The record of a finished run: what it was, what came of it, and tables over many of them."""
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+
+from kdlib import files
 
 RECORD = "record.json"
 NOT_IDENTITY = ("output_dir", "cache_dir", "resume", "device", "checkpoint_every", "max_seconds")
@@ -54,9 +55,7 @@ def write_record(record: RunRecord) -> None:
     """Write `record.json` atomically."""
     fields = {name: value for name, value in vars(record).items() if name != "folder"}
     path = record.folder / RECORD
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(fields, indent=1) + "\n")
-    temporary.replace(path)
+    files.write_text(path, json.dumps(fields, indent=1) + "\n")
 
 
 def read_record(folder: Path | str) -> RunRecord:

@@ -17,6 +17,8 @@ from jaxtyping import Float, Shaped
 from torch import Tensor
 from torch.nn import functional as F
 
+from kdlib.losses import Reduction, full_precision, reduce
+
 Mask = Shaped[Tensor, "batch tokens"]
 """1 for a token, 0 for padding: integers, booleans or floating-point numbers."""
 
@@ -96,6 +98,62 @@ def hidden_cosine(
     return _token_mean(1 - F.cosine_similarity(ours, theirs, dim=-1), attention_mask)
 
 
+def patient_layers(
+    student_depth: int, teacher_depth: int, layers: Literal["skip", "last"] = "skip"
+) -> tuple[tuple[int, int], ...]:
+    """Which layer of the teacher each layer of the student imitates in PKD: pairs (student's, teacher's), from 1.
+
+    The student's last layer is left out: what it says goes into the logits.  "skip" spreads the teacher's layers
+    evenly, as `layer_map` does, "last" takes those just below its own last one.
+
+    Raises ValueError for other layers, a student of one layer and a student deeper than its teacher.
+
+    Source: PKD (Sun et al., 2019), used in IKD Table 3.
+    """
+    if layers not in ("skip", "last"):
+        raise ValueError(f"layers is {layers!r}; expected 'skip' or 'last'")
+    if not 2 <= student_depth <= teacher_depth:
+        raise ValueError(
+            f"PKD needs a student with at least two layers and no more than its teacher; it has {student_depth}, the "
+            f"teacher {teacher_depth}: choose another pair, or leave pkd_weight at 0"
+        )
+    if layers == "skip":
+        return layer_map(student_depth, teacher_depth)[1:-1]
+    return tuple((layer, teacher_depth - student_depth + layer) for layer in range(1, student_depth))
+
+
+def patient(
+    student_states: Sequence[Float[Tensor, "batch tokens hidden"]],
+    teacher_states: Sequence[Float[Tensor, "batch tokens hidden"]],
+    layers: Literal["skip", "last"] = "skip",
+    normalisation: Literal["sum", "mean"] = "sum",
+    reduction: Reduction = "mean",
+) -> Tensor:
+    """PKD's objective on hidden states: squared distances of the first tokens' states, each scaled to length one.
+
+    The states are those that transformers returns, the embeddings first; `patient_layers` pairs them.  With "sum" the
+    squares are added up over layers and units, as in the paper; with "mean" they are averaged, as in the code released
+    with MetaDistil, which is (layers − 1) · hidden times smaller and goes with a weight of 100 there.
+
+    Raises ValueError for another normalisation and for different widths; also what `patient_layers` raises.
+
+    Source: PKD (Sun et al., 2019), used in IKD Table 3.
+    """
+    if normalisation not in ("sum", "mean"):
+        raise ValueError(f"normalisation is {normalisation!r}; expected 'sum' or 'mean'")
+    widths = student_states[0].shape[-1], teacher_states[0].shape[-1]
+    if widths[0] != widths[1]:
+        raise ValueError(
+            f"PKD compares hidden states, but the student has {widths[0]} units and the teacher {widths[1]}: choose a "
+            "student of the teacher's width (student_layers), or leave pkd_weight at 0"
+        )
+    pairs = patient_layers(len(student_states) - 1, len(teacher_states) - 1, layers)
+    ours = torch.stack([F.normalize(student_states[mine][:, 0], dim=-1) for mine, _ in pairs], dim=1)
+    theirs = torch.stack([F.normalize(teacher_states[their][:, 0], dim=-1) for _, their in pairs], dim=1)
+    squares = (ours - theirs).square().flatten(1)
+    return reduce(squares.sum(-1) if normalisation == "sum" else squares.mean(-1), reduction)
+
+
 # Attention
 
 
@@ -108,7 +166,7 @@ def attention_scores(queries: Heads, keys: Heads, attention_mask: Mask) -> Float
     """
     if queries.dim() != 4:
         raise ValueError(f"queries have shape {tuple(queries.shape)}; expected (batch, heads, tokens, size)")
-    queries, keys = _full_precision(queries), _full_precision(keys)
+    queries, keys = full_precision(queries), full_precision(keys)
     with torch.autocast(queries.device.type, enabled=False):
         scores = queries @ keys.transpose(-1, -2) / queries.shape[-1] ** 0.5
     return scores.masked_fill(attention_mask[:, None, None, :] == 0, torch.finfo(scores.dtype).min)
@@ -213,13 +271,9 @@ def split_anew(values: Heads, heads: int) -> Float[Tensor, "batch relation_heads
     return merged.unflatten(-1, (heads, -1)).transpose(1, 2)
 
 
-def _full_precision(values: Tensor) -> Tensor:
-    return values.to(torch.promote_types(values.dtype, torch.float32))
-
-
 def _constant_teacher(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
     """Both in float32 at least, the teacher's as a constant."""
-    return _full_precision(student), _full_precision(teacher.detach())
+    return full_precision(student), full_precision(teacher.detach())
 
 
 def _tokens(attention_mask: Mask, dtype: torch.dtype) -> Float[Tensor, "batch"]:

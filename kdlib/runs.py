@@ -16,16 +16,17 @@ from scipy.special import log_softmax
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kdlib import engine, glue, metrics, models, trainer
+from kdlib.batches import Encoded
 from kdlib.configuration import RunConfig, configure, load_data, readable, teachers_config
 from kdlib.engine import STUDENT, TEACHER_FOLDER, Findings, Prepared, forget, save_pretrained
 from kdlib.learner import Batch, Learner, accelerator_for, learner, refuse_many_processes
 from kdlib.methods.base import Cast, Learning, Trained, untrained
 from kdlib.models import Outputs
 from kdlib.progress import notice
-from kdlib.records import RunRecord
+from kdlib.records import RunRecord, read_record, results
 from kdlib.settings import refuse
 
-__all__ = ["RunConfig", "RunRecord", "configure", "readable", "run"]
+__all__ = ["RunConfig", "RunRecord", "configure", "load_data", "read_record", "readable", "results", "run"]
 
 
 def run(config: RunConfig) -> RunRecord:
@@ -119,7 +120,7 @@ def load_teacher(
     task: glue.Task,
     tokenizer: PreTrainedTokenizerBase,
     student: PreTrainedModel,
-    encoded: Mapping[str, glue.Encoded],
+    encoded: Mapping[str, Encoded],
 ) -> tuple[PreTrainedModel, RunRecord | None]:
     """The teacher's network, fine-tuned if need be, and the record of that run (None if it was fine-tuned elsewhere).
 
@@ -154,7 +155,7 @@ def _cast(
     student: Learner,
     teacher: PreTrainedModel | None,
     record: RunRecord | None,
-    encoded: Mapping[str, glue.Encoded],
+    encoded: Mapping[str, Encoded],
     held_out: str,
 ) -> Cast:
     """Who takes part: a teacher that learns becomes a learner, one that does not answers once for all if it can."""
@@ -177,7 +178,7 @@ def _cast(
     return Cast(student, answers=lambda batch: Outputs(looked_up(batch)))
 
 
-def check_lengths(encoded: Mapping[str, glue.Encoded], network: PreTrainedModel, name: str) -> None:
+def check_lengths(encoded: Mapping[str, Encoded], network: PreTrainedModel, name: str) -> None:
     """Raise ValueError if a split holds an example that is longer than what the network can read."""
     longest = models.longest(network)
     for split, samples in encoded.items():
@@ -189,7 +190,7 @@ def check_lengths(encoded: Mapping[str, glue.Encoded], network: PreTrainedModel,
             )
 
 
-def encode_all(data: glue.TaskData, tokenizer: PreTrainedTokenizerBase, max_length: int) -> dict[str, glue.Encoded]:
+def encode_all(data: glue.TaskData, tokenizer: PreTrainedTokenizerBase, max_length: int) -> dict[str, Encoded]:
     """Tokenise every split once: "train", "feedback" if there is one, the evaluation and the test splits, by name."""
     feedback = {} if data.feedback is None else {"feedback": data.feedback}
     splits = {"train": data.train, **feedback, **data.evaluation, **data.test}
@@ -222,7 +223,7 @@ def _learner(name: str, network: PreTrainedModel, config: RunConfig, accelerator
     )
 
 
-def _feedback(config: RunConfig, data: glue.TaskData, encoded: Mapping[str, glue.Encoded]) -> glue.Encoded | None:
+def _feedback(config: RunConfig, data: glue.TaskData, encoded: Mapping[str, Encoded]) -> Encoded | None:
     """Where a step's second batch comes from, if it has one: the split carved out of the training set, as a rule."""
     split = config.settings.feedback
     if split != "validation":
@@ -235,7 +236,7 @@ def _feedback(config: RunConfig, data: glue.TaskData, encoded: Mapping[str, glue
 def _finish(
     config: RunConfig,
     data: glue.TaskData,
-    encoded: Mapping[str, glue.Encoded],
+    encoded: Mapping[str, Encoded],
     student: Learner,
     tokenizer: PreTrainedTokenizerBase,
     result: trainer.Result,

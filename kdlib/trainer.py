@@ -20,6 +20,7 @@ from accelerate.utils import set_seed
 from torch import Tensor
 
 from kdlib import checkpoints, glue, losses, metrics, models
+from kdlib.batches import Encoded, collate, length_grouped_batches, to_device
 from kdlib.folders import prepare_folder
 from kdlib.interrupts import asked_to_stop
 from kdlib.learner import Batch, Learner, NonFiniteLossError
@@ -77,7 +78,7 @@ Evaluate = Callable[[], dict[str, float]]
 def evaluation(
     learner: Learner,
     task: glue.Task,
-    splits: dict[str, glue.Encoded],
+    splits: dict[str, Encoded],
     batch_size: int = 128,
     others: Sequence[Learner] = (),
 ) -> Evaluate:
@@ -105,7 +106,7 @@ def evaluation(
 
 def teacher_logits(
     teacher: torch.nn.Module,
-    encoded: glue.Encoded,
+    encoded: Encoded,
     accelerator: Accelerator,
     batch_size: int = 128,
     cache: Path | None = None,
@@ -159,11 +160,11 @@ class Training:
 
     step: Step
     learners: Sequence[Learner]
-    data: glue.Encoded
+    data: Encoded
     schedule: Schedule
     evaluate: Evaluate
     select: str | None = None
-    feedback: glue.Encoded | None = None
+    feedback: Encoded | None = None
     feedback_batch_size: int | None = None
     prepare: Callable[[Batch, int], Batch] | None = None
 
@@ -328,17 +329,17 @@ def _row(training: Training, state: _State) -> dict[str, float]:
     }
 
 
-def training_batches(encoded: glue.Encoded, schedule: Schedule, start: int, total: int) -> Iterator[list[int]]:
+def training_batches(encoded: Encoded, schedule: Schedule, start: int, total: int) -> Iterator[list[int]]:
     """The batches of steps `start` … `total` − 1 as positions; an epoch's order depends on the seed and its number."""
     per_epoch = math.ceil(len(encoded) / schedule.batch_size)
     for epoch in range(start // per_epoch, math.ceil(total / per_epoch)):
         generator = torch.Generator().manual_seed(1_000_003 * schedule.seed + epoch)
-        order = glue.length_grouped_batches(encoded.lengths, schedule.batch_size, generator)
+        order = length_grouped_batches(encoded.lengths, schedule.batch_size, generator)
         first = max(start - epoch * per_epoch, 0)
         yield from order[first : total - epoch * per_epoch]
 
 
-def feedback_batches(encoded: glue.Encoded | None, batch_size: int, seed: int, start: int) -> Iterator[list[int]]:
+def feedback_batches(encoded: Encoded | None, batch_size: int, seed: int, start: int) -> Iterator[list[int]]:
     """The feedback batches of steps `start` … without end, as positions; each pass over the data has its own order."""
     if encoded is None:
         return
@@ -346,18 +347,18 @@ def feedback_batches(encoded: glue.Encoded | None, batch_size: int, seed: int, s
     for number in itertools.count(start // per_pass):
         # Not the seeds of the training order: the two must not march in step.
         generator = torch.Generator().manual_seed(1_000_003 * seed + 500_000 + number)
-        order = glue.length_grouped_batches(encoded.lengths, batch_size, generator)
+        order = length_grouped_batches(encoded.lengths, batch_size, generator)
         yield from order[start - number * per_pass if number == start // per_pass else 0 :]
 
 
-def training_batch(encoded: glue.Encoded, indices: list[int], device: torch.device) -> Batch:
+def training_batch(encoded: Encoded, indices: list[int], device: torch.device) -> Batch:
     """The padded batch at these positions, with the positions themselves, on `device`."""
-    batch = glue.collate(encoded, indices)
+    batch = collate(encoded, indices)
     batch["positions"] = torch.tensor(indices)
-    return glue.to_device(batch, device)
+    return to_device(batch, device)
 
 
-def _check_disjoint(encoded: glue.Encoded, feedback: glue.Encoded) -> None:
+def _check_disjoint(encoded: Encoded, feedback: Encoded) -> None:
     if len(feedback) == 0:
         raise ValueError("the feedback set is empty: raise feedback_fraction, or max_train")
     shared = sorted(set(encoded.rows.tolist()) & set(feedback.rows.tolist()))
@@ -368,7 +369,7 @@ def _check_disjoint(encoded: glue.Encoded, feedback: glue.Encoded) -> None:
         )
 
 
-def fingerprint(encoded: glue.Encoded, labels: bool = False) -> str:
+def fingerprint(encoded: Encoded, labels: bool = False) -> str:
     """A short name for exactly these tokens, or for these tokens with these labels."""
     digest = hashlib.sha256()
     parts = [encoded.input_ids, encoded.token_type_ids, encoded.offsets]

@@ -7,7 +7,8 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 from transformers import BertForSequenceClassification
 
-from kdlib import glue, losses
+from kdlib import losses
+from kdlib.batches import collate
 from kdlib.learner import Learner, accelerator_for, learner, weight_decay_groups
 from kdlib.models import Outputs
 from tests import toy
@@ -29,7 +30,7 @@ def bert(seed: int = 0, layers: int = 2, dropout: float = 0.5) -> BertForSequenc
 
 def batch(samples: int = 5, seed: int = 0) -> dict[str, torch.Tensor]:
     """Sequences of different lengths, padded; three classes."""
-    collated = glue.collate(toy.encoded(samples, seed), range(samples))
+    collated = collate(toy.encoded(samples, seed), range(samples))
     generator = torch.Generator().manual_seed(seed)
     return collated | {"labels": torch.randint(0, CLASSES, (samples,), generator=generator)}
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from kdlib import checkpoints
+from kdlib import checkpoints, files
 from kdlib.checkpoints import CheckpointError
 from tests import toy
 from tests.test_learner import batch, loss_of
@@ -76,7 +76,7 @@ def test_a_failed_write_leaves_no_half_file(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoints.os, "replace", full)
+    monkeypatch.setattr(files.os, "replace", full)
     with pytest.raises(CheckpointError, match="No space left on device"):
         checkpoints.write_tensors(tmp_path / "c.safetensors", {"a": torch.ones(3)})
     assert not list(tmp_path.iterdir())

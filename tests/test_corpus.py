@@ -12,7 +12,8 @@ import torch
 from hypothesis import given
 from transformers import BertTokenizerFast
 
-from kdlib import corpus, glue, miniglue, models
+from kdlib import corpus, miniglue, models
+from kdlib.batches import collate, to_device
 from kdlib.corpus import Masking, choose, corrupt, load, masking, special_tokens
 
 TOKENIZER = miniglue.tokenizer()
@@ -88,7 +89,7 @@ def test_every_line_is_a_block(text):
     assert encoded.token_type_ids.shape == encoded.input_ids.shape and not encoded.token_type_ids.any()
     tokens = len(encoded.input_ids)
     assert loaded.counts == dict.fromkeys(corpus.COUNTS, 0) | {"lines": 4, "blocks": 4, "tokens": tokens}
-    batch = glue.collate(encoded, [1, 0])
+    batch = collate(encoded, [1, 0])
     assert batch["input_ids"].tolist()[0][:4] == [CLS, *pieces("dogs run")[:3]]
     assert batch["attention_mask"].sum(dim=1).tolist() == encoded.lengths[[1, 0]].tolist()
 
@@ -654,7 +655,7 @@ def test_special_tokens():
 
 @pytest.fixture(scope="module")
 def batch():
-    return glue.collate(load("mini-corpus", TOKENIZER, "validation").encoded, range(64))
+    return collate(load("mini-corpus", TOKENIZER, "validation").encoded, range(64))
 
 
 def test_masking_a_batch(batch):
@@ -718,7 +719,7 @@ SEEDS = [15529898885419721899, 7277291423512753476]
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_a_gpu_masks_as_the_cpu_does(batch):
     here = masking(TOKENIZER)(batch, 5)
-    there = masking(TOKENIZER)(glue.to_device(batch, "cuda"), 5)
+    there = masking(TOKENIZER)(to_device(batch, "cuda"), 5)
     for name in ("masked", "corrupted"):
         assert there[name].device.type == "cuda" and torch.equal(here[name], there[name].cpu())
 

@@ -7,6 +7,13 @@ import pytest
 
 from kdlib import imitation, influence, learner, losses, pilot, policy, representations
 from kdlib.methods import ikd, lgtm, metadistil, online, task_agnostic, tutor
+from kdlib.tangent import (
+    distillation_influence,
+    feedback_gradient,
+    hessian_vector_product,
+    influence_along,
+    student_tangent,
+)
 
 # The tangent is exact and in full precision, and nothing is cut, unless somebody asks for less.
 EXACT = {"tangent": "jvp", "tangent_precision": "fp32", "pilot_pieces": 1, "pilot_rule": "sgd"}
@@ -25,8 +32,8 @@ TABLE = {
     losses.dist: {**SOFTENED, "inter": 1.0, "intra": 1.0},
     losses.distillation_loss: {**SOFTENED, "alpha": 0.5, "objective": losses.kl_divergence},
     # PKD (Sun et al., 2019): "skip" is the better of its two, and the paper adds up.
-    losses.patient_layers: {"layers": "skip"},
-    losses.patient: {"layers": "skip", "normalisation": "sum", "reduction": "mean"},
+    representations.patient_layers: {"layers": "skip"},
+    representations.patient: {"layers": "skip", "normalisation": "sum", "reduction": "mean"},
     imitation.Imitation: {
         "alpha": 0.5,
         "temperature": 1.0,
@@ -40,12 +47,12 @@ TABLE = {
     learner.Learner: {"max_grad_norm": 1.0, "micro_batches": 1},
     learner.accelerator_for: {"device": "auto", "precision": "fp32"},
     # DARTS and LGTM's code move by 0.01.
-    influence.student_tangent: {"method": "jvp", "radius": 0.01, "outputs": None},
-    influence.feedback_gradient: {"loss": pilot.task_loss, "among": None, "pieces": 1},
-    influence.distillation_influence: {"labels": None},
-    influence.influence_along: {"method": "jvp"},
+    student_tangent: {"method": "jvp", "radius": 0.01, "outputs": None},
+    feedback_gradient: {"loss": pilot.task_loss, "among": None, "pieces": 1},
+    distillation_influence: {"labels": None},
+    influence_along: {"method": "jvp"},
     influence.per_sample_gradients: {"loss": pilot.task_loss, "method": "loop", "chunk_size": None},
-    influence.hessian_vector_product: {"method": "forward-over-reverse"},
+    hessian_vector_product: {"method": "forward-over-reverse"},
     influence.conjugate_gradient: {"damping": 0.0, "iterations": 100, "tolerance": 1e-6},
     influence.lissa: {"damping": 0.0, "scale": 1.0},
     influence.classical_influence: {"method": "jvp"},

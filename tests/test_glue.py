@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from transformers import BertTokenizerFast
 
 from kdlib import glue, miniglue
+from kdlib.batches import collate
 
 REVIEWS = glue.generic_task("reviews", "text", ("bad", "good"))
 
@@ -564,25 +565,6 @@ def encoded_pairs(tokenizer, size=7, max_length=12):
     return rows, glue.encode(Dataset.from_dict(rows), PAIRS, tokenizer, max_length)
 
 
-def test_a_batch_is_what_the_tokenizer_pads(tokenizer):
-    rows, encoded = encoded_pairs(tokenizer)
-    assert encoded.input_ids.dtype == torch.int32 and len(encoded) == 7
-    indices = [5, 0, 3, 6]
-    batch = glue.collate(encoded, indices)
-    expected = tokenizer(
-        [rows["first"][i] for i in indices], [rows["second"][i] for i in indices],
-        padding="longest", truncation=True, max_length=12, return_tensors="pt",
-    )  # fmt: skip
-    for name in ("input_ids", "attention_mask", "token_type_ids"):
-        torch.testing.assert_close(batch[name], expected[name])
-        assert batch[name].dtype == torch.int64
-    assert batch["labels"].tolist() == [1, 0, 1, 0] and batch["rows"].tolist() == [15, 10, 13, 16]
-    assert encoded.lengths[indices].tolist() == expected["attention_mask"].sum(1).tolist()
-    alone = glue.collate(encoded, [0])
-    assert alone["input_ids"].shape == (1, 6) and alone["attention_mask"].all()
-    assert glue.to_device(batch, "cpu").keys() == batch.keys()
-
-
 def test_long_texts_are_cut(tokenizer):
     _, encoded = encoded_pairs(tokenizer, max_length=5)
     assert set(encoded.lengths.tolist()) == {5}
@@ -596,8 +578,8 @@ def test_scores_and_more_rows_than_one_chunk(tokenizer):
     encoded = glue.encode(Dataset.from_dict({name: list(values) for name, values in rows.items()}), task, tokenizer)
     assert encoded.labels.dtype == torch.float32
     assert encoded.lengths.tolist() == [5, 3] * 1100
-    assert glue.collate(encoded, [2199])["input_ids"].tolist() == [tokenizer("d")["input_ids"]]
-    assert glue.collate(encoded, [2199])["labels"].tolist() == [5.0]
+    assert collate(encoded, [2199])["input_ids"].tolist() == [tokenizer("d")["input_ids"]]
+    assert collate(encoded, [2199])["labels"].tolist() == [5.0]
     empty = glue.encode(Dataset.from_dict({"text": [], "label": [], "row": []}), task, tokenizer)
     assert len(empty) == 0
 
@@ -609,43 +591,6 @@ def test_a_tokenizer_without_padding_is_refused(tokenizer):
 
     with pytest.raises(ValueError, match="Unpadded has no padding token"):
         glue.encode(Dataset.from_dict({"first": [], "second": []}), PAIRS, Unpadded())
-
-
-@settings(max_examples=60)
-@given(
-    st.lists(st.integers(1, 128), min_size=1, max_size=300),
-    st.integers(1, 40),
-    st.integers(0, 2**31),
-    st.integers(1, 60),
-)
-def test_every_sample_is_in_exactly_one_batch(lengths, size, seed, group):
-    batches = glue.length_grouped_batches(torch.tensor(lengths), size, torch.Generator().manual_seed(seed), group)
-    assert sorted(chain.from_iterable(batches)) == list(range(len(lengths)))
-    assert len(batches) == -(-len(lengths) // size)
-    assert sorted(map(len, batches))[1:] == [size] * (len(batches) - 1)
-    again = glue.length_grouped_batches(torch.tensor(lengths), size, torch.Generator().manual_seed(seed), group)
-    assert batches == again
-    in_order = glue.sequential_batches(torch.tensor(lengths), size)
-    assert sorted(chain.from_iterable(in_order)) == list(range(len(lengths)))
-    seen = [lengths[i] for batch in in_order for i in batch]
-    assert seen == sorted(lengths)
-
-
-def test_grouping_saves_padding_and_keeps_chance():
-    generator = torch.Generator().manual_seed(0)
-    lengths = torch.randint(5, 60, (2000,), generator=generator)
-
-    def fill(batches):
-        return float(lengths.sum()) / sum(len(batch) * int(lengths[batch].max()) for batch in batches)
-
-    random_batches = [batch.tolist() for batch in torch.randperm(2000, generator=generator).split(32)]
-    epochs = [glue.length_grouped_batches(lengths, 32, generator) for _ in range(2)]
-    assert fill(random_batches) < 0.6 < 0.9 < fill(epochs[0])
-    assert epochs[0] != epochs[1]
-    # Neither long nor short batches come first: the order of lengths is random over the epoch.
-    means = [float(lengths[batch].float().mean()) for batch in epochs[0]]
-    steps = np.sign(np.diff(means))
-    assert 15 < (steps > 0).sum() < 47
 
 
 # Submissions
@@ -1192,19 +1137,9 @@ def test_unknown_words_are_counted_told_and_refused(tokenizer, capsys, monkeypat
     assert ("are [UNK]" in said) == (share >= 0.05) == ("'zebra0'" in said)
 
 
-def test_up_to_five_unknown_words_are_shown(tokenizer):
-    assert glue.unknown_words(["a zebra, b", "zebra gnu", "a", "x y z"], tokenizer) == ["zebra", ",", "gnu", "x", "y"]
+def test_a_text_of_unknown_words_is_refused_and_five_of_them_are_shown(tokenizer):
     with pytest.raises(ValueError, match=r"the tokenizer does not know these words \('这', '部', '电', '影', '很'\)"):
         glue.encode(texts_of(["这部电影很好"]), REVIEWS, tokenizer)
-
-
-def test_a_tokenizer_without_a_token_for_unknown_words_knows_all(tokenizer):
-    plain = BertTokenizerFast(vocab={**tokenizer.get_vocab()})
-    plain.unk_token = plain.sep_token
-    assert glue.unknown_id(plain) == -1
-    assert glue.unknown_id(tokenizer) == tokenizer.unk_token_id
-    plain.unk_token = None
-    assert glue.unknown_id(plain) == -1
 
 
 @settings(max_examples=25)

@@ -10,7 +10,19 @@ import pandas as pd
 import pytest
 import torch
 
-from kdlib import checkpoints, glue, models, pretraining, runs, trainer
+from kdlib import (
+    checkpoints,
+    configuration,
+    engine,
+    folders,
+    glue,
+    learner,
+    models,
+    pretraining,
+    records,
+    runs,
+    trainer,
+)
 from kdlib.methods import kd
 from tests import toy
 
@@ -40,7 +52,7 @@ def networks(tmp_path_factory):
     folder, tokenizer = tmp_path_factory.mktemp("networks"), models.load_tokenizer("tiny-1x32")
     for name, seed in (("one", 0), ("other", 1)):
         network = models.load("tiny-2x32", glue.task_for("mini-sst2"), tokenizer, seed)
-        runs.save_pretrained(network.base_model, tokenizer, folder / name)
+        engine.save_pretrained(network.base_model, tokenizer, folder / name)
     return folder
 
 
@@ -53,7 +65,7 @@ def configured(data: Path | str, network: Path | str, **changes) -> runs.RunConf
 
 def ids(config: runs.RunConfig) -> tuple[str, str]:
     """The names of a run and of its teacher's."""
-    return config.run_id, runs.teacher_config(config).run_id
+    return config.run_id, configuration.teachers_config(config).run_id
 
 
 class TestData:
@@ -133,15 +145,15 @@ class TestRuns:
     def test_a_damaged_record_leaves_no_stale_neighbours_behind(self, done, monkeypatch):
         config, record = done
         monkeypatch.setattr(runs, "_compute", lambda config: sorted(path.name for path in config.folder.iterdir()))
-        teacher = runs.teacher_config(config).folder
+        teacher = configuration.teachers_config(config).folder
         for folder in (record.folder, teacher):
             for stale in ("logits-old.safetensors", "mine.tsv"):
                 (folder / stale).touch()
             kept = folder.with_name(f"copy-{folder.name}")
             shutil.copytree(folder, kept)
-            (folder / runs.RECORD).unlink()
-        assert runs.run(config) == [trainer.LOCK]
-        assert runs.run(runs.teacher_config(config)) == [trainer.LOCK]
+            (folder / records.RECORD).unlink()
+        assert runs.run(config) == [folders.LOCK]
+        assert runs.run(configuration.teachers_config(config)) == [folders.LOCK]
         for folder in (record.folder, teacher):
             shutil.rmtree(folder)
             folder.with_name(f"copy-{folder.name}").rename(folder)
@@ -162,12 +174,12 @@ class TestRuns:
 
     def test_the_logits_of_another_teacher_are_not_read(self, done):
         config, _ = done
-        data, folder = runs.load_data(config), runs.teacher_config(config).folder
-        tokenizer = models.load_tokenizer(str(folder / runs.STUDENT))
+        data, folder = runs.load_data(config), configuration.teachers_config(config).folder
+        tokenizer = models.load_tokenizer(str(folder / engine.STUDENT))
         encoded = glue.encode(data.train, data.task, tokenizer, 16)
-        accelerator = runs.accelerator_for("cpu")
+        accelerator = learner.accelerator_for("cpu")
         batch = {"positions": torch.arange(4)}
-        first = models.load(str(folder / runs.STUDENT), data.task, tokenizer)
+        first = models.load(str(folder / engine.STUDENT), data.task, tokenizer)
         second = models.load("tiny-2x32", data.task, tokenizer, 5)
         for network in (first, second, first):
             looked_up = trainer.teacher_logits(network, encoded, accelerator, cache=folder)(batch)
@@ -179,10 +191,10 @@ class TestRuns:
         config, _ = done
         told: list[str] = []
         monkeypatch.setattr(trainer, "notice", told.append)
-        data, folder = runs.load_data(config), runs.teacher_config(config).folder
-        tokenizer = models.load_tokenizer(str(folder / runs.STUDENT))
-        encoded, accelerator = glue.encode(data.train, data.task, tokenizer, 16), runs.accelerator_for("cpu")
-        network = models.load(str(folder / runs.STUDENT), data.task, tokenizer)
+        data, folder = runs.load_data(config), configuration.teachers_config(config).folder
+        tokenizer = models.load_tokenizer(str(folder / engine.STUDENT))
+        encoded, accelerator = glue.encode(data.train, data.task, tokenizer, 16), learner.accelerator_for("cpu")
+        network = models.load(str(folder / engine.STUDENT), data.task, tokenizer)
         whole = trainer.teacher_logits(network, encoded, accelerator, cache=folder)({"positions": torch.arange(4)})
         weights = models.fingerprint(network)
         (path,) = folder.glob(f"logits-{weights}-*")
@@ -196,13 +208,13 @@ class TestRuns:
 
     def test_a_record_that_is_no_record_is_named(self, tmp_path):
         for content in (b"\xff\xfe{", b"{", b"[]", b'{"run_id": "a"}'):
-            (tmp_path / runs.RECORD).write_bytes(content)
+            (tmp_path / records.RECORD).write_bytes(content)
             with pytest.raises(
                 ValueError, match=r"record\.json is not a complete run record .*: delete it and run again"
             ):
                 runs.read_record(tmp_path)
-        (tmp_path / runs.RECORD).unlink()
-        (tmp_path / runs.RECORD).mkdir()
+        (tmp_path / records.RECORD).unlink()
+        (tmp_path / records.RECORD).mkdir()
         with pytest.raises(ValueError, match="is not a complete run record"):
             runs.read_record(tmp_path)
 
@@ -293,5 +305,5 @@ def test_a_records_fields_that_came_later_may_be_missing(tmp_path):
     fields = {f.name: None for f in dataclasses.fields(runs.RunRecord) if f.default is dataclasses.MISSING}
     fields = {name: value for name, value in fields.items() if name not in ("folder", "contents", "unknown")}
     fields |= {"run_id": config.run_id, "config": dataclasses.asdict(config)}
-    (tmp_path / runs.RECORD).write_text(json.dumps(fields))
+    (tmp_path / records.RECORD).write_text(json.dumps(fields))
     assert (runs.read_record(tmp_path).contents, runs.read_record(tmp_path).unknown) == ({}, {})

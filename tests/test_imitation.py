@@ -6,10 +6,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from kdlib.imitation import Imitation
 from torch.nn import functional as F
 
 from kdlib import losses
-from kdlib.imitation import Imitation
 from kdlib.models import Outputs
 
 LABELS = torch.tensor([2, 0, 1])

@@ -36,8 +36,10 @@ from transformers import (
     RobertaConfig,
 )
 
-from kdlib import glue, influence, losses, miniglue, models, stored
+from kdlib import glue, losses, miniglue, models, stored
+from kdlib.batches import Encoded, collate
 from kdlib.methods.online import zero_classifier
+from kdlib.tangent import distillation_influence, feedback_gradient, student_tangent
 from tests import exact, toy
 
 TASK = glue.task_for("mini-mnli")
@@ -334,7 +336,7 @@ class TestElectra:
         student = electra_classifier().train()
         parameters = models.trainable(student)
         along = exact.direction(parameters)
-        outputs, tangents = influence.student_tangent(student, parameters, self.BATCH, along, hidden_states=True)
+        outputs, tangents = student_tangent(student, parameters, self.BATCH, along, hidden_states=True)
 
         def logits(values):
             return models.apply(student, values, self.BATCH).logits
@@ -351,11 +353,11 @@ class TestElectra:
     def test_influences_are_inner_products_of_gradients(self):
         student, teacher = electra_classifier(0), electra_classifier(1)
         parameters, labels = models.trainable(student), self.BATCH["labels"]
-        direction = influence.feedback_gradient(student, parameters, exact.batch(4, 1))
-        outputs, tangents = influence.student_tangent(student, parameters, self.BATCH, direction)
+        direction = feedback_gradient(student, parameters, exact.batch(4, 1))
+        outputs, tangents = student_tangent(student, parameters, self.BATCH, direction)
         theirs = models.targets(teacher, self.BATCH).logits
         objective = partial(losses.kl_divergence, reduction="none")
-        actual = influence.distillation_influence(objective, outputs.logits, tangents.logits, theirs)
+        actual = distillation_influence(objective, outputs.logits, tangents.logits, theirs)
         for i in range(len(labels)):
             loss = objective(models.logits(student, self.BATCH), theirs)[i]
             gradients = torch.autograd.grad(loss, list(student.parameters()))
@@ -510,12 +512,12 @@ class TestPredict:
         model.eval()
         for i in (0, 11, 29):
             with torch.no_grad():
-                one = models.logits(model, glue.collate(data, [i])).numpy()[0]
+                one = models.logits(model, collate(data, [i])).numpy()[0]
             np.testing.assert_allclose(outputs[i], one, rtol=1e-5, atol=1e-6)
 
     def test_an_empty_split_is_refused(self):
         none = torch.zeros(0, dtype=torch.int64)
-        empty = glue.Encoded(none.int(), none.to(torch.int8), torch.zeros(1, dtype=torch.int64), none, none, 0)
+        empty = Encoded(none.int(), none.to(torch.int8), torch.zeros(1, dtype=torch.int64), none, none, 0)
         with pytest.raises(ValueError, match="empty split"):
             models.predict(toy.network(), empty)
 
@@ -523,7 +525,7 @@ class TestPredict:
 class TestExactAttention:
     def derivative(self, model):
         parameters = dict(model.named_parameters())
-        batch = glue.collate(toy.encoded(), [0, 1, 2])
+        batch = collate(toy.encoded(), [0, 1, 2])
         inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "token_type_ids")}
 
         def outputs(values):
@@ -564,7 +566,7 @@ class TestExactAttention:
 class TestApply:
     def test_it_is_the_network_at_other_parameters(self):
         here, there = toy.network(0), toy.network(1)
-        batch = glue.collate(toy.encoded(), [0, 1, 2])
+        batch = collate(toy.encoded(), [0, 1, 2])
         with torch.no_grad():
             moved = models.apply(here, models.trainable(there), batch, hidden_states=True, attentions=False)
             assert torch.equal(moved.logits, models.logits(there, batch))
@@ -607,7 +609,7 @@ class TestApply:
         assert [part.training for part in module.modules()] == before
 
     def test_the_additive_mask_is_the_two_dimensional_one(self):
-        model, batch = toy.network(), glue.collate(toy.encoded(), range(4))
+        model, batch = toy.network(), collate(toy.encoded(), range(4))
         assert (batch["attention_mask"] == 0).any()
         added = batch | {"attention_mask": models.additive_mask(batch["attention_mask"], torch.float32)}
         with torch.no_grad(), models.exact_attention(model):

@@ -11,9 +11,9 @@ import pytest
 import torch
 from transformers import AutoModel, AutoModelForMaskedLM, AutoTokenizer
 
-from kdlib import checkpoints, corpus, miniglue, models, pretraining, runs, trainer
+from kdlib import checkpoints, corpus, engine, folders, miniglue, models, pretraining, records, runs, trainer
 from kdlib.pretraining import METHODS, PretrainingConfig
-from kdlib.runs import ConfigurationError
+from kdlib.settings import ConfigurationError
 from kdlib.trainer import TrainingInterruptedError
 
 LINES, EMPTY = 60, 3
@@ -44,7 +44,7 @@ def taught(home, text):
 @pytest.fixture(scope="module")
 def quick(home, text, taught):
     """The settings of a quick run, all but the method."""
-    teacher = str(taught.folder / runs.STUDENT)
+    teacher = str(taught.folder / engine.STUDENT)
     return {**COMMON, "corpus": text, "teacher": teacher, "student": "tiny-1x32h2", "output_dir": str(home / "runs")}
 
 
@@ -266,7 +266,7 @@ class TestRun:
             assert logged <= {name.removeprefix("validation/") for name in record.metrics}
             assert {"train_tutor_loss", "train_copied"} <= set(last)
         files = {"record.json", "student"} | ({pretraining.TUTOR_WEIGHTS} if method == "tutor" else set())
-        assert {path.name for path in record.folder.iterdir()} == files | {trainer.LOCK}
+        assert {path.name for path in record.folder.iterdir()} == files | {folders.LOCK}
         assert record.samples == {
             "train": 57,
             "validation": 3,
@@ -278,7 +278,7 @@ class TestRun:
             "train/blocks": LINES,
             "train/tokens": record.samples["train/tokens"],
         }
-        student = record.folder / runs.STUDENT
+        student = record.folder / engine.STUDENT
         network = AutoModel.from_pretrained(student)
         assert len(AutoTokenizer.from_pretrained(student)) == network.config.vocab_size
         found, missing = AutoModelForMaskedLM.from_pretrained(student, output_loading_info=True)
@@ -313,13 +313,13 @@ class TestRun:
 
     def test_with_distributions_the_tutored_student_keeps_its_head(self, quick):
         record = pretraining.run(pretraining.configure(**quick, imitated="distribution"))
-        _, missing = AutoModelForMaskedLM.from_pretrained(record.folder / runs.STUDENT, output_loading_info=True)
+        _, missing = AutoModelForMaskedLM.from_pretrained(record.folder / engine.STUDENT, output_loading_info=True)
         assert not missing["missing_keys"]
 
     def test_a_student_may_be_cut_from_its_teacher(self, quick):
         settings = {**quick, "student": None, "student_layers": 1, "learning_rate": 1e-9, "method": "minilm"}
         record = pretraining.run(pretraining.configure(**settings))
-        cut, whole = (AutoModel.from_pretrained(path) for path in (record.folder / runs.STUDENT, quick["teacher"]))
+        cut, whole = (AutoModel.from_pretrained(path) for path in (record.folder / engine.STUDENT, quick["teacher"]))
         assert cut.config.num_hidden_layers == 1
         ours, theirs = (net.encoder.layer[0].attention.self.query.weight for net in (cut, whole))
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
@@ -379,7 +379,7 @@ class TestErrorsBeforeAnyWork:
     def test_another_number_of_words(self, quick, tmp_path, before_reading):
         network = AutoModelForMaskedLM.from_pretrained(quick["teacher"])
         network.resize_token_embeddings(network.config.vocab_size + 8)
-        runs.save_pretrained(network, AutoTokenizer.from_pretrained(quick["teacher"]), tmp_path / "wide")
+        engine.save_pretrained(network, AutoTokenizer.from_pretrained(quick["teacher"]), tmp_path / "wide")
         with pytest.raises(ValueError, match=r"the student has \d+ word pieces, the teacher \d+.*one vocabulary"):
             self.run(quick, tmp_path, student=str(tmp_path / "wide"))
 
@@ -389,7 +389,9 @@ class TestErrorsBeforeAnyWork:
     ):
         """What is inside an encoder may be shown as it is."""
         network = AutoModelForMaskedLM.from_pretrained(quick["teacher"])
-        runs.save_pretrained(network.base_model, AutoTokenizer.from_pretrained(quick["teacher"]), tmp_path / "encoder")
+        engine.save_pretrained(
+            network.base_model, AutoTokenizer.from_pretrained(quick["teacher"]), tmp_path / "encoder"
+        )
         settings = {"method": method, "teacher": str(tmp_path / "encoder")}
         predicting = method in ("soft_labels", "distilbert", "untutored", "tutor")
         if predicting:
@@ -453,10 +455,10 @@ class TestErrorsBeforeAnyWork:
         monkeypatch.setattr(pretraining, "_compute", lambda config: pytest.fail("computed a second time"))
         monkeypatch.setattr(runs, "read_record", lambda folder: folder)
         with ThreadPoolExecutor(1) as pool:
-            with trainer.alone_in(config.folder):
+            with folders.alone_in(config.folder):
                 waiting = pool.submit(pretraining.run, config)
                 assert not wait([waiting], timeout=0.5).done
-                (config.folder / runs.RECORD).touch()
+                (config.folder / records.RECORD).touch()
             assert waiting.result(30) == config.folder
 
     def test_a_folder_that_cannot_be_written(self, quick, tmp_path):
@@ -478,7 +480,7 @@ def test_out_of_time_it_stops_with_a_checkpoint_and_ends_the_same(quick, tmp_pat
                 break
             except TrainingInterruptedError as interruption:
                 stopped.append(str(interruption))
-                assert not (config.folder / runs.RECORD).exists()
+                assert not (config.folder / records.RECORD).exists()
         ends[name] = (
             (record.folder / "student" / "model.safetensors").read_bytes(),
             tutor_of(record),

@@ -340,3 +340,70 @@ def test_a_student_cut_from_its_teacher_has_its_representations():
     other = models.encode_tokens(toy.network(3, 3, layers=2).double(), words, mask, (1, 2))
     assert representations.attention_mse(other[1:3], theirs[1:3], mask).min() > 1e-6
     assert representations.hidden_mse(other.hidden_states, theirs.hidden_states, mask).min() > 1e-3
+
+
+def network_states(depth: int, seed: int, width: int = 4, samples: int = 3) -> tuple[torch.Tensor, ...]:
+    """Hidden states as transformers returns them: the embeddings and `depth` layers."""
+    generator = torch.Generator().manual_seed(seed)
+    return tuple(torch.randn(samples, 5, width, generator=generator, dtype=torch.float64) for _ in range(depth + 1))
+
+
+class TestPatient:
+    @pytest.mark.parametrize(
+        ("student", "teacher", "skip", "last"),
+        [
+            (6, 12, [2, 4, 6, 8, 10], [7, 8, 9, 10, 11]),
+            (4, 12, [3, 6, 9], [9, 10, 11]),
+            (3, 6, [2, 4], [4, 5]),
+            (2, 2, [1], [1]),
+            (4, 6, [1, 3, 4], [3, 4, 5]),
+        ],
+    )
+    def test_layers_are_those_of_the_paper(self, student, teacher, skip, last):
+        for layers, expected in (("skip", skip), ("last", last)):
+            pairs = representations.patient_layers(student, teacher, layers)
+            assert pairs == tuple(zip(range(1, student), expected, strict=True))
+
+    @pytest.mark.parametrize("layers", ["skip", "last"])
+    def test_is_the_sum_over_layers_units_and_nothing_else(self, layers):
+        ours, theirs = network_states(3, 0), network_states(6, 1)
+        expected = [0.0] * 3
+        for mine, their in zip((1, 2), {"skip": (2, 4), "last": (4, 5)}[layers], strict=True):
+            for sample in range(3):
+                a, b = ours[mine][sample, 0].tolist(), theirs[their][sample, 0].tolist()
+                lengths = [math.sqrt(sum(x * x for x in state)) for state in (a, b)]
+                expected[sample] += sum((x / lengths[0] - y / lengths[1]) ** 2 for x, y in zip(a, b, strict=True))
+        assert representations.patient(ours, theirs, layers, reduction="none").tolist() == pytest.approx(
+            expected, rel=1e-12
+        )
+        assert representations.patient(ours, theirs, layers).item() == pytest.approx(sum(expected) / 3)
+        # "mean" divides by (layers − 1) · hidden.
+        averaged = representations.patient(ours, theirs, layers, "mean", "none").tolist()
+        assert [2 * 4 * value for value in averaged] == pytest.approx(expected)
+
+    @given(st.floats(1e-3, 1e3), st.floats(1e-3, 1e3), st.integers(0, 99))
+    def test_the_length_of_a_state_does_not_matter(self, ours_scale, theirs_scale, seed):
+        ours, theirs = network_states(3, seed), network_states(6, seed + 100)
+        scaled = [state * ours_scale for state in ours], [state * theirs_scale for state in theirs]
+        torch.testing.assert_close(representations.patient(*scaled), representations.patient(ours, theirs))
+        assert 0 <= representations.patient(ours, theirs, reduction="none").max() <= 4 * 2  # two layers, unit vectors
+
+    def test_equal_states_have_no_distance_and_other_tokens_do_not_count(self):
+        ours, theirs = network_states(3, 0), list(network_states(6, 1))
+        for mine, their in ((1, 2), (2, 4)):
+            theirs[their] = theirs[their].clone()
+            theirs[their][:, 0] = 3 * ours[mine][:, 0]
+        assert representations.patient(ours, theirs, reduction="sum").item() == pytest.approx(0, abs=1e-30)
+
+    def test_errors_say_what_to_do(self):
+        with pytest.raises(ValueError, match="layers is 'all'; expected 'skip' or 'last'"):
+            representations.patient_layers(2, 4, "all")
+        for pair in ((1, 4), (5, 4)):
+            with pytest.raises(ValueError, match="choose another pair, or leave pkd_weight at 0"):
+                representations.patient_layers(*pair)
+        with pytest.raises(ValueError, match="normalisation is 'max'"):
+            representations.patient(network_states(2, 0), network_states(2, 1), normalisation="max")
+        with pytest.raises(ValueError, match="the student has 4 units and the teacher 6"):
+            representations.patient(network_states(2, 0), network_states(2, 1, width=6))
+        with pytest.raises(ValueError, match="0 samples"):
+            representations.patient(network_states(2, 0, samples=0), network_states(2, 1, samples=0))

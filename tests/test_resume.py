@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from kdlib import checkpoints, models, pretraining, runs, trainer
+from kdlib import checkpoints, engine, files, folders, models, pretraining, runs, trainer
 from kdlib.learner import Learner
 from kdlib.methods import ikd, tutor
 
@@ -70,13 +70,13 @@ PLACES = {
     "teacher-first-step": (Learner, "minimise", 1, "after"),
     "teacher-mid-run": (Learner, "minimise", 6, "before"),
     "teacher-saved-not-recorded": (runs, "write_record", 1, "before"),
-    "teacher-logits-half-written": (checkpoints.os, "replace", 7, "before"),
+    "teacher-logits-half-written": (files.os, "replace", 7, "before"),
     "student-first-step": (Learner, "minimise", 10, "before"),
     "student-between-checkpoints": (Learner, "minimise", 14, "after"),
     "student-last-step": (Learner, "minimise", 18, "after"),
     "student-evaluating": (models, "logits", 25, "before"),
     "best-written-checkpoint-not": (checkpoints, "save", 6, "before"),
-    "checkpoint-half-written": (checkpoints.os, "replace", 11, "before"),
+    "checkpoint-half-written": (files.os, "replace", 11, "before"),
     "student-folder-half-written": (runs, "save_pretrained", 2, "before"),
     "student-saved-not-recorded": (runs, "write_record", 2, "before"),
 }
@@ -149,7 +149,7 @@ def start(processes, folder: Path, place: str | None = None, parameters: dict = 
 def ending(folder: Path, parameters: dict = CONFIG) -> dict:
     """Everything a run leaves that must not depend on interruptions."""
     config = runs.configure(**parameters, output_dir=str(folder))
-    teacher = config.folder / runs.TEACHER_FOLDER / "model.safetensors"
+    teacher = config.folder / engine.TEACHER_FOLDER / "model.safetensors"
     record = runs.read_record(config.folder)
     return {
         "history": record.history,
@@ -266,6 +266,6 @@ def test_the_checkpoint_is_small_and_one_file(processes, tmp_path):
     code, _ = start(processes, tmp_path, "student-between-checkpoints")
     assert code == -signal.SIGKILL
     folder = runs.configure(**CONFIG, output_dir=str(tmp_path)).folder
-    assert sorted(p.name for p in folder.iterdir()) == [trainer.LOCK, trainer.BEST, trainer.CHECKPOINT]
+    assert sorted(p.name for p in folder.iterdir()) == [folders.LOCK, trainer.BEST, trainer.CHECKPOINT]
     step = checkpoints.read_tensors(folder / trainer.CHECKPOINT)[1]["training"]["step"]
     assert step == 4

@@ -12,8 +12,10 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertForSequenceClassification
 
-from kdlib import glue, models, runs, trainer
-from kdlib.runs import ConfigurationError, RunConfig
+from kdlib import book, configuration, engine, folders, glue, machine, models, records, runs, trainer
+from kdlib.batches import Encoded
+from kdlib.runs import RunConfig
+from kdlib.settings import ConfigurationError
 
 QUICK = {
     "task": "mini-mnli",
@@ -44,7 +46,7 @@ def record(config):
 def test_others_may_read_the_student(record, tmp_path):
     plain = tmp_path / "plain"
     plain.touch()
-    files = list((record.folder / runs.STUDENT).iterdir())
+    files = list((record.folder / engine.STUDENT).iterdir())
     assert {file.stat().st_mode for file in files} == {plain.stat().st_mode} and len(files) > 2
 
 
@@ -53,10 +55,10 @@ def test_a_run_that_another_process_computes_is_waited_for(record, config, tmp_p
     monkeypatch.setattr(runs, "_compute", lambda config: pytest.fail("computed a second time"))
     other = dataclasses.replace(config, output_dir=str(tmp_path))
     with ThreadPoolExecutor(1) as pool:
-        with trainer.alone_in(other.folder):
+        with folders.alone_in(other.folder):
             waiting = pool.submit(runs.run, other)
             assert not wait([waiting], timeout=0.5).done
-            shutil.copy(record.folder / runs.RECORD, other.folder)
+            shutil.copy(record.folder / records.RECORD, other.folder)
         assert waiting.result(30).metrics == record.metrics
 
 
@@ -82,7 +84,7 @@ class TestConfigure:
     def test_learning_rates_suit_the_networks(self, networks, teacher, student):
         config = runs.configure(**networks)
         assert (config.teacher_learning_rate, config.learning_rate) == (teacher, student)
-        assert runs.teacher_config(config).learning_rate == teacher
+        assert configuration.teachers_config(config).learning_rate == teacher
         given = runs.configure(**networks, teacher_learning_rate=7e-4, learning_rate=8e-4)
         assert (given.teacher_learning_rate, given.learning_rate) == (7e-4, 8e-4)
 
@@ -152,7 +154,7 @@ class TestConfigure:
     )
     @pytest.mark.parametrize("value", [10**40, -(10**40)])
     def test_every_whole_number_has_a_limit(self, field, value):
-        method = next(iter(runs.READ_BY.get(field.name, ["kd"])))
+        method = next(iter(configuration.READ_BY.get(field.name, ["kd"])))
         given = {"pkd_weight": 1.0} if field.name.startswith("pkd") else {}
         with pytest.raises(ConfigurationError, match=f"{field.name} is "):
             runs.configure(**{"method": method, **given, field.name: value})
@@ -174,15 +176,15 @@ class TestConfigure:
         assert runs.configure(task="mini-stsb").objective == "logit_mse"
 
     def test_the_teacher_is_shared_by_runs_that_differ_in_the_student_only(self):
-        one = runs.teacher_config(runs.configure(seed=1, temperature=4, alpha=0.2))
-        other = runs.teacher_config(runs.configure(seed=2, student="tiny-1x64", learning_rate=1e-4))
-        assert one.run_id == other.run_id and one.method == "fine_tune" and one.student == runs.TEACHER
-        assert runs.teacher_config(runs.configure(teacher_seed=1)).run_id != one.run_id
+        one = configuration.teachers_config(runs.configure(seed=1, temperature=4, alpha=0.2))
+        other = configuration.teachers_config(runs.configure(seed=2, student="tiny-1x64", learning_rate=1e-4))
+        assert one.run_id == other.run_id and one.method == "fine_tune" and one.student == configuration.TEACHER
+        assert configuration.teachers_config(runs.configure(teacher_seed=1)).run_id != one.run_id
 
     def test_no_teacher_to_fine_tune(self):
         for parameters in ({"method": "fine_tune"}, {"method": "prokt"}):
             with pytest.raises(ValueError, match="fine-tunes no teacher"):
-                runs.teacher_config(runs.configure(**parameters))
+                configuration.teachers_config(runs.configure(**parameters))
 
 
 class TestRun:
@@ -262,7 +264,7 @@ class TestRun:
         """IKD's Table 1: another network teaches than the one whose first layers are the student."""
         tokenizer = models.load_tokenizer("tiny-1x32")
         whole = models.load("tiny-3x32", glue.task_for("mini-mnli"), tokenizer, 7)
-        runs.save_pretrained(whole.base_model, tokenizer, tmp_path / "own")
+        engine.save_pretrained(whole.base_model, tokenizer, tmp_path / "own")
         config = runs.configure(**{**QUICK, "student": str(tmp_path / "own")}, student_layers=2)
         student = runs.load_student(config, config.glue_task, tokenizer)
         assert student.config.num_hidden_layers == 2
@@ -280,7 +282,7 @@ class TestRun:
         for name, longest in (("short", 64), ("long", 512)):
             configuration = models.tiny_config("tiny-1x32", len(tokenizer), 2)
             configuration.max_position_embeddings = longest
-            runs.save_pretrained(BertForSequenceClassification(configuration), tokenizer, tmp_path / name)
+            engine.save_pretrained(BertForSequenceClassification(configuration), tokenizer, tmp_path / name)
         networks = {who: str(tmp_path / "short"), "teacher" if who == "student" else "student": str(tmp_path / "long")}
         monkeypatch.setattr(runs.trainer, "train", lambda *_, **__: pytest.fail("trained"))
         own = {"source": str(tmp_path), "task": "mine", "text_columns": "text", "untrained_teacher": True}
@@ -295,8 +297,8 @@ class TestRun:
     def test_a_head_that_was_never_trained_teaches_only_if_it_is_asked_for(self, tmp_path, method, monkeypatch):
         tokenizer = models.load_tokenizer("tiny-1x32")
         network = models.load("tiny-2x32", glue.task_for("mini-mnli"), tokenizer)
-        runs.save_pretrained(network.base_model, tokenizer, tmp_path / "encoder")
-        runs.save_pretrained(network, tokenizer, tmp_path / "classifier")
+        engine.save_pretrained(network.base_model, tokenizer, tmp_path / "encoder")
+        engine.save_pretrained(network, tokenizer, tmp_path / "classifier")
         given = {**QUICK, "method": method, "teacher_epochs": 0, "max_steps": 1, "output_dir": str(tmp_path / "runs")}
         with pytest.raises(
             ConfigurationError, match=rf"the head of teacher .*encoder' was never trained, and {method}"
@@ -325,7 +327,7 @@ class TestRun:
         network = models.load("tiny-1x32", config.glue_task, models.load_tokenizer("tiny-1x32"))
         for norm in (None, 0.25):
             other = dataclasses.replace(config, max_grad_norm=norm)
-            runs._learner("student", network, other, runs.accelerator_for("cpu"), 96)
+            runs._learner("student", network, other, learner.accelerator_for("cpu"), 96)
         assert given == [1.0, 0.25]
 
     def test_the_student_alone_and_the_oracle(self, folder, record):
@@ -349,7 +351,7 @@ class TestRun:
             rows.to_csv(tmp_path / f"{split}.csv", index=False)
         tokenizer = models.load_tokenizer("tiny-1x32")
         network = models.load("tiny-1x32", glue.task_for("mini-sst2"), tokenizer)
-        runs.save_pretrained(network, tokenizer, tmp_path / "start")
+        engine.save_pretrained(network, tokenizer, tmp_path / "start")
         done = runs.run(
             runs.configure(
                 source=str(tmp_path),
@@ -371,7 +373,7 @@ class TestRun:
         words[-1] = "another"
         (tmp_path / "vocab.txt").write_text("\n".join(words) + "\n")
         network = models.load("tiny-1x32", glue.task_for("mini-mnli"), tokenizer)
-        runs.save_pretrained(network, type(tokenizer)(vocab=str(tmp_path / "vocab.txt")), tmp_path / "other")
+        engine.save_pretrained(network, type(tokenizer)(vocab=str(tmp_path / "vocab.txt")), tmp_path / "other")
         with pytest.raises(ValueError, match="have different tokenizers"):
             runs.run(runs.configure(**{**QUICK, "student": str(tmp_path / "other")}, output_dir=str(tmp_path)))
 
@@ -505,14 +507,14 @@ class TestTeachersThatLearn:
         said = re.search(rf"method '{method}' does not read (.*): leave them out", str(caught.value))[1]
         assert {part.split(" = ")[0] for part in said.split("; ")} == OTHERS.keys() - used.keys()
 
-    @pytest.mark.parametrize("name", runs.READ_BY)
+    @pytest.mark.parametrize("name", configuration.READ_BY)
     @pytest.mark.parametrize("method", runs.METHODS)
     def test_a_field_is_read_or_refused_never_ignored(self, method, name):
         """A field that a method reads changes its run; any other is an error."""
         plain = {"method": method, **({"pkd_weight": 0.5} if name in ("pkd_layers", "pkd_normalisation") else {})}
         plain |= {"exam": "train"} if (method, name) == ("ikd", "feedback_batch_size") else {}
         value = {**OTHERS, **CHANGED}[name]
-        if method in runs.READ_BY[name]:
+        if method in configuration.READ_BY[name]:
             assert runs.configure(**{**plain, name: value}).run_id != runs.configure(**plain).run_id
         else:
             with pytest.raises(ConfigurationError, match=rf"does not read .*{name} = "):
@@ -522,7 +524,10 @@ class TestTeachersThatLearn:
         """Their folders, and those of the teachers that are shared, were named before these fields were there."""
         names = [runs.configure(method=method).run_id for method in ("kd", "fine_tune")]
         assert names == ["mini-mnli-kd-seed0-1e586b23", "mini-mnli-fine_tune-seed0-e2d16116"]
-        assert runs.teacher_config(runs.configure(method="metadistil", feedback_fraction=0.0001)).method == "fine_tune"
+        assert (
+            configuration.teachers_config(runs.configure(method="metadistil", feedback_fraction=0.0001)).method
+            == "fine_tune"
+        )
         assert not set(runs.OF_METHODS) & set(runs.configure(method="kd").identity)
 
     def test_teachers_that_learn_keep_their_names_too(self):
@@ -541,7 +546,7 @@ class TestTeachersThatLearn:
         assert config.alpha == (None if method == "fine_tune" else 0.0)
         assert config.exam == ("feedback" if method == "ikd" else None)
         if method != "fine_tune":
-            assert runs.teacher_config(config).labelled_course is False
+            assert configuration.teachers_config(config).labelled_course is False
         assert runs.configure(method=method, labelled_course=True) == runs.configure(method=method)
 
     @pytest.mark.parametrize(
@@ -661,14 +666,14 @@ class TestTeachersThatLearn:
             assert done.samples["feedback"] > 0 and done.samples["train"] + done.samples["feedback"] == 96
 
         data = runs.load_data(config)
-        tokenizer = AutoTokenizer.from_pretrained(done.folder / runs.TEACHER_FOLDER)
-        teacher = AutoModelForSequenceClassification.from_pretrained(done.folder / runs.TEACHER_FOLDER)
+        tokenizer = AutoTokenizer.from_pretrained(done.folder / engine.TEACHER_FOLDER)
+        teacher = AutoModelForSequenceClassification.from_pretrained(done.folder / engine.TEACHER_FOLDER)
         split = glue.encode(data.evaluation["validation"], data.task, tokenizer, config.max_length)
         accuracy = (models.predict(teacher, split).argmax(1) == split.labels.numpy()).mean()
         if config.precision == "fp32":
             assert accuracy == pytest.approx(done.metrics["teacher/validation/accuracy"])
         if done.teacher is not None:
-            before = AutoModelForSequenceClassification.from_pretrained(folder / done.teacher / runs.STUDENT)
+            before = AutoModelForSequenceClassification.from_pretrained(folder / done.teacher / engine.STUDENT)
             pairs = zip(teacher.parameters(), before.parameters(), strict=True)
             assert any(not torch.equal(ours, theirs) for ours, theirs in pairs)
 
@@ -723,7 +728,7 @@ class TestTeachersThatLearn:
         assert ends[0] == ends[1]
 
 
-def feedback_seen(monkeypatch, **parameters) -> tuple[list[dict], dict[str, glue.Encoded]]:
+def feedback_seen(monkeypatch, **parameters) -> tuple[list[dict], dict[str, Encoded]]:
     """The feedback batches that a run's step gets, and the run's splits."""
     seen, splits, original = [], {}, runs.lgtm.lgtm
 
@@ -746,7 +751,7 @@ def feedback_seen(monkeypatch, **parameters) -> tuple[list[dict], dict[str, glue
     return seen, splits
 
 
-def sentences(encoded: glue.Encoded) -> set[tuple[int, ...]]:
+def sentences(encoded: Encoded) -> set[tuple[int, ...]]:
     pieces = encoded.input_ids.split(encoded.lengths.tolist())
     return {tuple(piece.tolist()) for piece in pieces}
 
@@ -780,7 +785,7 @@ class TestResults:
                 name = f"{seed}-{temperature}"
                 where = tmp_path / name
                 where.mkdir()
-                runs.write_record(
+                records.write_record(
                     dataclasses.replace(record, run_id=name, config=config, metrics=values, oracle={}, folder=where)
                 )
         table = runs.results(tmp_path)
@@ -798,9 +803,9 @@ class TestResults:
             fields = {"config": config, "metrics": {"test/accuracy": 0.5}, "oracle": {}, "samples": {"train": rows}}
             folder = tmp_path / str(number)
             folder.mkdir()
-            runs.write_record(dataclasses.replace(record, run_id=str(number), folder=folder, **fields))
+            records.write_record(dataclasses.replace(record, run_id=str(number), folder=folder, **fields))
         table = runs.results(tmp_path, by=by)
-        assert dict(zip(table[runs.ROWS], table["n"], strict=True)) == {96: 2, 86: 1}
+        assert dict(zip(table[records.ROWS], table["n"], strict=True)) == {96: 2, 86: 1}
 
     def test_an_empty_folder_gives_an_empty_table(self, tmp_path):
         assert runs.results(tmp_path).empty
@@ -817,26 +822,26 @@ class TestResults:
 
 
 def test_published_tables():
-    whole = runs.published()
+    whole = book.published()
     assert set(whole["paper"]) == {"LGTM", "MetaDistil", "IKD", "Tutor-KD"}
-    rte = runs.published("rte")
+    rte = book.published("rte")
     assert set(rte["task"]) == {"rte"} and 0 < len(rte) < len(whole)
 
 
 def test_published_tables_are_empty_without_the_repository(tmp_path):
-    assert runs.published(folder=tmp_path).empty
+    assert book.published(folder=tmp_path).empty
 
 
 def test_the_processor_has_a_name_on_every_system(monkeypatch):
-    assert runs.processor()
+    assert machine.processor()
 
     def absent(*_, **__):
         raise FileNotFoundError
 
     monkeypatch.setattr(runs.Path, "read_text", absent)
-    assert runs.processor()
+    assert machine.processor()
 
 
 def test_git_commit_outside_a_repository(monkeypatch, tmp_path):
     monkeypatch.setattr(runs.kdlib, "__file__", str(tmp_path / "kdlib" / "__init__.py"))
-    assert runs.git_commit() is None
+    assert machine.git_commit() is None

@@ -15,10 +15,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-
-from kdlib import checkpoints, glue, trainer
-from kdlib.checkpoints import CheckpointError
 from kdlib.imitation import Imitation
+
+from kdlib import checkpoints, folders, trainer
+from kdlib.batches import Encoded
+from kdlib.checkpoints import CheckpointError
 from kdlib.learner import NonFiniteLossError, accelerator_for
 from kdlib.methods import kd
 from kdlib.models import Outputs, predict
@@ -286,7 +287,7 @@ def test_the_second_to_compute_a_run_says_so_and_waits_for_the_first(tmp_path, m
     inside, order = threading.Event(), []
 
     def first():
-        with trainer.alone_in(tmp_path / "run"):
+        with folders.alone_in(tmp_path / "run"):
             inside.set()
             deadline = time.monotonic() + 20
             while "another process: waiting" not in capsys.readouterr().err and time.monotonic() < deadline:
@@ -295,7 +296,7 @@ def test_the_second_to_compute_a_run_says_so_and_waits_for_the_first(tmp_path, m
 
     def second():
         inside.wait(20)
-        with trainer.alone_in(tmp_path / "run"):
+        with folders.alone_in(tmp_path / "run"):
             order.append("second")
 
     with ThreadPoolExecutor(2) as pool:
@@ -305,9 +306,9 @@ def test_the_second_to_compute_a_run_says_so_and_waits_for_the_first(tmp_path, m
 
 
 def test_a_run_can_be_computed_again_after_an_error(tmp_path):
-    with pytest.raises(ZeroDivisionError), trainer.alone_in(tmp_path):
+    with pytest.raises(ZeroDivisionError), folders.alone_in(tmp_path):
         raise ZeroDivisionError
-    with trainer.alone_in(tmp_path):
+    with folders.alone_in(tmp_path):
         pass
 
 
@@ -402,7 +403,7 @@ class TestFeedback:
         assert list(trainer.feedback_batches(None, 8, 0, 0)) == []
 
     @staticmethod
-    def feedback(samples: int = 10) -> glue.Encoded:
+    def feedback(samples: int = 10) -> Encoded:
         data = toy.encoded(samples, seed=5)
         return dataclasses.replace(data, rows=torch.arange(samples) + 5000)
 

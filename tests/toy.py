@@ -4,6 +4,7 @@ import torch
 from transformers import BertConfig, BertForSequenceClassification
 
 from kdlib import glue, metrics
+from kdlib.batches import Encoded
 from kdlib.learner import Learner, accelerator_for, learner
 from kdlib.models import predict
 
@@ -11,13 +12,13 @@ TASK = glue.generic_task("toy", "text", ("no", "yes"))
 VOCABULARY = 40
 
 
-def encoded(samples: int = 48, seed: int = 0) -> glue.Encoded:
+def encoded(samples: int = 48, seed: int = 0) -> Encoded:
     generator = torch.Generator().manual_seed(seed)
     lengths = torch.randint(3, 9, (samples,), generator=generator)
     tokens = torch.randint(5, VOCABULARY, (int(lengths.sum()),), generator=generator)
     offsets = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
     labels = torch.stack([(part > 20).float().mean() > 0.5 for part in tokens.split(lengths.tolist())]).long()
-    return glue.Encoded(
+    return Encoded(
         tokens.int(), torch.zeros_like(tokens).to(torch.int8), offsets, labels, torch.arange(samples) + 1000, 0
     )
 
@@ -46,7 +47,7 @@ def student(seed: int = 0, total_steps: int = 18, dropout: float = 0.1, **option
     )
 
 
-def evaluate(who: Learner, split: glue.Encoded):
+def evaluate(who: Learner, split: Encoded):
     def measure() -> dict[str, float]:
         outputs = predict(who.module, split)
         return {"validation/accuracy": metrics.compute(("accuracy",), outputs, split.labels.numpy())["accuracy"]}

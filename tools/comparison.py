@@ -18,7 +18,7 @@ from multiprocessing import get_context
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("KDLIB_PROGRESS", "0")
 
-from kdlib import models, runs
+from kdlib import configuration, models, runs
 from kdlib.runs import RunConfig
 from tools.experiments import RECORDS, ROOT, keep
 
@@ -66,7 +66,7 @@ def comparison() -> Iterator[RunConfig]:
 def teachers_of(configs: list[RunConfig]) -> list[RunConfig]:
     """The fine-tunings that these runs share."""
     needed = [c for c in configs if c.method != "fine_tune" and c.teacher_epochs]
-    return list({teacher.asked_id: teacher for teacher in map(runs.teacher_config, needed)}.values())
+    return list({teacher.asked_id: teacher for teacher in map(configuration.teachers_config, needed)}.values())
 
 
 def recorded(config: RunConfig) -> bool:
@@ -81,7 +81,7 @@ def make(job: tuple[RunConfig, str]) -> str:
         return f"{config.asked_id} is there"
     record = runs.run(dataclasses.replace(config, source=folder))
     named = dataclasses.asdict(config)
-    teacher = None if record.teacher is None else runs.teacher_config(config).asked_id
+    teacher = None if record.teacher is None else configuration.teachers_config(config).asked_id
     keep(dataclasses.replace(record, run_id=config.asked_id, config=named, teacher=teacher), CHAPTER)
     if config.student_layers is not None:  # a teacher is needed again
         shutil.rmtree(record.folder)

@@ -23,7 +23,7 @@ os.environ.setdefault("KDLIB_PROGRESS", "0")
 import pandas as pd
 from tqdm import tqdm
 
-from kdlib import models, runs
+from kdlib import engine, files, models, runs
 from kdlib.runs import RunConfig
 from tools import influence_records, loss_records, static_records, tutor_records
 
@@ -307,9 +307,7 @@ def choose(pool: Pool, chapter: str) -> None:
     """Write what the validation split says of a chapter's candidates; the test split is not looked at."""
     table = tutor_records.choose(pool) if chapter == TUTOR_KD else tried(pool, chapter)
     CHOICES.mkdir(exist_ok=True)
-    temporary = CHOICES / f".{chapter}.tmp"
-    table.round(5).to_csv(temporary)
-    temporary.replace(CHOICES / f"{chapter}.csv")
+    files.write_text(CHOICES / f"{chapter}.csv", table.round(5).to_csv())
 
 
 def tried(pool: Pool, chapter: str) -> pd.DataFrame:
@@ -334,8 +332,8 @@ def make_teacher(config: RunConfig) -> None:
     record = runs.run(config)
     task = config.glue_task
     tokenizer = models.load_tokenizer(config.student)
-    network = models.load(str(record.folder / runs.STUDENT), task, tokenizer)
-    runs.save_pretrained(network.half(), tokenizer, TEACHERS / task.name)
+    network = models.load(str(record.folder / engine.STUDENT), task, tokenizer)
+    engine.save_pretrained(network.half(), tokenizer, TEACHERS / task.name)
     keep(record, "teachers")
 
 
@@ -354,9 +352,7 @@ def keep(record: runs.RunRecord, chapter: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     fields = {name: value for name, value in vars(record).items() if name != "folder"}
     fields["config"] = {**fields["config"], "output_dir": "_runs"}
-    temporary = folder / f".{record.run_id}.tmp"
-    temporary.write_text(json.dumps(fields, indent=1) + "\n")
-    temporary.replace(folder / f"{record.run_id}.json")
+    files.write_text(folder / f"{record.run_id}.json", json.dumps(fields, indent=1) + "\n")
 
 
 def make_records(pool: Pool) -> None:

@@ -20,7 +20,7 @@ os.environ.setdefault("KDLIB_PROGRESS", "0")
 import numpy as np
 import torch
 
-from kdlib import runs
+from kdlib import files, machine
 from tools.chapters import ROOT, read_source, tagged
 
 CHAPTER = "02_influence"
@@ -69,8 +69,8 @@ def compute(job: Job) -> dict[str, Any]:
     record = {
         **job._asdict(),
         "seconds": round(time.perf_counter() - started, 1),
-        "environment": runs.environment(torch.device("cpu")),
-        "git_commit": runs.git_commit(),
+        "environment": machine.environment(torch.device("cpu")),
+        "git_commit": machine.git_commit(),
         "moments": {name: [rounded(value) for value in table[name].tolist()] for name in table},
     }
     if job.mode != "labels" and job.seed == 0:
@@ -97,9 +97,7 @@ def make(job: Job) -> str:
     record = compute(job)
     FOLDER.mkdir(parents=True, exist_ok=True)
     text = json.dumps(record, separators=(",", ":")).replace('],"', '],\n"').replace(',"moments"', ',\n"moments"')
-    temporary = job.path.with_suffix(".tmp")
-    temporary.write_text(text + "\n")
-    temporary.replace(job.path)
+    files.write_text(job.path, text + "\n")
     return f"{CHAPTER}  {job.path.stem}  {record['seconds']:.0f} s"
 
 

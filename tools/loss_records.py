@@ -18,7 +18,7 @@ os.environ.setdefault("KDLIB_PROGRESS", "0")
 import pandas as pd
 import torch
 
-from kdlib import runs
+from kdlib import files, runs
 from tools import experiments
 from tools.chapters import ROOT
 
@@ -82,9 +82,7 @@ def make(job: Job) -> str:
     """Make a run, keep its record and return a line about it."""
     started, record = time.perf_counter(), compute(job)
     FOLDER.mkdir(parents=True, exist_ok=True)
-    temporary = job.path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(record, indent=1) + "\n")
-    temporary.replace(job.path)
+    files.write_text(job.path, json.dumps(record, indent=1) + "\n")
     return f"07_validation_loss  {job.path.stem}  {time.perf_counter() - started:.0f} s"
 
 

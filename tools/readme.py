@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from kdlib import models, runs
+from kdlib import models, records, runs
 from tools.chapters import ROOT, chapters, read_source
 
 README = "README.md"
@@ -39,20 +39,20 @@ def result_table(root: Path = ROOT) -> str:
     """
     settings: dict[str, list[runs.RunRecord]] = {}
     for path in sorted((root / "data" / "runs").rglob("*.json")):
-        record = runs.read_record(path) if runs.is_record(path) else None
+        record = runs.read_record(path) if records.is_record(path) else None
         if record is not None and "test/accuracy" in record.metrics and record.config["source"] == "miniglue":
             identity = {n: v for n, v in runs.configure(**record.config).identity.items() if n != "seed"}
             settings.setdefault(json.dumps(identity), []).append(record)
     most: dict[tuple[str, str], int] = {}
-    for records in settings.values():
-        rival = _rival(records[0].config)
-        most[rival] = max(len(records), most.get(rival, 0))
+    for found in settings.values():
+        rival = _rival(found[0].config)
+        most[rival] = max(len(found), most.get(rival, 0))
     rows = []
-    for records in settings.values():
-        config = records[0].config
-        if len(records) < most[_rival(config)]:
+    for found in settings.values():
+        config = found[0].config
+        if len(found) < most[_rival(config)]:
             continue
-        scores = [100 * record.metrics["test/accuracy"] for record in records]
+        scores = [100 * record.metrics["test/accuracy"] for record in found]
         spread = f" ± {stdev(scores):.1f}" if len(scores) > 1 else ""
         cells = [config["task"], config["student"], _lesson(config), f"{mean(scores):.1f}{spread}", str(len(scores))]
         rows.append((config["task"], -mean(scores), f"| {' | '.join(cells)} |"))

@@ -18,7 +18,7 @@ os.environ.setdefault("KDLIB_PROGRESS", "0")
 
 import torch
 
-from kdlib import glue, losses, models, runs
+from kdlib import engine, files, glue, losses, machine, models, runs
 from tools import experiments
 from tools.chapters import ROOT
 
@@ -47,7 +47,7 @@ def taught(seed: int, work: Path) -> dict[str, list[dict[str, Any]]]:
     """
     common = {"seed": seed, "output_dir": str(work)}
     dynamic = {student: runs.run(run_of("metadistil", student, common)) for student in STUDENTS}
-    places = {student: str(record.folder / runs.TEACHER_FOLDER) for student, record in dynamic.items()}
+    places = {student: str(record.folder / engine.TEACHER_FOLDER) for student, record in dynamic.items()}
     rows = [row(student, student, "dynamic", record) for student, record in dynamic.items()]
     for teacher, student in itertools.product((FINE_TUNED, *STUDENTS), STUDENTS):
         fixed = {} if teacher == FINE_TUNED else {"teacher": places[teacher], "teacher_epochs": 0}
@@ -88,13 +88,11 @@ def make(seed: int) -> str:
         "seed": seed,
         **taught(seed, work),
         "seconds": round(time.perf_counter() - started, 1),
-        "environment": runs.environment(torch.device("cpu")),
-        "git_commit": runs.git_commit(),
+        "environment": machine.environment(torch.device("cpu")),
+        "git_commit": machine.git_commit(),
     }
     FOLDER.mkdir(parents=True, exist_ok=True)
-    temporary = path_of(seed).with_suffix(".tmp")
-    temporary.write_text(json.dumps(record, indent=1) + "\n")
-    temporary.replace(path_of(seed))
+    files.write_text(path_of(seed), json.dumps(record, indent=1) + "\n")
     shutil.rmtree(work)
     return f"static teaching  seed {seed}  {record['seconds']:.0f} s"
 

@@ -18,7 +18,7 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("KDLIB_PROGRESS", "0")
 
-from kdlib import models, pretraining, runs
+from kdlib import engine, models, pretraining, runs
 from kdlib.runs import RunRecord
 from tools.experiments import RECORDS, ROOT, keep
 
@@ -61,7 +61,7 @@ def teacher(text: str) -> str:
     record = pretraining.run(pretraining.configure(corpus=text, **TEXT, **HEAD, **PLAIN))
     if not has_record("teacher"):
         keep_as(record, "teacher", {"corpus": CORPUS})
-    return str(record.folder / runs.STUDENT)
+    return str(record.folder / engine.STUDENT)
 
 
 def fine_tune(student: str, seed: int, glue: str) -> RunRecord:
@@ -75,7 +75,7 @@ def make(way: str, seed: int, text: str, glue: str) -> str:
     name = f"{way}-seed{seed}"
     settings = {"corpus": text, "teacher": teacher(text), "seed": seed, **TEXT, **DISTILLED, **PLAIN}
     record = pretraining.run(pretraining.configure(**settings, **WAYS[way]))
-    score = fine_tune(str(record.folder / runs.STUDENT), seed, glue).metrics["validation/accuracy"]
+    score = fine_tune(str(record.folder / engine.STUDENT), seed, glue).metrics["validation/accuracy"]
     keep_as(record, name, {"corpus": CORPUS, "teacher": "teacher"}, {"sst2/accuracy": score})
     return f"{name}  {record.seconds:.0f} s  sst2 {score:.3f}  {record.metrics}"
 
@@ -83,7 +83,7 @@ def make(way: str, seed: int, text: str, glue: str) -> str:
 def make_plain(seed: int, glue: str) -> str:
     """The same student without distillation."""
     folder, tokenizer = WORK / f"fresh-seed{seed}", models.load_tokenizer(models.MINILM)
-    runs.save_pretrained(models.load_masked(STUDENT, tokenizer, seed).base_model, tokenizer, folder)
+    engine.save_pretrained(models.load_masked(STUDENT, tokenizer, seed).base_model, tokenizer, folder)
     record = fine_tune(str(folder), seed, glue)
     score = {"sst2/accuracy": record.metrics["validation/accuracy"]}
     keep_as(record, f"none-seed{seed}", {"source": HUB, "student": STUDENT}, score)

@@ -25,7 +25,7 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
-from kdlib import models, pretraining, runs
+from kdlib import engine, files, machine, models, pretraining, runs
 from tools.chapters import ROOT
 
 FOLDER, TEACHER = ROOT / "data" / "runs" / "09_tutor_kd", ROOT / "data" / "teachers" / "mini-corpus"
@@ -118,7 +118,7 @@ def compared(way: str, seed: int, work: Path) -> dict[str, Any]:
     record, student = None, STUDENT
     if way != NOTHING:
         record = pretraining.run(config_of(way, seed, work))
-        student = str(record.folder / runs.STUDENT)
+        student = str(record.folder / engine.STUDENT)
     scores = {task: fine_tuned(student, task, seed, work).metrics["test/accuracy"] for task in TASKS}
     return {"scores": scores, **({"config": {}, "history": []} if record is None else told(record))}
 
@@ -131,7 +131,7 @@ def told(record: runs.RunRecord) -> dict[str, Any]:
 
 def circumstances() -> dict[str, Any]:
     """Where and with what a record was made."""
-    return {"environment": runs.environment(torch.device("cpu")), "git_commit": runs.git_commit()}
+    return {"environment": machine.environment(torch.device("cpu")), "git_commit": machine.git_commit()}
 
 
 def make(job: tuple[str, int]) -> str:
@@ -154,9 +154,7 @@ def make(job: tuple[str, int]) -> str:
 def write(path: Path, record: dict[str, Any]) -> None:
     """Write a record atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(record, indent=1) + "\n")
-    temporary.replace(path)
+    files.write_text(path, json.dumps(record, indent=1) + "\n")
 
 
 def has_teacher() -> bool:
@@ -169,8 +167,8 @@ def make_teacher() -> str:
     torch.set_num_threads(1)
     record = pretraining.run(pretraining.configure(output_dir=str(WORK / "teacher"), device="cpu", **TEACHER_SETTINGS))
     tokenizer = models.load_tokenizer(TEACHER_SETTINGS["student"])
-    network = models.load_masked(str(record.folder / runs.STUDENT), tokenizer)
-    runs.save_pretrained(network.half(), tokenizer, TEACHER)
+    network = models.load_masked(str(record.folder / engine.STUDENT), tokenizer)
+    engine.save_pretrained(network.half(), tokenizer, TEACHER)
     write(FOLDER / "teacher.json", {"way": "teacher", **told(record), "seconds": record.seconds, **circumstances()})
     return f"tutor-kd  teacher  {record.seconds:.0f} s  {record.metrics}"
 
@@ -202,7 +200,7 @@ def choose(pool: Pool) -> pd.DataFrame:
 
 def distilled(way: str, seed: int, work: Path, **changes: Any) -> str:
     """The folder of a distilled student."""
-    return str(pretraining.run(config_of(way, seed, work, **changes)).folder / runs.STUDENT)
+    return str(pretraining.run(config_of(way, seed, work, **changes)).folder / engine.STUDENT)
 
 
 if __name__ == "__main__":

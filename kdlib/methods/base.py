@@ -14,8 +14,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kdlib import glue, losses, models
-from kdlib.influence import TangentMethod
+from kdlib import glue, losses, models, representations
 from kdlib.learner import BATCH_SIZE, WARMUP_RATIO, WEIGHT_DECAY, Batch, Learner
 from kdlib.losses import Objective
 from kdlib.models import Outputs
@@ -34,6 +33,7 @@ from kdlib.settings import (
     fill,
     settings,
 )
+from kdlib.tangent import TangentMethod
 
 Step = Callable[..., dict[str, float]]
 """A function of one batch, and of a feedback batch where the method asks for one, that updates the learners and returns
@@ -305,7 +305,9 @@ class Imitating(Taught):
     def states(self, student: Outputs, teacher: Outputs) -> Float[Tensor, "batch"]:
         """PKD's term, by sample."""
         layers, normalisation = self.pkd_layers or "skip", self.pkd_normalisation or "sum"
-        return losses.patient(student.hidden_states, teacher.hidden_states, layers, normalisation, reduction="none")
+        return representations.patient(
+            student.hidden_states, teacher.hidden_states, layers, normalisation, reduction="none"
+        )
 
 
 def mixture(

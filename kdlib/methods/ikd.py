@@ -14,11 +14,12 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from kdlib import influence, losses, models, pilot
+from kdlib import losses, models, pilot
 from kdlib.learner import Batch, Learner, minimise_together
 from kdlib.methods.base import Cast, Learning, Piloting, Run, Step, Trained, Unlabelled, check_whole_batch, mean_entropy
 from kdlib.models import Outputs
 from kdlib.settings import Share, by_rule, fill, settings
+from kdlib.tangent import distillation_influence, feedback_gradient, student_tangent
 
 
 @settings
@@ -97,7 +98,7 @@ def ikd(student: Learner, teacher: Learner, settings: IKD) -> Step:
         def both_losses(_: Batch) -> list[Tensor]:
             outputs = models.outputs(module, batch, **wanted)
             logits.append(outputs.logits.detach())
-            influences = influence.distillation_influence(settings.loss, *moving, teacher_outputs, batch["labels"])
+            influences = distillation_influence(settings.loss, *moving, teacher_outputs, batch["labels"])
             teachers = settings.meta_weight * (-settings.rate(student) * influences)
             if settings.meta_weight < 1:
                 teachers = teachers + (1 - settings.meta_weight) * loss_on_labels(teacher_outputs, batch, exam)
@@ -121,10 +122,8 @@ def ikd(student: Learner, teacher: Learner, settings: IKD) -> Step:
                 trial = pilot.teaching_experiment(student, batch, targets, settings.loss, rate, **wanted)
                 place, outputs = trial.copy, trial.outputs[0]
             exam_losses: list[Tensor] = []
-            direction = influence.feedback_gradient(module, place, exam, pilot.recording(exam_losses))
-            moving = influence.student_tangent(
-                module, here, batch, direction, settings.tangent, outputs=outputs, **wanted
-            )
+            direction = feedback_gradient(module, place, exam, pilot.recording(exam_losses))
+            moving = student_tangent(module, here, batch, direction, settings.tangent, outputs=outputs, **wanted)
         return moving, torch.cat(exam_losses)
 
     def loss_on_labels(teacher_outputs: Outputs, batch: Batch, exam: Batch) -> Tensor:
@@ -146,7 +145,7 @@ def feedback(
 ) -> Float[Tensor, "batch classes"]:
     """fb_ic = η λ T² · ∂_g log p^s_ic: how much the exam's loss grows with the teacher's probability of class c.
 
-    `logits` and `tangent` are the student's, from `influence.student_tangent`; `weight` is λ.  With KL as the objective
+    `logits` and `tangent` are the student's, from `tangent.student_tangent`; `weight` is λ.  With KL as the objective
     the gradient of mean_i Σ_c fb_ic p^t_ic in the teacher is the meta-gradient.  For each sample the mean over classes
     under the student's own prediction is zero: whatever pleases one class displeases the others.
 

@@ -16,11 +16,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from kdlib import models, pilot
-from kdlib.influence import distillation_influence, feedback_gradient, student_tangent
 from kdlib.learner import Batch, Learner
 from kdlib.methods.base import Cast, Feedback, Mutual, Step, check_whole_batch, mean_entropy
 from kdlib.models import Outputs
 from kdlib.settings import Number, Steps, Weight, by_rule, fill, settings
+from kdlib.tangent import distillation_influence, feedback_gradient, student_tangent
 
 Variant = Literal["weighted", "printed", "meta", "released"]
 Watch = Callable[[Batch, Float[Tensor, "batch"], Outputs, Outputs], None]

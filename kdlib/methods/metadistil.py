@@ -12,12 +12,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from kdlib import influence, models, pilot
+from kdlib import models, pilot
 from kdlib.learner import Batch, Learner
 from kdlib.methods.base import Cast, Feedback, Learning, Step, Trained, check_whole_batch, mean_entropy
 from kdlib.models import Outputs, Parameters
 from kdlib.pilot import Experiment
 from kdlib.settings import Layers, settings
+from kdlib.tangent import distillation_influence, feedback_gradient, hessian_vector_product, student_tangent
 
 WATCHED = 128
 """Rows of the validation split on which `observe` compares each step with its teaching experiment."""
@@ -99,14 +100,14 @@ def metadistil(student: Learner, teacher: Learner, settings: MetaDistil, watch: 
             # Line 5: the quiz, and what it says about every step of the experiment.
             feedback_losses: list[Tensor] = []
             quiz = pilot.recording(feedback_losses)
-            direction = influence.feedback_gradient(module, trial.copy, feedback, quiz, pieces=pieces)
+            direction = feedback_gradient(module, trial.copy, feedback, quiz, pieces=pieces)
             tangents = _tangents(direction, student, batch, targets, trial, settings)
         watched = pilot.loss_at(module, trial.copy, watch) if watch is not None else 0.0
 
         def quiz_loss(_: Batch) -> Tensor:
             """−η_s Σ of the influences over the experiment's steps: its mean has the gradient of the quiz's loss."""
             influences = [
-                influence.distillation_influence(settings.loss, *moving, teacher_outputs, labels)
+                distillation_influence(settings.loss, *moving, teacher_outputs, labels)
                 for moving in zip(trial.outputs, tangents, strict=True)
             ]
             return -rate * sum(influences[1:], influences[0])
@@ -159,12 +160,10 @@ def _tangents(
     tangents: list[Outputs] = []
     for number in reversed(range(len(trial.places))):
         place, outputs = trial.places[number], trial.outputs[number]
-        _, tangent = influence.student_tangent(
-            module, place, batch, direction, settings.tangent, outputs=outputs, **wanted
-        )
+        _, tangent = student_tangent(module, place, batch, direction, settings.tangent, outputs=outputs, **wanted)
         tangents.insert(0, tangent)
         if number > 0:
-            curved = influence.hessian_vector_product(module, place, batch, loss, direction, **wanted)
+            curved = hessian_vector_product(module, place, batch, loss, direction, **wanted)
             direction = {name: value - trial.rate * curved[name] for name, value in direction.items()}
     return tangents
 

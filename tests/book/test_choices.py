@@ -5,14 +5,14 @@ from collections import Counter
 import pandas as pd
 import pytest
 
-from kdlib import runs
+from kdlib import book
 from tools import experiments, tutor_records
 
 CHAPTERS = list(experiments.CANDIDATES)
 
 
 def table_of(chapter: str) -> pd.DataFrame:
-    return runs.book_choices(chapter)
+    return book.choices(chapter)
 
 
 def best(table: pd.DataFrame, *fields: str) -> tuple:
@@ -35,7 +35,7 @@ def plain(value) -> str:
 
 def test_a_chapter_without_a_table_says_how_to_make_it():
     with pytest.raises(FileNotFoundError, match=r"tools\.experiments --choose 03_nothing"):
-        runs.book_choices("03_nothing")
+        book.choices("03_nothing")
 
 
 @pytest.mark.parametrize("chapter", CHAPTERS)

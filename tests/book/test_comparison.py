@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from kdlib import runs
+from kdlib import configuration, runs
 from tools import comparison, experiments
 
 RUNS = list(comparison.comparison())
@@ -42,7 +42,7 @@ def test_a_record_names_no_machine():
 def test_the_teachers_are_shared_and_none_of_the_teaching_settings_matters_to_them():
     assert len({t.seed for t in TEACHERS if t.task == "sst2"}) == len(comparison.SEEDS["sst2"])
     needed = [c for c in RUNS if c.teacher_epochs]
-    assert needed and {runs.teacher_config(c).asked_id for c in needed} == {t.asked_id for t in TEACHERS}
+    assert needed and {configuration.teachers_config(c).asked_id for c in needed} == {t.asked_id for t in TEACHERS}
 
 
 @pytest.fixture
@@ -72,7 +72,7 @@ def test_a_run_reads_the_local_folder_and_is_kept_under_the_hubs_name(pretend, t
     (kept,) = (tmp_path / "records" / comparison.CHAPTER).glob("*.json")
     record = runs.read_record(kept)
     assert record.run_id == config.asked_id and "/somewhere" not in kept.read_text()
-    assert record.teacher is None or record.teacher == runs.teacher_config(config).asked_id
+    assert record.teacher is None or record.teacher == configuration.teachers_config(config).asked_id
     assert not (tmp_path / pretend[0].asked_id).exists()  # a student's weights are not kept
 
 

@@ -3,7 +3,7 @@
 import pytest
 import yaml
 
-from kdlib import pretraining, runs
+from kdlib import configuration, pretraining, runs
 from tools.chapters import ROOT
 
 FILES = sorted(path.stem for path in (ROOT / "configs").glob("*.yml"))
@@ -26,7 +26,7 @@ def test_a_file_is_a_configuration(name):
 def test_the_two_stage_rivals_of_lgtm_fine_tune_their_teacher(method):
     """A head that was never trained has nothing to teach."""
     config = configured("lgtm", method=method)
-    assert config.teacher_epochs == 6 and runs.teacher_config(config).learning_rate == 3e-5
+    assert config.teacher_epochs == 6 and configuration.teachers_config(config).learning_rate == 3e-5
 
 
 def test_lgtm_is_as_the_paper_sets_it():

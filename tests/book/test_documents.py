@@ -12,7 +12,7 @@ import yaml
 from packaging.utils import canonicalize_name
 
 import kdlib
-from kdlib import glue
+from kdlib import configuration, glue
 from tools import licences, readme
 
 # The README's tables
@@ -175,7 +175,7 @@ def test_the_parameters_in_the_readme_are_parameters(root):
         for name in given:
             assert name in config.__dataclass_fields__, name
     for name, value in re.findall(r"`-p (\w+) ([\w/.-]+)`", text):
-        method = {"method": runs.READ_BY[name][0]} if name in runs.READ_BY else {}
+        method = {"method": configuration.READ_BY[name][0]} if name in configuration.READ_BY else {}
         runs.configure(**({name: yaml.safe_load(value), **method} if name != "source" else {}))
 
 

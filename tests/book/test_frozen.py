@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from kdlib import pretraining, runs
+from kdlib import pretraining, records, runs
 from tools import experiments
 
 FROZEN = [json.loads(line) for line in Path(__file__).with_name("frozen_runs.jsonl").read_text().splitlines()]
 CONFIGURE = {"glue": runs.configure, "text": pretraining.configure}
-RECORDS = [path for path in sorted(experiments.RECORDS.rglob("*.json")) if runs.is_record(path)]
+RECORDS = [path for path in sorted(experiments.RECORDS.rglob("*.json")) if records.is_record(path)]
 
 
 def test_the_names_of_all_runs_are_as_they_were():

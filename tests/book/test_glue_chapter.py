@@ -6,7 +6,7 @@ import pandas as pd
 import papermill
 import pytest
 
-from kdlib import glue, models, runs
+from kdlib import engine, glue, models, records, runs
 from tests.forms import execute, offered
 
 CHAPTER = "chapters/12_glue.py"
@@ -37,7 +37,7 @@ def test_awkward_data_of_ones_own_run_to_the_end(root, tmp_path):
     pd.DataFrame(rows).to_csv(tmp_path / "data" / "train.csv", index=False)
     tokenizer = models.load_tokenizer("tiny-2x32")
     network = models.load("tiny-2x32", glue.generic_task("mine", "row", ("$", "$$", "$$$")), tokenizer)
-    runs.save_pretrained(network.base_model, tokenizer, tmp_path / "network")
+    engine.save_pretrained(network.base_model, tokenizer, tmp_path / "network")
     text = execute(
         root / CHAPTER,
         tmp_path,
@@ -55,7 +55,7 @@ def test_awkward_data_of_ones_own_run_to_the_end(root, tmp_path):
     )
     assert "validation/macro_f1" in text and "label: $" in text
     table = runs.results(tmp_path / "runs")
-    assert set(table["method"]) == {"fine_tune", "lgtm"} and runs.ROWS not in table  # the same rows for both
+    assert set(table["method"]) == {"fine_tune", "lgtm"} and records.ROWS not in table  # the same rows for both
     for folder in (tmp_path / "runs").glob("mine-*"):
         record = runs.read_record(folder)
         assert record.oracle == {} and any("no validation split" in note for note in record.notes)

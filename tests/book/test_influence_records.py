@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from kdlib import runs
+from kdlib import machine
 from tools import influence_records
 from tools.influence_records import Job
 
@@ -60,7 +60,7 @@ def test_a_whole_record_can_be_made_again():
     threads = torch.get_num_threads()
     try:
         recorded = record_of(JOBS[0])
-        if runs.environment(torch.device("cpu")) | {"threads": "1"} != recorded["environment"]:
+        if machine.environment(torch.device("cpu")) | {"threads": "1"} != recorded["environment"]:
             pytest.skip("another environment than the record's")
         assert influence_records.compute(JOBS[0])["moments"] == recorded["moments"]
     finally:

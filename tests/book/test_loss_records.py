@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy.special import log_softmax
 
-from kdlib import glue, models, runs
+from kdlib import book, engine, glue, models, records, runs
 from tools import experiments, loss_records
 
 JOBS = list(loss_records.jobs())
@@ -34,7 +34,7 @@ def test_a_record_holds_a_number_for_every_epoch(job):
 
 def test_there_is_no_other_record_and_none_is_taken_for_a_run():
     assert sorted(loss_records.FOLDER.iterdir()) == sorted(job.path for job in JOBS)
-    assert not any(map(runs.is_record, loss_records.FOLDER.iterdir())), "the README would take them for runs"
+    assert not any(map(records.is_record, loss_records.FOLDER.iterdir())), "the README would take them for runs"
 
 
 def test_the_records_are_small_and_name_no_machine():
@@ -51,7 +51,7 @@ def identity(config: runs.RunConfig) -> str:
 def test_they_are_the_runs_of_chapters_5_and_7():
     """Same settings by another command; the same accuracies at every epoch where the machine is the same."""
     chapters = ("05_pilot_updates", "07_good_teachers")
-    records = [record for chapter in chapters for record in runs.book_records(chapter)]
+    records = [record for chapter in chapters for record in book.records(chapter)]
     known = {identity(runs.configure(**record.config)): record for record in records}
     for job in JOBS:
         recorded, ours = known[identity(loss_records.config_of(job))], record_of(job)
@@ -70,7 +70,7 @@ def test_the_last_loss_is_that_of_the_network_that_is_left(way, tmp_path):
     data, tokenizer = runs.load_data(config), models.load_tokenizer(config.student)
     encoded = glue.encode(data.evaluation["validation"], data.task, tokenizer)
     best = runs.read_record(config.folder).best_step
-    for who, folder in (("", "student"), ("teacher/", runs.TEACHER_FOLDER)):
+    for who, folder in (("", "student"), ("teacher/", engine.TEACHER_FOLDER)):
         column = f"{who}validation/loss"
         if column not in record["history"]:
             continue

@@ -6,7 +6,7 @@ import papermill
 import pytest
 import yaml
 
-from kdlib import miniglue, models, pretraining, runs
+from kdlib import engine, miniglue, models, pretraining, runs
 from tests.forms import execute, offered
 
 CHAPTER = "chapters/11_pretraining.py"
@@ -43,7 +43,7 @@ def test_a_text_and_a_teacher_of_ones_own_by_another_method(root, tmp_path):
     lines = (miniglue.folder() / "mini-corpus" / "train.txt").read_text().splitlines()[:60]
     (tmp_path / "own.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
     tokenizer = miniglue.tokenizer()
-    runs.save_pretrained(models.load_masked("tiny-2x32", tokenizer), tokenizer, tmp_path / "teacher")
+    engine.save_pretrained(models.load_masked("tiny-2x32", tokenizer), tokenizer, tmp_path / "teacher")
     text = execute(
         root / CHAPTER,
         tmp_path,

@@ -7,14 +7,14 @@ import subprocess
 import pytest
 import torch
 
-from kdlib import runs
+from kdlib import book, runs
 from tools import experiments
 
 CHAPTERS = ["teachers", *experiments.EXPERIMENTS]  # chapters with records of another form have tests of their own
 
 
 def records(chapter: str) -> list[runs.RunRecord]:
-    return runs.book_records(chapter)
+    return book.records(chapter)
 
 
 @pytest.mark.parametrize("chapter", CHAPTERS)

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from kdlib import glue, models, runs
+from kdlib import book, engine, glue, models, records, runs
 from tools import experiments, static_records
 from tools.static_records import FINE_TUNED, SEEDS, STUDENTS, TASK
 
@@ -44,13 +44,13 @@ def test_the_records_are_small_and_name_no_machine():
     texts = [path.read_text() for path in static_records.FOLDER.iterdir()]
     assert sum(map(len, texts)) < 60_000
     assert not any(str(experiments.ROOT) in text for text in texts)
-    assert not any(map(runs.is_record, static_records.FOLDER.iterdir())), "the README would take them for runs"
+    assert not any(map(records.is_record, static_records.FOLDER.iterdir())), "the README would take them for runs"
 
 
 def test_they_agree_with_the_records_of_the_chapter():
     """The same students of the same teachers, by another command; that some were observed there changes nothing."""
     compared = 0
-    for record in runs.book_records("05_pilot_updates"):
+    for record in book.records("05_pilot_updates"):
         config = record.config
         wanted = experiments.meta_run(TASK, config["method"], config["seed"], observe=config["observe"])
         if config["method"] not in ("kd", "metadistil") or record.run_id != wanted.run_id:
@@ -69,14 +69,14 @@ def test_each_static_student_has_the_teacher_that_the_table_says(monkeypatch, tm
 
     def pretend(config):
         asked.append(config)
-        (tmp_path / config.asked_id / runs.STUDENT).mkdir(parents=True, exist_ok=True)
-        (tmp_path / config.asked_id / runs.STUDENT / "config.json").touch()
+        (tmp_path / config.asked_id / engine.STUDENT).mkdir(parents=True, exist_ok=True)
+        (tmp_path / config.asked_id / engine.STUDENT / "config.json").touch()
         return SimpleNamespace(folder=tmp_path / config.asked_id, metrics={"test/accuracy": float(len(asked))})
 
     monkeypatch.setattr(runs, "run", pretend)
     monkeypatch.setattr(static_records, "distances", lambda places, config: [places])
     table = static_records.taught(7, tmp_path)
-    ends = {c.student: tmp_path / c.asked_id / runs.TEACHER_FOLDER for c in asked if c.method == "metadistil"}
+    ends = {c.student: tmp_path / c.asked_id / engine.TEACHER_FOLDER for c in asked if c.method == "metadistil"}
     assert ends.keys() == set(STUDENTS)
     for row in table["accuracies"]:
         config = asked[int(row["accuracy"]) - 1]
@@ -101,7 +101,7 @@ def test_a_small_table_can_be_made(monkeypatch, tmp_path):
     encoded = glue.encode(data.test["test"], data.task, tokenizer)
     before, after = (
         torch.from_numpy(models.predict(models.load(str(place), data.task, tokenizer), encoded)).log_softmax(-1)
-        for place in (runs.teacher_of(config)[0], config.folder / runs.TEACHER_FOLDER)
+        for place in (runs.teacher_of(config)[0], config.folder / engine.TEACHER_FOLDER)
     )
     expected = torch.nn.functional.kl_div(after, before, log_target=True, reduction="batchmean").item()
     (found,) = [r["kl"] for r in table["distances"] if (r["first"], r["second"]) == (FINE_TUNED, config.student)]

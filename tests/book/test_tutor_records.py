@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from kdlib import checkpoints, corpus, models, pretraining, runs, trainer
+from kdlib import checkpoints, corpus, machine, models, pretraining, records, trainer
 from kdlib.learner import accelerator_for
 from kdlib.methods import task_agnostic
 from kdlib.methods.tutor import Settings
@@ -56,7 +56,7 @@ def test_the_records_are_small_and_name_no_machine():
     texts = [path.read_text() for path in tutor_records.FOLDER.iterdir()]
     assert sum(map(len, texts)) < 600_000
     assert not any(str(experiments.ROOT) in text for text in texts)
-    assert not any(map(runs.is_record, tutor_records.FOLDER.iterdir())), "the README would take them for runs"
+    assert not any(map(records.is_record, tutor_records.FOLDER.iterdir())), "the README would take them for runs"
 
 
 def test_the_stored_teacher_scores_what_its_record_says():
@@ -84,7 +84,7 @@ def test_one_record_can_be_made_again(tmp_path):
         again = first_row(tutor_records.config_of(way, seed, tmp_path))
     finally:
         torch.set_num_threads(threads)
-    same = runs.environment(torch.device("cpu")) | {"threads": "1"} == recorded["environment"]
+    same = machine.environment(torch.device("cpu")) | {"threads": "1"} == recorded["environment"]
     for name, value in recorded["history"][0].items():
         tolerance = {"abs": 2e-6} if same else {"rel": 0.2, "abs": 0.1}
         assert again[name] == pytest.approx(value, **tolerance), name

@@ -4,14 +4,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kdlib.imitation import Imitation
 from torch.nn import functional as F
 
-from kdlib import influence, losses, models, pilot
-from kdlib.imitation import Imitation
+from kdlib import losses, models, pilot
 from kdlib.learner import accelerator_for, learner
 from kdlib.methods import ikd as module
 from kdlib.methods import kd, metadistil
 from kdlib.methods.ikd import feedback, ikd
+from kdlib.tangent import feedback_gradient, student_tangent
 from tests import exact, pairs
 
 COURSE, EXAM = exact.batch(6, 0), exact.batch(5, 1)
@@ -305,8 +306,8 @@ class TestFeedback:
         taught = lambda outputs, batch: MIXTURE(outputs, lesson, batch["labels"])  # noqa: E731
         here = models.trainable(student.module)
         place = pilot.sgd_step(student.module, here, course, taught, FAR) if at == "after" else here
-        g = influence.feedback_gradient(student.module, place, exam)
-        outputs, tangents = influence.student_tangent(student.module, here, course, g)
+        g = feedback_gradient(student.module, place, exam)
+        outputs, tangents = student_tangent(student.module, here, course, g)
         return student, teacher, g, outputs.logits, tangents.logits
 
     def test_it_weighs_the_soft_targets_to_the_meta_gradient(self):

@@ -6,10 +6,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from kdlib.imitation import Imitation
 from torch.nn import functional as F
 
 from kdlib import losses, models
-from kdlib.imitation import Imitation
 from kdlib.learner import accelerator_for, learner
 from kdlib.methods import kd
 from kdlib.models import Outputs, logits

@@ -6,16 +6,17 @@ from functools import partial
 
 import pytest
 import torch
+from kdlib.imitation import Imitation
 from torch import nn
 from torch.nn import functional as F
 
 from kdlib import influence, losses, models, pilot
-from kdlib.imitation import Imitation
 from kdlib.learner import accelerator_for, learner
 from kdlib.methods import lgtm as module
 from kdlib.methods.lgtm import lgtm, released
 from kdlib.methods.metadistil import metadistil
 from kdlib.methods.online import online_distillation
+from kdlib.tangent import feedback_gradient
 from tests import exact, pairs
 
 BATCH, FEEDBACK = exact.batch(6, 0), exact.batch(6, 1)
@@ -283,7 +284,7 @@ def test_influence_is_that_of_the_student_before_the_pilot_step_along_the_feedba
     places = {"before": weights, "after": copy}
 
     def expected(place, slope_at):
-        g = influence.feedback_gradient(student.module, places[slope_at], FEEDBACK)
+        g = feedback_gradient(student.module, places[slope_at], FEEDBACK)
         loss = lambda outputs, batch: losses.kl_divergence(outputs.logits, batch["lesson"], 2.0, reduction="none")  # noqa: E731
         gradients = influence.per_sample_gradients(
             student.module, places[place], BATCH | {"lesson": teacher.answers(BATCH).logits.detach()}, loss

@@ -7,10 +7,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from kdlib.imitation import Imitation
 
 from benchmarks.step import Saved
 from kdlib import losses, models, pilot
-from kdlib.imitation import Imitation
 from kdlib.learner import accelerator_for, learner
 from kdlib.methods import metadistil as module
 from kdlib.methods.metadistil import metadistil

@@ -4,11 +4,11 @@ import copy
 
 import pytest
 import torch
+from kdlib.imitation import Imitation
 from torch import nn
 from torch.nn import functional as F
 
 from kdlib import losses, models
-from kdlib.imitation import Imitation
 from kdlib.methods.online import ORDERS, detached, online_distillation, zero_classifier
 from tests import exact, toy
 

@@ -5,9 +5,10 @@ import math
 
 import pytest
 import torch
-
-from kdlib import glue, losses, models
 from kdlib.imitation import Imitation
+
+from kdlib import losses, models
+from kdlib.batches import collate
 from kdlib.learner import accelerator_for, learner
 from kdlib.methods import kd
 from kdlib.methods.ikd import ikd
@@ -27,7 +28,7 @@ PAIRS = [
 
 
 def batch(seed: int, task: str) -> dict[str, torch.Tensor]:
-    collated = glue.collate(toy.encoded(4, seed), range(4))
+    collated = collate(toy.encoded(4, seed), range(4))
     generator = torch.Generator().manual_seed(seed)
     if task == "regression":
         return collated | {"labels": 5 * torch.rand(4, generator=generator)}
