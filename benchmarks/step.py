@@ -25,7 +25,6 @@ from pathlib import Path
 
 import pandas as pd
 import torch
-from kdlib.imitation import Imitation
 from torch import Tensor, nn
 from transformers import BertForSequenceClassification
 
@@ -33,17 +32,19 @@ from benchmarks.influence import CLASSES, peak_bytes, random_batch, seconds
 from kdlib import models, pilot
 from kdlib.learner import Batch, Learner, accelerator_for, learner
 from kdlib.methods.base import Step
-from kdlib.methods.ikd import ikd
-from kdlib.methods.lgtm import lgtm
-from kdlib.methods.metadistil import metadistil
-from kdlib.methods.online import detached, online_distillation
+from kdlib.methods.ikd import IKD, ikd
+from kdlib.methods.kd import KD
+from kdlib.methods.lgtm import LGTM, lgtm
+from kdlib.methods.metadistil import MetaDistil, metadistil
+from kdlib.methods.online import ProKT, online_distillation
+from kdlib.models import detached
 
 WORDS = 1000  # few, so that the layers are what is measured
 FLOOR, AT_ONCE = "online, teacher first", "online, both at once"
 DOUBLE, RELEASED = "MetaDistil, double backward", "LGTM, released structure"
 EVERY_OTHER = "LGTM, every second step, central difference"
 TABLE = Path(__file__).resolve().parents[1] / "data" / "benchmarks" / "step.csv"
-IMITATION = Imitation(alpha=0.5, temperature=2.0)
+IMITATION = KD().loss
 
 
 class Saved(torch.autograd.graph.saved_tensors_hooks):
@@ -158,13 +159,20 @@ def released_structure(student: Learner, teacher: Learner, rate: float = 3e-5) -
 
 def ways(student: Learner, teacher: Learner) -> dict[str, Step]:
     """A step of each kind for the same two networks."""
-    meta = partial(metadistil, student, teacher, IMITATION, tangent_precision="autocast")
-    good = partial(lgtm, student, teacher, IMITATION, IMITATION, tangent_precision="autocast")
-    told = partial(ikd, student, teacher, IMITATION, tangent_precision="autocast")
+
+    def meta(**changes) -> Step:
+        return metadistil(student, teacher, MetaDistil(tangent_precision="autocast", **changes))
+
+    def good(**changes) -> Step:
+        return lgtm(student, teacher, LGTM(tangent_precision="autocast", **changes))
+
+    def told(**changes) -> Step:
+        return ikd(student, teacher, IKD(tangent_precision="autocast", **changes))
+
     central, forward = {"tangent": "finite-difference"}, {"tangent": "forward-difference"}
     return {
-        FLOOR: online_distillation(student, teacher, IMITATION, IMITATION, "teacher"),
-        AT_ONCE: online_distillation(student, teacher, IMITATION, IMITATION, "simultaneous"),
+        FLOOR: online_distillation(student, teacher, ProKT()),
+        AT_ONCE: online_distillation(student, teacher, ProKT(first="simultaneous")),
         DOUBLE: double_backward(student, teacher),
         "MetaDistil, jvp": meta(),
         "MetaDistil, jvp, in two pieces": meta(pilot_pieces=2),

@@ -28,8 +28,10 @@ from transformers import AutoModelForMaskedLM, BertConfig, PreTrainedModel
 from benchmarks.influence import peak_bytes, random_batch, seconds
 from kdlib import corpus, models
 from kdlib.learner import Learner, accelerator_for, learner
-from kdlib.methods import Step, task_agnostic
-from kdlib.methods.tutor import Settings, Student, Tutor, tutor_kd
+from kdlib.methods import task_agnostic
+from kdlib.methods.base import Step
+from kdlib.methods.on_text import Student
+from kdlib.methods.tutor import Tutor, TutorKD, tutor_kd
 
 WORDS, SPECIAL, MASK = 30_522, (0, 100, 101, 102, 103), 103  # BERT's
 SOFT, TUTORED = "soft labels", "Tutor-KD"
@@ -61,11 +63,12 @@ def ways(name: str, teacher: PreTrainedModel, device: str, precision: str) -> di
 
     def tutored(**settings) -> Step:
         tutor = learned("tutor", Tutor(teacher))
-        return tutor_kd(student(), tutor, teacher, SPECIAL, MASK, Settings(**settings))
+        return tutor_kd(student(), tutor, teacher, SPECIAL, MASK, TutorKD(**settings))
 
     alone = student()
+    soft = task_agnostic.soft_labels(alone.module, teacher)
     return {
-        SOFT: task_agnostic.step(alone, task_agnostic.soft_labels(alone.module, teacher)),
+        SOFT: lambda batch: {"loss": alone.minimise(soft, batch)},
         TUTORED: tutored(),
         "Tutor-KD without attention": tutored(attention=False),
         "Tutor-KD without what is inside": tutored(inner_weight=0.0),

@@ -767,12 +767,10 @@ on_digits_said
 # and plain gradient descent: after three rounds the weights must be ours.
 
 # %% tags=["agrees"]
-from kdlib.imitation import Imitation
-
-from kdlib import glue, losses, methods, models
+from kdlib import glue, losses, models
 from kdlib.batches import collate
 from kdlib.learner import Learner, accelerator_for
-from kdlib.methods import online
+from kdlib.methods import base, online
 
 setting = runs.configure(task="mini-mnli", student="tiny-1x32", method="fine_tune", device="cpu", max_train=8)
 small, tokenizer = runs.load_data(setting), models.load_tokenizer("tiny-1x32")
@@ -788,15 +786,13 @@ def learner_of(who, network):
 names = {"teacher": "tiny-2x32", "student": "tiny-1x32"}
 start = {who: models.load(name, small.task, tokenizer, seed=1).double().eval() for who, name in names.items()}
 for network in start.values():
-    online.zero_classifier(network)
+    models.zero_classifier(network)
 assert not any(network(batch["input_ids"]).logits.any() for network in start.values())  # both know nothing
 weights_of = {"teacher": 0.6, "student": 0.3}
 for first in ORDERS:
     ours, theirs = copy.deepcopy(start), copy.deepcopy(start)
-    imitations = [Imitation(alpha=weights_of[who]) for who in ("student", "teacher")]
-    step = online.online_distillation(
-        *(learner_of(who, theirs[who]) for who in ("student", "teacher")), *imitations, first
-    )
+    settings = online.ProKT(alpha=0.3, teacher_alpha=0.6, temperature=1.0, first=first)
+    step = online.online_distillation(*(learner_of(who, theirs[who]) for who in ("student", "teacher")), settings)
     for _ in range(3):
         online_step(ours, lambda network: models.logits(network, batch), batch["labels"], weights_of, RATE, first)
         step(batch)
@@ -806,7 +802,7 @@ for first in ORDERS:
 pair = teacher_logits, student_logits
 torch.testing.assert_close(losses.kl_divergence(*pair, reduction="none"), agreement(*pair))
 torch.testing.assert_close(losses.reverse_soft_cross_entropy(*pair, reduction="none"), printed(*pair))
-assert abs(methods.mean_entropy(teacher_logits) - entropy(teacher_logits).item()) < 1e-6
+assert abs(base.mean_entropy(teacher_logits) - entropy(teacher_logits).item()) < 1e-6
 print("kdlib agrees with this chapter's losses and, in all three orders, with its step")
 
 # %% [markdown]

@@ -579,17 +579,15 @@ for number in range(3):
     algorithm_1(student, teacher, random_batch(number), random_batch(100 + number), 0.5, optimizers)
 
 # %% tags=["agrees"]
-from kdlib.imitation import Imitation
-
 from kdlib import losses
 from kdlib.learner import accelerator_for, learner
-from kdlib.methods.metadistil import metadistil
+from kdlib.methods.metadistil import MetaDistil, metadistil
 from kdlib.pilot import AdamWState, adamw_preconditioner
 
 modules = {"student": tiny_bert(2, seed=0), "teacher": tiny_bert(3, seed=1)}
 accelerator = accelerator_for("cpu")
 ours = [learner(name, module, accelerator, 1e-2, 10**12, 0.0, 0.0) for name, module in modules.items()]
-step = metadistil(*ours, Imitation(alpha=0.5, temperature=1.0), pilot_learning_rate=0.5)
+step = metadistil(*ours, MetaDistil(alpha=0.5, temperature=1.0, pilot_learning_rate=0.5))
 for number in range(3):
     lessons = (random_batch(number), random_batch(100 + number))
     step(*({**b, "token_type_ids": torch.zeros_like(b["input_ids"]), "rows": torch.arange(8)} for b in lessons))
@@ -949,7 +947,7 @@ def tried_out(sign, start, batches, quizzes, watch):
     ]
     descend = pair[1].minimise
     pair[1].minimise = lambda loss, batch: descend(lambda piece: sign * loss(piece), batch)
-    step = metadistil(*pair, Imitation(alpha=0.5, temperature=2.0), pilot_rule="adamw", watch=watch)
+    step = metadistil(*pair, MetaDistil(alpha=0.5, temperature=2.0, pilot_rule="adamw"), watch)
     logged = pd.DataFrame([step(*both) for both in zip(batches, quizzes, strict=True)])
     return 100 * logged[[f"watch_{outcome}" for outcome in OUTCOMES]].mean().set_axis(OUTCOMES)
 

@@ -547,8 +547,6 @@ def course_and_exam(student, teacher, batch, exam, rate, gamma, after, optimizer
 
 
 # %% tags=["agrees"]
-from kdlib.imitation import Imitation
-
 from kdlib.learner import accelerator_for, learner
 from kdlib.methods import ikd
 
@@ -564,8 +562,8 @@ for at, after in (("before", False), ("after", True)):
         learner(name, module, accelerator_for("cpu"), 1e-2, 10**12, 0.0, 0.0)
         for name, module in zip(("teacher", "student"), theirs, strict=True)
     )
-    imitation = Imitation(alpha=1 - LAMBDA, temperature=T)
-    steps[at] = ikd.ikd(student_learner, teacher_learner, imitation, 0.9, at, pilot_learning_rate=0.5)
+    settings = ikd.IKD(alpha=1 - LAMBDA, temperature=T, meta_weight=0.9, feedback_at=at, pilot_learning_rate=0.5)
+    steps[at] = ikd.ikd(student_learner, teacher_learner, settings)
     stream = batches(encoded, 8, seed=3)
     for _ in range(2):
         batch, exam = next(stream), next(stream)
@@ -609,7 +607,8 @@ for at in ("before", "after"):
     pair = [
         learner(name, module, accelerator_for("cpu"), 1e-4, 100) for name, module in zip("ts", networks, strict=True)
     ]
-    table[at] = cost(ikd.ikd(pair[1], pair[0], imitation, feedback_at=at), networks, batch)
+    settings = ikd.IKD(alpha=1 - LAMBDA, temperature=T, feedback_at=at)
+    table[at] = cost(ikd.ikd(pair[1], pair[0], settings), networks, batch)
 ratio = table["before"][1] / table["after"][1]
 for at, ((teachers, students), _) in table.items():
     print(f"exam {at} the course: the teacher runs forward {teachers} time, the student {students} times")

@@ -240,11 +240,9 @@ def end_of(kind, weight=0.3, steps=2):
 
 
 # %% tags=["agrees"]
-from kdlib.imitation import Imitation
-
 from kdlib import losses
 from kdlib.learner import accelerator_for, learner
-from kdlib.methods.lgtm import lgtm
+from kdlib.methods.lgtm import LGTM, lgtm
 
 accelerator = accelerator_for("cpu")
 for kind in ("weighted", "printed", "meta", "released"):
@@ -252,7 +250,8 @@ for kind in ("weighted", "printed", "meta", "released"):
     pair = [learner(name, module, accelerator, 1e-2, 10**12, 0.0, 0.0) for name, module in modules.items()]
     # The library's "released" differentiates the teacher's whole loss, in which KL has the weight 0.4.
     weight = 0.3 / 0.4 if kind == "released" else 0.3
-    step = lgtm(*pair, Imitation(0.5, 1.0), Imitation(0.6, 1.0), kind, weight, pilot_learning_rate=0.5)
+    mixture = {"alpha": 0.5, "teacher_alpha": 0.6, "temperature": 1.0}
+    step = lgtm(*pair, LGTM(**mixture, influence=kind, influence_weight=weight, pilot_learning_rate=0.5))
     for number in range(2):
         lessons = (random_batch(number), random_batch(100 + number))
         step(*({**b, "token_type_ids": torch.zeros_like(b["input_ids"]), "rows": torch.arange(8)} for b in lessons))
@@ -264,7 +263,7 @@ print("kdlib's step ends with the same teacher and the same student, for each of
 
 # %% [markdown]
 # The library's function has more to it: any objective, a pilot step by AdamW, the tangent by a difference, a record of every $I_i$, and what saves
-# time. `kdlib.methods.lgtm.released` has all settings of the released code at once.
+# time. `kdlib.methods.lgtm.RELEASED` has all settings of the released code at once.
 #
 # | what | the paper says | its released code does |
 # |---|---|---|
@@ -829,10 +828,18 @@ def watch(batch, influences, student_outputs, teacher_outputs):
     seen.extend((len(seen), *value) for value in values)
 
 
-step = lgtm(*pair, Imitation(0.6, 1.0), Imitation(0.6, 1.0), watch=watch)
+step = lgtm(*pair, LGTM(alpha=0.6, temperature=1.0), watch)
 evaluate = trainer.evaluation(pair[0], data.task, {"validation": encoded["validation"]}, others=[pair[1]])
 result = trainer.train(
-    step, pair, encoded["train"], schedule, evaluate, "validation/accuracy", pair[0], feedback=encoded["feedback"]
+    trainer.Training(
+        step=step,
+        learners=pair,
+        data=encoded["train"],
+        schedule=schedule,
+        evaluate=evaluate,
+        select="validation/accuracy",
+        feedback=encoded["feedback"],
+    )
 )
 
 # %%
@@ -1103,8 +1110,8 @@ leaks
 
 # %%
 # NBVAL_CHECK_OUTPUT
-from kdlib.methods.metadistil import metadistil
-from kdlib.methods.online import online_distillation
+from kdlib.methods.metadistil import MetaDistil, metadistil
+from kdlib.methods.online import ProKT, online_distillation
 
 
 def passes(make, steps=4):
@@ -1126,15 +1133,14 @@ def passes(make, steps=4):
     return {what: value / steps for what, value in calls.items()}
 
 
-MINE, THEIRS = Imitation(0.5, 1.0), Imitation(0.6, 1.0)
 WAYS = {
-    "online distillation": lambda s, t: (online_distillation(s, t, MINE, THEIRS), False),
-    "MetaDistil, jvp": lambda s, t: (metadistil(s, t, MINE), True),
-    "LGTM, jvp": lambda s, t: (lgtm(s, t, MINE, THEIRS), True),
-    "LGTM, central difference": lambda s, t: (lgtm(s, t, MINE, THEIRS, tangent="finite-difference"), True),
-    "LGTM, one-sided difference": lambda s, t: (lgtm(s, t, MINE, THEIRS, tangent="forward-difference"), True),
-    "LGTM, feedback every 4th step": lambda s, t: (lgtm(s, t, MINE, THEIRS, feedback_every=4), True),
-    "LGTM, term scaled by share": lambda s, t: (lgtm(s, t, MINE, THEIRS, share=0.5), True),
+    "online distillation": lambda s, t: (online_distillation(s, t, ProKT()), False),
+    "MetaDistil, jvp": lambda s, t: (metadistil(s, t, MetaDistil()), True),
+    "LGTM, jvp": lambda s, t: (lgtm(s, t, LGTM()), True),
+    "LGTM, central difference": lambda s, t: (lgtm(s, t, LGTM(tangent="finite-difference")), True),
+    "LGTM, one-sided difference": lambda s, t: (lgtm(s, t, LGTM(tangent="forward-difference")), True),
+    "LGTM, feedback every 4th step": lambda s, t: (lgtm(s, t, LGTM(feedback_every=4)), True),
+    "LGTM, term scaled by share": lambda s, t: (lgtm(s, t, LGTM(influence_share=0.5)), True),
 }
 pd.DataFrame({name: passes(make) for name, make in WAYS.items()}).T
 

@@ -988,28 +988,30 @@ check_settled_tutor(settled_tutor)
 
 # %% tags=["agrees"]
 from kdlib import policy
-from kdlib.methods import tutor
+from kdlib.methods import tutor_words
 
 actions = draw(guessed, 5, torch.Generator().manual_seed(2))
 leaf, originals = guessed.clone().requires_grad_(), BATCH[BOTH]
-hidden = tutor.hide(BATCH, BOTH, MASK, special=(PAD, CLS, SEP))
-lesson = tutor.make_lesson(BATCH, BOTH, actions, teacher(hidden, BOTH), teacher, lambda *at: student(*at).squeeze(-1))
+hidden = tutor_words.hide(BATCH, BOTH, MASK, special=(PAD, CLS, SEP))
+lesson = tutor_words.make_lesson(
+    BATCH, BOTH, actions, teacher(hidden, BOTH), teacher, lambda *at: student(*at).squeeze(-1)
+)
 earned = earned_by(actions.unsqueeze(1)).squeeze(1)
 pairs = [
     (policy.log_probability(guessed, actions), log_probability(guessed, actions)),
     (policy.expected_reward(arms, pay), expected_reward(arms, pay)),
     (policy.leave_one_out(earned), leave_one_out(earned)),
     (policy.running_mean(0.3, earned), running_mean(0.3, earned)),
-    (tutor.fill(BATCH, BOTH, actions), fill(BATCH, BOTH, actions)),
+    (tutor_words.fill(BATCH, BOTH, actions), fill(BATCH, BOTH, actions)),
     (lesson.filled, fill(BATCH, BOTH, actions)),
     (lesson.rewards(0.5), earned),
-    (tutor.sentence_credit(earned, BOTH), whole_sentence(earned)),
+    (tutor_words.sentence_credit(earned, BOTH), whole_sentence(earned)),
     (lesson.targets, modified_probability(guessed, originals, actions)),
-    (tutor.modified_probability(guessed, originals, actions), modified_probability(guessed, originals, actions)),
-    (tutor.student_reward(lesson.targets, lesson.scores), student_reward(lesson.targets, lesson.scores)),
-    (tutor.modified_loss(lesson.scores, lesson.targets, 2.0), modified_loss(lesson.scores, lesson.targets, 2.0)),
+    (tutor_words.modified_probability(guessed, originals, actions), modified_probability(guessed, originals, actions)),
+    (tutor_words.student_reward(lesson.targets, lesson.scores), student_reward(lesson.targets, lesson.scores)),
+    (tutor_words.modified_loss(lesson.scores, lesson.targets, 2.0), modified_loss(lesson.scores, lesson.targets, 2.0)),
     (
-        tutor.teacher_reward(guessed[None], originals, actions[:1]),
+        tutor_words.teacher_reward(guessed[None], originals, actions[:1]),
         teacher_reward(guessed[None], originals, actions[:1]),
     ),
 ]
@@ -1017,7 +1019,7 @@ baseline = policy.leave_one_out(earned)
 ours = slope(policy.reinforce(leaf, actions, earned, baseline), leaf)
 pairs += [(ours, slope(reinforce(leaf, actions, earned, baseline), leaf))]
 flat = (0.3 * guessed).requires_grad_()  # a tutor whose KL is not zero
-loss = tutor.tutor_loss(flat, guessed, actions, earned, baseline, kl_weight=BETA).mean()
+loss = tutor_words.tutor_loss(flat, guessed, actions, earned, baseline, kl_weight=BETA).mean()
 mine = BETA * kl_to_teacher(flat) - reinforce(flat, actions, earned, baseline).mean()
 pairs += [(slope(loss, flat), slope(mine, flat))]
 for theirs, own in pairs:

@@ -70,6 +70,7 @@ from torch.nn import functional as F
 from kdlib import book, corpus, glue, models, plots, pretraining, runs, trainer
 from kdlib.classroom import expect, untouched
 from kdlib.learner import accelerator_for
+from kdlib.methods import on_text
 from kdlib.methods import tutor as tutoring
 
 plots.use_style()
@@ -115,7 +116,7 @@ teacher = models.load_masked("book-mlm", TOKENIZER).double().requires_grad_(Fals
 def student_of(seed):
     """An untrained student of half the teacher's depth and width, in float64."""
     network = models.load_masked("tiny-2x64h4", TOKENIZER, seed)
-    return tutoring.Student(network, teacher.config.hidden_size, seed).double()
+    return on_text.Student(network, teacher.config.hidden_size, seed).double()
 
 
 def masked_batch(rows, number=0):
@@ -489,11 +490,12 @@ def small_turn(student, tutor, batch, drawn=None):
 
 # %% tags=["agrees"]
 from kdlib import representations
-from kdlib.methods.tutor import modified_probability as library_probability
+from kdlib.methods import tutor_words
+from kdlib.methods.tutor_words import modified_probability as library_probability
 
 student, maker = student_of(1), tutoring.Tutor(teacher, start="random").double()
 torch.manual_seed(0)
-turn = tutoring.take_turn(student, maker, teacher, batch, SPECIAL, MASK, tutoring.Settings())
+turn = tutoring.take_turn(student, maker, teacher, batch, SPECIAL, MASK, tutoring.TutorKD())
 ours = small_turn(student, maker, batch, turn.drawn[0])
 for mine, theirs, module in zip(ours, (turn.student, turn.tutor(1.0)), (student, maker), strict=True):
     torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-12)
@@ -521,7 +523,7 @@ pairs = [
         modified_probability(guess_logits, originals, every),
     ),
 ]
-lesson = tutoring.make_lesson(
+lesson = tutor_words.make_lesson(
     shown,
     at,
     choices,
@@ -552,7 +554,7 @@ def passes(order, steps=2):
     def count(name):
         calls[name] += 1
 
-    for name, network in {"teacher": who.teacher, "student": who.student.module.network}.items():
+    for name, network in {"teacher": who.cast.teacher, "student": who.cast.student.module.network}.items():
         network.base_model.register_forward_hook(lambda *_, name=name: count(name))
     for _ in range(steps):
         who.step(batch)
@@ -655,8 +657,8 @@ print(f"a constant answer on words that the teacher guesses: {entropy(constant):
 def tutor_chances(who, batch):
     """The tutor's probabilities at the masked positions, shape (positions, vocabulary)."""
     words, masked, attended = batch["input_ids"], batch["masked"], batch["attention_mask"]
-    states = who.teacher.base_model(words.masked_fill(masked, MASK), attended).last_hidden_state[masked]
-    return who.tutor.module(states).softmax(-1).double()
+    states = who.cast.teacher.base_model(words.masked_fill(masked, MASK), attended).last_hidden_state[masked]
+    return who.cast.tutor.module(states).softmax(-1).double()
 
 
 def described(chances, guess, originals):

@@ -103,6 +103,12 @@ teacher = None  # "tiny-4x128", "minilm", a hub id, a folder
 teacher_epochs = None  # before it teaches; 0: the teacher is taken as it is
 untrained_teacher = None  # True: kd, metadistil or ikd may learn from a classifier that was never trained
 teacher_learning_rate = None
+teacher_batch_size = None  # this and the next: of its own training, before it teaches, whatever the student's are
+teacher_micro_batches = None
+teacher_weight_decay = None
+teacher_warmup_ratio = None
+teacher_max_grad_norm = None
+teacher_evaluate_every = None
 teacher_seed = 0
 student = None  # likewise, or
 student_layers = None  # the first layers of the student's checkpoint, or without a student of the teacher's
@@ -157,6 +163,7 @@ influence_weight = None  # a number, "student_rate" or "teacher_rate"
 influence_share = None  # or the length of its gradient over that of the auxiliary loss
 feedback_every = None  # steps
 feedback_layers = None  # influence through the last layers only
+auxiliary = None  # False: the influence term alone
 
 # %% [markdown]
 # papermill writes your values into a cell of their own behind this one. We collect all names that were set in either, so a
@@ -171,7 +178,7 @@ if not config.resume:
     config = runs.afresh(config)  # once, here: the cells below share what they compute anew
 chosen = {name: value for name, value in config.identity.items() if value is not None and given.get(name) is None}
 print("chosen for you:", ", ".join(f"{name} = {value}" for name, value in chosen.items()) or "nothing")
-if config.objective == "logit_mse" and config.glue_task.is_regression:
+if config.flat["objective"] == "logit_mse" and config.glue_task.is_regression:
     print(
         "A regression: a softmax over one output is constant, so KL has no meaning here; the score itself is distilled."
     )

@@ -59,14 +59,18 @@ def comparison() -> Iterator[RunConfig]:
     """The runs of the comparison, seed by seed, so that what is there at any time can be compared."""
     for task, seeds in SEEDS.items():
         for seed, arm in itertools.product(seeds, ARMS):
-            own = {} if arm["method"] == "fine_tune" else {"teacher_seed": seed}
-            yield runs.configure(task=task, seed=seed, **own, **arm, **SIZES[task], **SETTINGS)
+            given = {"task": task, "seed": seed, **arm, **SIZES[task], **SETTINGS}
+            if arm["method"] != "fine_tune":
+                given["teacher_seed"] = seed
+            if arm["method"] in ("kd", "metadistil", "ikd"):  # their teachers are fine-tuned first, as the students are
+                given |= {f"teacher_{name}": given[name] for name in ("batch_size", "evaluate_every")}
+            yield runs.configure(**given)
 
 
 def teachers_of(configs: list[RunConfig]) -> list[RunConfig]:
     """The fine-tunings that these runs share."""
-    needed = [c for c in configs if c.method != "fine_tune" and c.teacher_epochs]
-    return list({teacher.asked_id: teacher for teacher in map(configuration.teachers_config, needed)}.values())
+    found = [teacher for teacher in map(configuration.teachers_config, configs) if teacher is not None]
+    return list({teacher.asked_id: teacher for teacher in found}.values())
 
 
 def recorded(config: RunConfig) -> bool:
@@ -80,9 +84,9 @@ def make(job: tuple[RunConfig, str]) -> str:
     if recorded(config):  # by another process, since this one started
         return f"{config.asked_id} is there"
     record = runs.run(dataclasses.replace(config, source=folder))
-    named = dataclasses.asdict(config)
-    teacher = None if record.teacher is None else configuration.teachers_config(config).asked_id
-    keep(dataclasses.replace(record, run_id=config.asked_id, config=named, teacher=teacher), CHAPTER)
+    teacher = configuration.teachers_config(config)
+    named = {"run_id": config.asked_id, "config": config.flat, "teacher": teacher and teacher.asked_id}
+    keep(dataclasses.replace(record, **named), CHAPTER)
     if config.student_layers is not None:  # a teacher is needed again
         shutil.rmtree(record.folder)
     return f"{config.asked_id}  {record.seconds:.0f} s  {record.metrics}"

@@ -75,6 +75,7 @@ def online_run(task: str, method: str, seed: int, start: str = "one-stage", **ch
     if method != "fine_tune":
         two_stage = method == "kd" or start == "two-stage"
         settings |= {"teacher": "tiny-2x64", "teacher_epochs": changes.get("epochs", 8) if two_stage else 0}
+        settings |= {f"teacher_{name}": settings[name] for name in ("batch_size", "evaluate_every") if two_stage}
     if teaching_rate is not None:
         settings["teaching_rate"] = teaching_rate
     return runs.configure(task=task, method=method, **runs.readable({**settings, **changes}, method))
@@ -200,7 +201,7 @@ META_SWEEPS = {
 META_STUDENT_RATES = {"mini-sst2": 4e-3, "mini-mnli": 2e-3}
 META_RATES = {"mini-sst2": 3e-5, "mini-mnli": 1e-5}
 """Of the students, and of the teacher while it teaches, in chapter 5; see `meta_candidates`."""
-FAIR_PILOT = {"pilot_rule": "adamw", "observe": True, "max_grad_norm": 1e9}
+FAIR_PILOT = {"pilot_rule": "adamw", "observe": True, "max_grad_norm": 1e9, "teacher_max_grad_norm": 1e9}
 """Copy and student take the same step: both AdamW's, and neither clips its gradient (JSON has no infinity)."""
 STANDSTILL = 1e-12
 """The rate of a teacher that stays where it is; AdamW's rate must be positive."""

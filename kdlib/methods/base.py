@@ -5,6 +5,7 @@ what the student imitates (`Imitating`), how the teacher changes (`Learning`, `M
 copy of the student (`Piloting`, `Feedback`); a method's class is put together from them and adds what is its own.
 """
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -202,6 +203,14 @@ class Taught(Method):
             "teacher_epochs": 0 if ready else 12 if models.is_tiny(teacher) else run.epochs,
             "teacher_learning_rate": suitable_rates(teacher)[0],
         }
+
+    def problems(self, run: Run) -> list[str]:
+        found = super().problems(run)
+        for field in dataclasses.fields(Taught):
+            value = getattr(self, field.name)
+            if self.teacher_epochs == 0 and field.name not in NAMED_ALWAYS and value != field.default:
+                found.append(f"{field.name} is {value!r}, but teacher_epochs is 0: the teacher is taken as it is")
+        return found
 
     def teachers_run(self, run: Run) -> dict[str, Any] | None:
         """The parameters of the run that makes the teacher, but for what both runs share; None: it is there already.

@@ -41,7 +41,7 @@ def test_a_record_names_no_machine():
 
 def test_the_teachers_are_shared_and_none_of_the_teaching_settings_matters_to_them():
     assert len({t.seed for t in TEACHERS if t.task == "sst2"}) == len(comparison.SEEDS["sst2"])
-    needed = [c for c in RUNS if c.teacher_epochs]
+    needed = [c for c in RUNS if c.flat["teacher_epochs"]]
     assert needed and {configuration.teachers_config(c).asked_id for c in needed} == {t.asked_id for t in TEACHERS}
 
 
@@ -54,7 +54,7 @@ def pretend(monkeypatch, tmp_path):
         called.append(config)
         folder = tmp_path / config.asked_id
         folder.mkdir(exist_ok=True)
-        fields = {"run_id": config.asked_id, "config": dataclasses.asdict(config), "folder": folder}
+        fields = {"run_id": config.asked_id, "config": config.flat, "folder": folder}
         return dataclasses.replace(example, **fields)
 
     monkeypatch.setattr(runs, "run", run)

@@ -26,36 +26,37 @@ def test_a_file_is_a_configuration(name):
 def test_the_two_stage_rivals_of_lgtm_fine_tune_their_teacher(method):
     """A head that was never trained has nothing to teach."""
     config = configured("lgtm", method=method)
-    assert config.teacher_epochs == 6 and configuration.teachers_config(config).learning_rate == 3e-5
+    assert config.settings.teacher_epochs == 6 and configuration.teachers_config(config).learning_rate == 3e-5
 
 
 def test_lgtm_is_as_the_paper_sets_it():
-    config = configured("lgtm")
-    assert (config.teacher_epochs, config.teaching_rate, config.teacher_alpha) == (0, 3e-5, 0.6)
-    assert (config.influence, config.influence_weight, config.objective) == ("weighted", 1.0, "soft_cross_entropy")
+    settings = configured("lgtm").settings
+    assert (settings.teacher_epochs, settings.teaching_rate, settings.teacher_alpha) == (0, 3e-5, 0.6)
+    term = settings.influence, settings.influence_weight, settings.objective
+    assert term == ("weighted", 1.0, "soft_cross_entropy")
     released = {"alpha": 0.0, "objective": "kl", "influence": "released", "learning_rate": 5e-5}
-    assert configured("lgtm", **released).influence_weight == "teacher_rate"
+    assert configured("lgtm", **released).settings.influence_weight == "teacher_rate"
     configured("lgtm", feedback_fraction=0.0, feedback_from="validation")
     for method in ("prokt", "dml"):
-        assert configured("lgtm", method=method).teacher_epochs == 0
+        assert configured("lgtm", method=method).settings.teacher_epochs == 0
 
 
 def test_metadistils_and_ikds_rivals_too():
     for name in ("metadistil", "ikd"):
-        assert configured(name, method="kd", teaching_rate=None).teacher_epochs == 3
+        assert configured(name, method="kd", teaching_rate=None).settings.teacher_epochs == 3
     assert configured("metadistil", task="stsb", objective="logit_mse").glue_task.is_regression
 
 
 def test_ikd_is_as_the_paper_sets_it():
     config = configured("ikd")
-    assert (config.meta_weight, config.feedback_at, config.exam) == (0.5, "before", "course")
+    assert (config.settings.meta_weight, config.settings.feedback_at, config.settings.exam) == (0.5, "before", "course")
     table1 = configured("ikd", teacher="bert-large-uncased", student="bert-base-uncased", student_layers=4)
     assert (table1.student, table1.student_layers) == ("bert-base-uncased", 4)
 
 
 def test_tutor_kds_rivals_too():
     config = configured(PRETRAINING)
-    weights = (config.logit_weight, config.inner_weight, config.reward_weight)
-    assert (*weights, config.order) == (25.0, 0.5, 0.5, "together")
+    weights = (config.settings.logit_weight, config.settings.inner_weight, config.settings.reward_weight)
+    assert (*weights, config.settings.order) == (25.0, 0.5, 0.5, "together")
     for method in ("soft_labels", "minilm", "minilm_v2"):
         assert configured(PRETRAINING, method=method).method == method

@@ -37,7 +37,7 @@ def test_a_committed_record_can_be_configured_again(path):
     again = CONFIGURE[kind](**record.config)
     named = path.parent.name == "11_pretraining"
     assert path.stem == record.run_id and (named or again.asked_id == record.run_id)
-    assert {name: getattr(again, name) for name in record.config} == record.config
+    assert {name: again.flat[name] for name in record.config} == record.config
 
 
 def test_data_and_networks_of_the_book_count_by_their_names():

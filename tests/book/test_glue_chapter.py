@@ -7,17 +7,19 @@ import papermill
 import pytest
 
 from kdlib import engine, glue, models, records, runs
+from kdlib.configuration import READ_BY
 from tests.forms import execute, offered
 
 CHAPTER = "chapters/12_glue.py"
 
 
 def test_the_form_offers_every_parameter_with_its_default(root):
-    """The parameters cell and RunConfig are two lists of the same things; this keeps them one."""
+    """The parameters cell and the settings classes are two lists of the same things; this keeps them one."""
     form = offered(root / CHAPTER)
     assert form.pop("baseline") is True
-    defaults = {field.name: field.default for field in dataclasses.fields(runs.RunConfig)}
-    assert form == defaults
+    shared = {field.name: field.default for field in dataclasses.fields(runs.RunConfig) if field.name != "settings"}
+    # What a method alone reads has its default in the method's class: the form says nothing.
+    assert form == {**dict.fromkeys(READ_BY), "teacher_seed": 0, **shared}
 
 
 def test_a_misspelt_parameter_stops_before_any_work(root, tmp_path):

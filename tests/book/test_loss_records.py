@@ -1,6 +1,5 @@
 """The records of validation losses: complete, of the chapter's own runs, and of the loss that they are named for."""
 
-import dataclasses
 import json
 import math
 
@@ -45,7 +44,7 @@ def test_the_records_are_small_and_name_no_machine():
 
 def identity(config: runs.RunConfig) -> str:
     """What makes a run what it is; that some runs were observed on the way changes nothing."""
-    return dataclasses.replace(config, observe=None, output_dir="").run_id
+    return runs.configure(**{**config.flat, "observe": None}).run_id
 
 
 def test_they_are_the_runs_of_chapters_5_and_7():

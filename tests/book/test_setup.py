@@ -174,4 +174,4 @@ def test_the_papers_parameter_files_are_valid(root):
     for file in files:
         parameters = yaml.safe_load(file.read_text())
         config = runs.configure(**parameters)
-        assert {name: getattr(config, name) for name in parameters} == parameters, file.name
+        assert {name: config.flat[name] for name in parameters} == parameters, file.name

@@ -83,9 +83,9 @@ def test_each_static_student_has_the_teacher_that_the_table_says(monkeypatch, tm
         assert (config.student, config.seed, config.task) == (row["student"], 7, TASK)
         assert config.method == ("metadistil" if row["way"] == "dynamic" else "kd")
         if row["way"] == "static" and row["teacher"] != FINE_TUNED:
-            assert (Path(config.teacher), config.teacher_epochs) == (ends[row["teacher"]], 0)
+            assert (Path(config.teacher), config.settings.teacher_epochs) == (ends[row["teacher"]], 0)
         else:
-            assert config.teacher == experiments.META_SETTINGS["teacher"] and config.teacher_epochs > 0
+            assert config.teacher == experiments.META_SETTINGS["teacher"] and config.settings.teacher_epochs > 0
     (places,) = table["distances"]
     assert {name: Path(places[name]) for name in STUDENTS} == ends
 

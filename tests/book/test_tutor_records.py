@@ -10,8 +10,10 @@ import torch
 
 from kdlib import checkpoints, corpus, machine, models, pretraining, records, trainer
 from kdlib.learner import accelerator_for
-from kdlib.methods import task_agnostic
-from kdlib.methods.tutor import Settings
+from kdlib.methods.on_text import TextCast
+from kdlib.methods.task_agnostic import MLM
+from kdlib.methods.tutor import TutorKD
+from kdlib.settings import names
 from tools import experiments, tutor_records
 from tools.tutor_records import NOTHING, SEEDS, TASKS, WAYS
 
@@ -43,7 +45,7 @@ def test_a_record_is_of_the_configuration_that_its_name_says(job, tmp_path):
 def test_every_way_has_as_many_steps_and_sees_as_much_text():
     """The same budget: steps, batch, text and masks; only the method and its learning rate differ."""
     configs = [record_of(way, 0)["config"] for way in WAYS if way != NOTHING]
-    varied = {"method", "learning_rate", "temperature", "tutor_start", *(f.name for f in dataclasses.fields(Settings))}
+    varied = {"method", "learning_rate", *names(TutorKD)}
     common = [{name: value for name, value in config.items() if name not in varied} for config in configs]
     assert all(one == common[0] for one in common)
 
@@ -68,7 +70,8 @@ def test_the_stored_teacher_scores_what_its_record_says():
     config = pretraining.configure(**record["config"])
     held_out = corpus.load(config.corpus, tokenizer, "validation").encoded
     student = SimpleNamespace(module=network, accelerator=accelerator_for("cpu"))
-    who = SimpleNamespace(student=student, tutor=None, loss=task_agnostic.masked_language_model(network))
+    cast = TextCast(student, None, None, (), 0)
+    who = SimpleNamespace(cast=cast, measure=MLM().measure(cast))
     found = pretraining.evaluation(config, who, held_out, tokenizer)()
     assert found["validation/loss"] == pytest.approx(record["history"][-1]["validation/loss"], abs=0.01)
 
