@@ -11,6 +11,10 @@ learning, which runs each network forward and backward once and no more.
 LGTM and IKD come with what their papers do, or their code, and with what would bring them closer to the floor.  "In two
 pieces" are the gradients of pilot and feedback, see `pilot_pieces` of `metadistil`.
 
+Beside the seconds stands the limit: what the passes of such a step cost alone.  They are counted by hooks, and priced
+by a forward and a backward pass of each network that were timed in the same run, with dropout and without; a pass that
+carries a tangent along is two forward passes.  What a step takes more are its losses, optimisers and Python.
+
 Ratios within one run are what counts: the ways take turns, and the fastest turn of each is taken.
 --write stores the table in data/benchmarks/step.csv.
 """
@@ -18,7 +22,9 @@ Ratios within one run are what counts: the ways take turns, and the fastest turn
 import argparse
 import copy
 import weakref
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -26,7 +32,9 @@ from pathlib import Path
 import pandas as pd
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from transformers import BertForSequenceClassification
+from transformers.modeling_outputs import SequenceClassifierOutput
 
 from benchmarks.influence import CLASSES, peak_bytes, random_batch, seconds
 from kdlib import models, pilot
@@ -75,6 +83,58 @@ class Saved(torch.autograd.graph.saved_tensors_hooks):
 
 class _Packed(list):
     """A list that can be referred to weakly."""
+
+
+class Passes:
+    """Counts how the networks run in a step, by (who, with dropout?, kind), the kinds those of `prices`."""
+
+    def __init__(self, *learners: Learner):
+        self.counts: Counter[tuple[str, bool, str]] = Counter()
+        self.learners, self.hooks = learners, []
+
+    def __enter__(self) -> "Passes":
+        for who in self.learners:
+            self.hooks.append(who.module.register_forward_hook(partial(self._ran, who.name)))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for hook in self.hooks:
+            hook.remove()
+
+    def _ran(self, name: str, module: nn.Module, _: object, output: SequenceClassifierOutput) -> None:
+        case, logits = (name, module.training), output.logits
+        if forward_ad.unpack_dual(logits).tangent is not None:
+            self.counts[*case, "forward"] += 2
+        elif logits.requires_grad:
+            self.counts[*case, "forward for a backward"] += 1
+            logits.register_hook(lambda _: self.counts.update([(*case, "backward")]))
+        else:
+            self.counts[*case, "forward"] += 1
+
+
+def passes_alone(who: Learner, batch: Batch) -> dict[tuple[str, bool, str], Callable[[], object]]:
+    """What is timed to price the passes of a network: a forward pass, one that keeps a graph, and that with a backward."""
+
+    def run(dropout: bool, kind: str) -> None:
+        mode = nullcontext() if dropout else models.evaluating(who.module)
+        with mode, who.accelerator.autocast(), torch.set_grad_enabled(kind != "forward"):
+            logits = models.logits(who.module, batch)
+        if kind == "backward":
+            torch.autograd.grad(logits.float().square().mean(), list(who.module.parameters()))
+
+    kinds = ("forward", "forward for a backward", "backward")
+    return {(who.name, dropout, kind): partial(run, dropout, kind) for dropout in (False, True) for kind in kinds}
+
+
+def limit(counts: Mapping[tuple[str, bool, str], int], alone: Mapping[tuple[str, bool, str], float]) -> float:
+    """The seconds of these passes."""
+    total = 0.0
+    for (name, dropout, kind), count in counts.items():
+        price = alone[name, dropout, kind]
+        if kind == "backward":
+            price -= alone[name, dropout, "forward for a backward"]
+        total += count * price
+    return total
 
 
 def learners(layers: tuple[int, int], hidden: int, device: str, precision: str) -> tuple[Learner, Learner]:
@@ -206,22 +266,29 @@ def costs(layers: tuple[int, int], hidden: int, samples: int, tokens: int, devic
         alone = name in (FLOOR, AT_ONCE) or name.startswith("IKD")  # the course is the exam
         call = partial(step, batch) if alone else partial(step, batch, feedback)
         calls[name] = partial(_twice, call) if name == EVERY_OTHER else call
-    rows = {}
-    for call in calls.values():
+    rows, counts = {}, {}
+    single = {**passes_alone(student, batch), **passes_alone(teacher, batch)}
+    for call in (*calls.values(), *single.values()):
         call()  # warms up, and makes the optimisers' moments
     for name, call in calls.items():
+        with Passes(student, teacher) as passes:
+            call()
+        counts[name] = passes.counts
         saved = Saved([student.module, teacher.module])
         with saved:
             call()
         size = {"layers": f"{layers[0]} → {layers[1]}", "hidden": hidden, "batch": samples, "tokens": tokens}
         where = {"device": device, "precision": precision, "way": name}
         rows[name] = {**size, **where, "saved": saved.most, "peak": peak_bytes(call, device)}
-    times = {name: [] for name in calls}
+    timed = {**calls, **single}
+    times = {name: [] for name in timed}
     for _ in range(turns):
-        for name, call in calls.items():
+        for name, call in timed.items():
             times[name].append(seconds(call, device))
+    alone = {name: min(times[name]) for name in single}
     for name, row in rows.items():
-        row["seconds"] = min(times[name]) / (2 if name == EVERY_OTHER else 1)
+        steps = 2 if name == EVERY_OTHER else 1
+        row["seconds"], row["limit"] = min(times[name]) / steps, limit(counts[name], alone) / steps
     return list(rows.values())
 
 
@@ -240,10 +307,11 @@ def tidy(rows: list[dict]) -> pd.DataFrame:
         name = f"{column} / {short}"
         of = table[table.way == reference].set_index(case)[column]
         table[name] = table[column] / of.loc[keys].to_numpy()
+    table["seconds / limit"] = table["seconds"] / table["limit"]
     table["saved MiB"], table["peak MiB"] = table.pop("saved") / 2**20, table.pop("peak") / 2**20
     ratios = [column for column in table if " / " in column]
-    table = table[[*case, "way", "seconds", "saved MiB", "peak MiB", *ratios]]
-    return table.round({"seconds": 4, "saved MiB": 1, "peak MiB": 1} | dict.fromkeys(ratios, 2))
+    table = table[[*case, "way", "seconds", "limit", "saved MiB", "peak MiB", *ratios]]
+    return table.round({"seconds": 4, "limit": 4, "saved MiB": 1, "peak MiB": 1} | dict.fromkeys(ratios, 2))
 
 
 def main() -> None:

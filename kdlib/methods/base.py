@@ -297,7 +297,7 @@ class Imitating(Taught):
     def loss(self, student: Outputs, teacher: Outputs, labels: Tensor) -> Float[Tensor, "batch"]:
         """The loss of every sample for the student's outputs, given the teacher's.  With α = 0 no label is read."""
         objective = losses.OBJECTIVES[self.objective]
-        value = mixture(student, teacher, labels, self.alpha, self.temperature, objective)
+        value = _mixture(student, teacher, labels, self.alpha, self.temperature, objective)
         return value + self.pkd_weight * self.states(student, teacher) if self.pkd_weight else value
 
     def taught(self, student: Outputs, teacher: Outputs) -> Float[Tensor, "batch"]:
@@ -319,7 +319,7 @@ class Imitating(Taught):
         )
 
 
-def mixture(
+def _mixture(
     learner: Outputs, example: Outputs, labels: Tensor, alpha: float, temperature: float, objective: Objective
 ) -> Float[Tensor, "batch"]:
     """α · task loss + (1 − α) · objective by sample, for either of two networks; with α = 0 no label is read."""
@@ -408,7 +408,7 @@ class Mutual(Learning):
         "reverse_soft_cross_entropy" is LGTM eq. (3) as printed.  It imitates predictions only.
         """
         objective = losses.TEACHER_OBJECTIVES[self.teacher_objective]
-        return mixture(teacher, student, labels, self.teacher_alpha, self.temperature, objective)
+        return _mixture(teacher, student, labels, self.teacher_alpha, self.temperature, objective)
 
 
 @settings

@@ -7,9 +7,9 @@ teacher and none through the student's step (chapters/03_finite_differences).
 Source: IKD eqs. (5)-(15).  Derived in: chapters/06_student_feedback.
 """
 
+from collections.abc import Mapping
 from typing import ClassVar, Literal
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
@@ -114,17 +114,26 @@ def ikd(student: Learner, teacher: Learner, settings: IKD) -> Step:
 
     def tangent_of_exam(batch: Batch, exam: Batch, targets: Outputs) -> tuple[tuple[Outputs, Outputs], Tensor]:
         """The student's outputs on the course and their tangent along the exam's gradient; the exam's losses."""
+        examined: list[Outputs] = []
+
+        def exam_loss(outputs: Outputs, data: Mapping[str, Tensor]) -> Tensor:
+            examined.append(models.detached(outputs))
+            return pilot.task_loss(outputs, data)
+
         with settings.lowered(student):
             here, outputs = models.trainable(module), None
-            place = here
+            place, asked = here, {}
             if settings.feedback_at == "after":
                 rate = settings.rate(student)
                 trial = pilot.teaching_experiment(student, batch, targets, settings.loss, rate, **wanted)
                 place, outputs = trial.copy, trial.outputs[0]
-            exam_losses: list[Tensor] = []
-            direction = feedback_gradient(module, place, exam, pilot.recording(exam_losses))
+            elif exam is batch:
+                asked = wanted  # the exam's own pass is that of the course, which a difference need not make again
+            direction = feedback_gradient(module, place, exam, exam_loss, **asked)
+            if place is here and exam is batch:
+                outputs = examined[0]
             moving = student_tangent(module, here, batch, direction, settings.tangent, outputs=outputs, **wanted)
-        return moving, torch.cat(exam_losses)
+        return moving, pilot.task_loss(examined[0], exam)
 
     def loss_on_labels(teacher_outputs: Outputs, batch: Batch, exam: Batch) -> Tensor:
         """The teacher's own: by sample on a labelled course, which it has answered; else the mean on the exam."""
