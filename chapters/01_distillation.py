@@ -872,7 +872,7 @@ def table_of(records):
     return pd.DataFrame(rows).set_index("run_id")
 
 
-recorded, teachers = (table_of(book.records(chapter)) for chapter in ("01_distillation", "teachers"))
+recorded, teachers = (table_of(book.read_records(chapter)) for chapter in ("01_distillation", "teachers"))
 teachers, trained = teachers.set_index("task"), {}  # `trained`: what had no records, by run id of the first seed
 
 

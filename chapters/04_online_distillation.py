@@ -818,7 +818,7 @@ print("kdlib agrees with this chapter's losses and, in all three orders, with it
 
 # %%
 # NBVAL_CHECK_OUTPUT
-RECORDS = book.records("04_online_distillation")
+RECORDS = book.read_records("04_online_distillation")
 TASKS = ("mini-sst2", "mini-mnli")
 tried = book.choices("04_online_distillation").rename(columns={"learning_rate": "rate"})
 tried["teacher's rate"] = tried["teaching_rate"].map("{:g}".format).replace("nan", "")

@@ -618,7 +618,7 @@ print("kdlib's step ends with the same teacher and the same student")
 
 # %%
 TASKS = ("mini-sst2", "mini-mnli")
-records = book.records("05_pilot_updates")
+records = book.read_records("05_pilot_updates")
 SETTING = {"student": "tiny-2x32", "alpha": 0.5, "temperature": 2.0}
 ARMS = {
     "fixed teacher": {"method": "kd", "feedback_fraction": 0.1},

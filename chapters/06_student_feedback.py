@@ -873,7 +873,7 @@ said_rows.round(3)
 
 # %%
 # NBVAL_CHECK_OUTPUT
-records = book.records("06_student_feedback")
+records = book.read_records("06_student_feedback")
 TASKS = ("mini-sst2", "mini-mnli")
 tried = book.choices("06_student_feedback")
 tried = tried[tried["pkd_weight"].isna()].assign(accuracy=(100 * tried["mean"]).round(1))

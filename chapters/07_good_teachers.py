@@ -575,7 +575,7 @@ print("validation accuracy (%) of the student by the teacher's rate")
 tried.pivot(index="teaching_rate", columns="way", values="accuracy")
 
 # %%
-records = [*book.records("05_pilot_updates"), *book.records("07_good_teachers")]
+records = [*book.read_records("05_pilot_updates"), *book.read_records("07_good_teachers")]
 COMMON = {"task": "mini-mnli", "student": "tiny-2x32", "objective": "kl", "feedback_fraction": 0.1}
 COMMON |= {"teacher": "tiny-2x64", "alpha": 0.5, "temperature": 2.0}  # chapter 5 varies these
 AS_PRINTED = {"method": "lgtm", "influence_weight": 1.0}

@@ -337,7 +337,7 @@ print(f"{len(TASKS)} tasks, {len(RATES)} rates, {len(SEEDS)} seeds: {total} runs
 def recorded():
     """The records of this chapter, none where there are none yet."""
     try:
-        return book.records("11_pretraining")
+        return book.read_records("11_pretraining")
     except FileNotFoundError:
         return []
 

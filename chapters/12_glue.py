@@ -357,7 +357,7 @@ print("label:", expected if data.task.is_regression else data.task.label_names[e
 def measured(task):
     """Mean and standard deviation over seeds of every way to train, times 100."""
     name = "validation/accuracy"
-    found = [r for r in book.records("12_glue") if r.config["task"] == task]
+    found = [r for r in book.read_records("12_glue") if r.config["task"] == task]
     rows = [
         {
             "method": way(r.config),
@@ -410,7 +410,7 @@ mrpc
 
 # %%
 # NBVAL_CHECK_OUTPUT
-found = book.records("12_glue")
+found = book.read_records("12_glue")
 sizes = {r.config["task"]: r.samples for r in found}
 seeds = {task: len({r.config["seed"] for r in found if r.config["task"] == task}) for task in sizes}
 for task, samples in sizes.items():
@@ -434,7 +434,7 @@ print("precision:", ", ".join(sorted({r.config["precision"] for r in found})))
 def paired(task, metric="validation/accuracy", rival="kd"):
     """Gain of every method over `rival`, paired by seed, with a 95 % interval."""
     scores = {}
-    for r in book.records("12_glue"):
+    for r in book.read_records("12_glue"):
         if r.config["task"] == task and way(r.config) != WAYS["teacher"]:
             scores.setdefault(way(r.config), {})[r.config["seed"]] = 100 * r.metrics[metric]
     table = pd.DataFrame(scores)

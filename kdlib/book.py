@@ -8,7 +8,7 @@ import kdlib
 from kdlib.records import RunRecord, read_record
 
 
-def records(chapter: str) -> list[RunRecord]:
+def read_records(chapter: str) -> list[RunRecord]:
     """The committed records that a chapter reads, `data/runs/<chapter>/*.json`, in the order of their names.
 
     Raises FileNotFoundError in an installation without the repository's data.

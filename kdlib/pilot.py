@@ -280,7 +280,7 @@ def recording(values: list[Tensor]) -> Loss:
     return loss
 
 
-def loss_at(module: nn.Module, parameters: Parameters, batch: Batch) -> float:
+def loss_without_dropout(module: nn.Module, parameters: Parameters, batch: Batch) -> float:
     """The mean task loss on a batch, without dropout, at `parameters`, or at the module's own for an empty dict."""
     with torch.no_grad(), models.evaluating(module):
         return task_loss(models.apply(module, parameters, batch), batch).mean().item()

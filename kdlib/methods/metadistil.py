@@ -101,8 +101,8 @@ def metadistil(student: Learner, teacher: Learner, settings: MetaDistil, watch: 
             feedback_losses: list[Tensor] = []
             quiz = pilot.recording(feedback_losses)
             direction = feedback_gradient(module, trial.copy, feedback, quiz, pieces=pieces)
-            tangents = _tangents(direction, student, batch, targets, trial, settings)
-        watched = pilot.loss_at(module, trial.copy, watch) if watch is not None else 0.0
+            tangents = tangents_along(direction, student, batch, targets, trial, settings)
+        watched = pilot.loss_without_dropout(module, trial.copy, watch) if watch is not None else 0.0
 
         def quiz_loss(_: Batch) -> Tensor:
             """−η_s Σ of the influences over the experiment's steps: its mean has the gradient of the quiz's loss."""
@@ -132,14 +132,14 @@ def metadistil(student: Learner, teacher: Learner, settings: MetaDistil, watch: 
                 settings.agreement(trial.outputs[0], theirs).mean()
                 for theirs in (targets, models.targets(teacher.module, batch))
             )
-            values |= won_tied_lost(pilot.loss_at(module, {}, watch), watched)
+            values |= won_tied_lost(pilot.loss_without_dropout(module, {}, watch), watched)
             values["teacher_closer"] = float(after < before)
         return values
 
     return step
 
 
-def _tangents(
+def tangents_along(
     direction: Parameters, student: Learner, batch: Batch, targets: Outputs, trial: Experiment, settings: MetaDistil
 ) -> list[Outputs]:
     """For each step of the experiment the student's tangent along what the quiz asks of that step.

@@ -47,7 +47,7 @@ def online_distillation(student: Learner, teacher: Learner, settings: ProKT) -> 
     One who has to be asked only for its predictions is asked without dropout; in the simultaneous order both networks
     run once, and their predictions of that run are the targets.
 
-    Source: LGTM eqs. (3)-(4).  Derived in: chapters/04_online_distillation.
+    Derived in: chapters/04_online_distillation.
     """
     wanted = settings.wanted
 

@@ -50,7 +50,7 @@ def identity(config: runs.RunConfig) -> str:
 def test_they_are_the_runs_of_chapters_5_and_7():
     """Same settings by another command; the same accuracies at every epoch where the machine is the same."""
     chapters = ("05_pilot_updates", "07_good_teachers")
-    records = [record for chapter in chapters for record in book.records(chapter)]
+    records = [record for chapter in chapters for record in book.read_records(chapter)]
     known = {identity(runs.configure(**record.config)): record for record in records}
     for job in JOBS:
         recorded, ours = known[identity(loss_records.config_of(job))], record_of(job)

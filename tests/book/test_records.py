@@ -14,7 +14,7 @@ CHAPTERS = ["teachers", *experiments.EXPERIMENTS]  # chapters with records of an
 
 
 def records(chapter: str) -> list[runs.RunRecord]:
-    return book.records(chapter)
+    return book.read_records(chapter)
 
 
 @pytest.mark.parametrize("chapter", CHAPTERS)

@@ -50,7 +50,7 @@ def test_the_records_are_small_and_name_no_machine():
 def test_they_agree_with_the_records_of_the_chapter():
     """The same students of the same teachers, by another command; that some were observed there changes nothing."""
     compared = 0
-    for record in book.records("05_pilot_updates"):
+    for record in book.read_records("05_pilot_updates"):
         config = record.config
         wanted = experiments.meta_run(TASK, config["method"], config["seed"], observe=config["observe"])
         if config["method"] not in ("kd", "metadistil") or record.run_id != wanted.run_id:
