@@ -113,7 +113,7 @@ class Passes:
 
 
 def passes_alone(who: Learner, batch: Batch) -> dict[tuple[str, bool, str], Callable[[], object]]:
-    """What is timed to price the passes of a network: a forward pass, one that keeps a graph, and that with a backward."""
+    """What is timed to price the passes of a network: a forward pass, one that keeps a graph, one with a backward."""
 
     def run(dropout: bool, kind: str) -> None:
         mode = nullcontext() if dropout else models.evaluating(who.module)
