@@ -1,11 +1,18 @@
-"""A chapter with a form: its parameters, and a run of it as users run it, by papermill."""
+"""A chapter with a form: its parameters, and a run of it with others, by papermill or in this process."""
 
 import ast
+import contextlib
+import io
+import warnings
 from pathlib import Path
 from typing import Any
 
 import jupytext
+import matplotlib
 import papermill
+from matplotlib import pyplot as plt
+from papermill.iorw import load_notebook_node
+from papermill.parameterize import parameterize_notebook
 
 
 def offered(chapter: Path) -> dict[str, Any]:
@@ -25,3 +32,29 @@ def execute(chapter: Path, folder: Path, **parameters: Any) -> str:
     )
     outputs = [output for cell in jupytext.read(out).cells for output in cell.get("outputs", [])]
     return "".join(output.get("text", "") for output in outputs)
+
+
+def perform(chapter: Path, folder: Path, **parameters: Any) -> str:
+    """`execute` without a kernel, whose start takes longer than a small run: the cells in turn, in this process.
+
+    papermill puts the parameters in; every figure is drawn; what a cell raises is raised here.
+    """
+    parameters = {"output_dir": str(folder / "runs"), "device": "cpu", **parameters}
+    written = folder / "chapter.ipynb"
+    jupytext.write(jupytext.read(chapter), written)
+    notebook = parameterize_notebook(load_notebook_node(str(written)), parameters)
+    printed, names = io.StringIO(), {"__name__": "__main__"}
+    with (
+        contextlib.redirect_stdout(printed),
+        contextlib.chdir(folder),
+        matplotlib.rc_context(),
+        warnings.catch_warnings(),
+    ):
+        warnings.simplefilter("ignore", DeprecationWarning)  # as in a kernel: a library's, about a library
+        for number, cell in enumerate(notebook.cells, start=1):
+            if cell.cell_type == "code":
+                exec(compile(cell.source, f"{chapter.name}, cell {number}", "exec"), names)
+                for figure in map(plt.figure, plt.get_fignums()):
+                    figure.canvas.draw()
+                plt.close("all")
+    return printed.getvalue()
