@@ -11,12 +11,13 @@ import math
 from collections.abc import Callable, Collection, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Unpack
 
 import torch
 from torch import Tensor, nn
 
 from kdlib import losses, models
-from kdlib.models import Outputs, Parameters
+from kdlib.models import Outputs, Parameters, Wanted
 
 Loss = Callable[[Outputs, Mapping[str, Tensor]], Tensor]
 """`loss(outputs, batch)`: one value per sample, `(batch,)`, from the student's outputs and whatever the batch holds
@@ -36,7 +37,7 @@ def gradient(
     create_graph: bool = False,
     among: Collection[str] | None = None,
     pieces: int = 1,
-    **wanted: bool,
+    **wanted: Unpack[Wanted],
 ) -> Parameters:
     """The gradient of the mean loss at `parameters`, by name; zero for a parameter that plays no part.
 
@@ -98,7 +99,7 @@ def sgd_step(
     loss: Loss,
     learning_rate: float,
     create_graph: bool = False,
-    **wanted: bool,
+    **wanted: Unpack[Wanted],
 ) -> Parameters:
     """The pilot student θ_s' = θ_s − η_s ∇ mean_i ℓ_i: new parameters; `student` and `parameters` stay as they are.
 
@@ -144,13 +145,15 @@ def adamw_state(
         return {name: found[name].get(kind, torch.zeros_like(value)).detach() for name, value in parameters.items()}
 
     group = optimizer.param_groups[0]
+    beta1, beta2 = group["betas"]
     return AdamWState(
         moments("exp_avg"),
         moments("exp_avg_sq"),
         {name: groups[id(parameter)]["weight_decay"] for name, parameter in parameters.items()},
         int(max((float(state.get("step", 0)) for state in found.values()), default=0)),
         group["lr"] if learning_rate is None else learning_rate,
-        *group["betas"],
+        beta1,
+        beta2,
         group["eps"],
     )
 
