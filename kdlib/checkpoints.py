@@ -66,7 +66,7 @@ def _digest(tensors: dict[str, Tensor], state: str) -> str:
     for name in sorted(tensors):
         tensor = tensors[name]
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy() if tensor.numel() else b"")
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data if tensor.numel() else b"")
     return digest.hexdigest()
 
 
@@ -96,8 +96,10 @@ def save(path: Path, learners: Sequence[Learner], state: dict[str, Any]) -> None
     if torch.cuda.is_available():
         for number, device_state in enumerate(torch.cuda.get_rng_state_all()):
             tensors[f"random/cuda/{number}"] = device_state
-    kind, keys, *rest = np.random.get_state()
-    saved["random"] = {"python": random.getstate(), "numpy": [kind, keys.tolist(), *rest]}
+    legacy = np.random.get_state(legacy=False)
+    twister = legacy["state"]
+    drawn = [legacy["bit_generator"], twister["key"].tolist(), twister["pos"], legacy["has_gauss"], legacy["gauss"]]
+    saved["random"] = {"python": random.getstate(), "numpy": drawn}
     write_tensors(path, tensors, saved)
 
 
@@ -125,7 +127,9 @@ def load(path: Path, learners: Sequence[Learner]) -> dict[str, Any]:
     return saved["training"]
 
 
-def _learner_state(path: Path, learner: Learner, tensors: dict[str, Tensor], saved: dict) -> tuple[dict, dict, dict]:
+def _learner_state(
+    path: Path, learner: Learner, tensors: dict[str, Tensor], saved: dict[str, Any]
+) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Any]]:
     prefix = f"{learner.name}/module/"
     weights = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
     expected = learner.module.state_dict()

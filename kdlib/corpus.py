@@ -174,7 +174,7 @@ def _pieces(
         if max_lines is not None:
             lines = islice(lines, max_lines - counts["lines"])
         before, usable = dict(counts), 0
-        for chunk in bar(iter(lambda lines=lines: list(islice(lines, _LINES_AT_ONCE)), []), "tokenising"):
+        for chunk in bar(_chunks(lines), "tokenising"):
             texts = [line for line in chunk if line is not None and line.strip()]
             found = []
             if texts:  # no attention mask, no cut and no word about the length: blocks are made afterwards
@@ -196,10 +196,10 @@ def _pieces(
             counts["unknown"] += sum(pieces.count(unknown) for pieces in found)
             usable += len(found)
             yield from found
-        lines, empty, undecodable = (counts[name] - before[name] for name in ("lines", "empty", "undecodable"))
-        if not usable and lines + before["lines"] != max_lines:
+        read, empty, undecodable = (counts[name] - before[name] for name in ("lines", "empty", "undecodable"))
+        if not usable and read + before["lines"] != max_lines:
             raise ValueError(
-                f"{part.name} has no usable line: of {lines} lines {empty} are empty and {undecodable} are not UTF-8. "
+                f"{part.name} has no usable line: of {read} lines {empty} are empty and {undecodable} are not UTF-8. "
                 "Give a file with one text a line, saved as UTF-8"
             )
         if counts["lines"] == max_lines:
@@ -208,7 +208,14 @@ def _pieces(
         raise ValueError(f"the first {max_lines} lines have no usable line: raise max_lines")
 
 
-def _cut(texts: Iterable[list[int]], cls: int, sep: int, max_length: int, counts: dict[str, int]) -> Iterator[list]:
+def _chunks(lines: Iterator[str | None]) -> Iterator[list[str | None]]:
+    while chunk := list(islice(lines, _LINES_AT_ONCE)):
+        yield chunk
+
+
+def _cut(
+    texts: Iterable[list[int]], cls: int, sep: int, max_length: int, counts: dict[str, int]
+) -> Iterator[list[int]]:
     """One block for each text."""
     for pieces in texts:
         counts["cut"] += len(pieces) > max_length - 2
@@ -371,7 +378,9 @@ def _hub_texts(name: str, split: str, column: str) -> Iterator[str]:
     yield from _texts(open_stream, column, name, explain)
 
 
-def _texts(open_stream: Callable, column: str, name: str, explain: Callable[[Exception], Exception]) -> Iterator[str]:
+def _texts(
+    open_stream: Callable[[], Any], column: str, name: str, explain: Callable[[Exception], Exception]
+) -> Iterator[str]:
     """The lines of a column; what `datasets` complains of is put in the words of `explain`."""
     stream = None
     while True:
@@ -395,7 +404,7 @@ def _texts(open_stream: Callable, column: str, name: str, explain: Callable[[Exc
 
 
 def _cache_file(
-    folder: Path, source: str, parts: list[_Part], options: tuple, tokenizer: PreTrainedTokenizerBase
+    folder: Path, source: str, parts: list[_Part], options: tuple[Any, ...], tokenizer: PreTrainedTokenizerBase
 ) -> Path:
     """Where the corpus is kept; the folder is made now, so that one that cannot be is known before the work."""
     files = [stored.sha256(path) for path in chain.from_iterable(part.files for part in parts)]

@@ -57,6 +57,8 @@ class Finding:
         return "note" if self.remedy else "ok"
 
 
+Check = Callable[[], Finding | Iterator[Finding]]
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Python and packages
 
@@ -77,7 +79,7 @@ def requirements(root: Path = REPOSITORY) -> dict[str, str]:
         lines = tomllib.loads(project.read_text())["project"]["dependencies"]
     else:
         lines = [line for line in metadata.requires("kdlib") or [] if "extra ==" not in line]
-    return dict(re.fullmatch(r"([\w.-]+) ?>=([\w.]+)", line.strip()).groups() for line in lines)
+    return dict(re.split(r" ?>=", line.strip()) for line in lines)
 
 
 def locked_versions(root: Path = REPOSITORY) -> dict[str, str] | None:
@@ -92,14 +94,14 @@ def packages(root: Path = REPOSITORY) -> Iterator[Finding]:
     """What kdlib imports, each against its lower bound, then everything else against the lock file."""
     locked = locked_versions(root)
     # In the repository one command mends everything; elsewhere pip has to.
-    setup = "make setup" if locked is not None else None
+    setup = "make setup" if locked is not None else ""
     for name, bound in requirements(root).items():
         version, wanted = _installed(name), (locked or {}).get(name)
         enough = version is not None and _numbers(version) >= _numbers(bound)
         value = version or "not installed"
-        if enough and wanted and _public(version) != wanted:
+        if enough and wanted and _public(value) != wanted:
             value += f"  (the book was made with {wanted}: numbers may differ in their last digits)"
-            yield Finding(name, value, remedy=setup or "")
+            yield Finding(name, value, remedy=setup)
         else:
             yield Finding(name, value, *_judged(enough, setup or f"pip install '{name}>={bound}'"))
     if locked is None:
@@ -187,7 +189,7 @@ def attention_kernels() -> Iterator[Finding]:
     kind = torch.bfloat16 if place == "cuda" else torch.float32  # the flash kernel takes no float32 on a GPU
     x = torch.linspace(-1, 1, 64, device=place).to(kind).reshape(1, 2, 4, 8)
 
-    def attend(x):
+    def attend(x: torch.Tensor) -> torch.Tensor:
         return torch.nn.functional.scaled_dot_product_attention(x, x, x)
 
     for name, kernel in (
@@ -228,16 +230,16 @@ def eager_derivative() -> Finding:
     weights = dict(model.named_parameters())
     direction = {name: torch.cos(torch.arange(w.numel()).double()).reshape(w.shape) for name, w in weights.items()}
 
-    def logits(weights):
+    def logits(weights: dict[str, torch.Tensor]) -> torch.Tensor:
         return functional_call(model, weights, (ids, (ids > 0).long())).logits
 
-    def moved(step):
+    def moved(step: float) -> torch.Tensor:
         with torch.no_grad():
             return logits({name: weight + step * direction[name] for name, weight in weights.items()})
 
     try:
         with models.exact_attention(model):
-            _, tangent = jvp(logits, (weights,), (direction,))
+            tangent = jvp(logits, (weights,), (direction,))[1]
             difference = (moved(1e-6) - moved(-1e-6)) / 2e-6
     except RuntimeError as error:
         return Finding(name, f"no jvp: {str(error).splitlines()[0][:80]}", False, remedy)
@@ -417,7 +419,7 @@ def examine(glue: Path | None = None, ask_hub: bool = False, root: Path = REPOSI
         yield finding
     if not good:
         return
-    checks = [offline_bert, device, precisions, threads, attention_kernels, eager_derivative, memory, disk]
+    checks: list[Check] = [offline_bert, device, precisions, threads, attention_kernels, eager_derivative, memory, disk]
     checks += [miniglue_data, partial(shipped_data, root)]
     checks += [partial(glue_mirror, glue)] if glue is not None else []
     checks += [caches, *([hub] if ask_hub else [])]
@@ -447,7 +449,7 @@ def main(arguments: list[str] | None = None) -> int:
     return 0 if all(finding.ok for finding in findings) else 1
 
 
-def _guarded(check: Callable[[], Finding | Iterator[Finding]]) -> Iterator[Finding]:
+def _guarded(check: Check) -> Iterator[Finding]:
     """The findings of a check; if it breaks off, that is a finding too, and worth a report."""
     try:
         found = check()
@@ -475,7 +477,7 @@ def _public(version: str) -> str:
 
 def _numbers(version: str) -> tuple[int, ...]:
     """2.13.0rc1+cpu as (2, 13): enough to compare with a lower bound."""
-    return tuple(map(int, re.sub(r"(\.0+)+$", "", re.match(r"[\d.]*\d", version)[0]).split(".")))
+    return tuple(map(int, re.sub(r"(\.0+)+$", "", re.findall(r"[\d.]*\d", version)[0]).split(".")))
 
 
 if __name__ == "__main__":

@@ -75,14 +75,19 @@ class Task:
     @property
     def num_labels(self) -> int:
         """The width of the model's head: the number of classes, 1 for regression."""
+        return len(self.class_names) or 1
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """One name per class, () for regression.  Raises ValueError where `load` has yet to take them from the data."""
         if self.label_names is None:
             raise ValueError(
                 f"the classes of task {self.name!r} are read from the data: use the task that load returns"
             )
-        return len(self.label_names) or 1
+        return self.label_names
 
 
-def _task(name: str, texts: str, labels: str, metrics: str, **other) -> Task:
+def _task(name: str, texts: str, labels: str, metrics: str, **other: Any) -> Task:
     return Task(name, tuple(texts.split()), tuple(labels.split()), tuple(metrics.split()), config=name, **other)
 
 
@@ -132,7 +137,7 @@ def generic_task(
     label_names: Sequence[str] | None = None,
     metrics: Sequence[str] | None = None,
     test_splits: Sequence[str] | None = None,
-    **other,
+    **other: Any,
 ) -> Task:
     """Describe a data set that is not in TASKS; `other` are further fields of Task.
 
@@ -248,7 +253,8 @@ def load(
                 "'micro_f1' or another one"
             )
     prepared = {split: _prepared(rows, task, split, by_name) for split, rows in found.items()}
-    train, carved = prepared[task.train_split], ()
+    train = prepared[task.train_split]
+    carved: tuple[str, ...] = ()
     if missing := [split for split in task.evaluation_splits if split not in prepared]:
         train, prepared[missing[0]] = _carve(train, task, notes)
         carved = (missing[0],)
@@ -419,7 +425,7 @@ def _with_classes(table: Table, column: str, names: tuple[str, ...]) -> Table:
 
 def _prepared(table: Table, task: Task, split: str, by_name: bool) -> Dataset:
     """Checked texts, labels as class numbers or float32 scores, and the number of each row."""
-    unlabelled = split in task.test_splits and task.label_column not in table.present
+    unlabelled = split in (task.test_splits or ()) and task.label_column not in table.present
     for column in (*task.text_columns, *(() if unlabelled else (task.label_column,))):
         if column not in table.columns:
             name = "label_column" if column == task.label_column else "text_columns"
@@ -435,7 +441,7 @@ def _prepared(table: Table, task: Task, split: str, by_name: bool) -> Dataset:
         labels = np.full(len(table), HIDDEN)
     else:
         labels = _labels(table, task, split, by_name)
-    feature = Value("float32") if task.is_regression else ClassLabel(names=list(task.label_names))
+    feature = Value("float32") if task.is_regression else ClassLabel(names=list(task.class_names))
     labels = labels.astype(np.float32 if task.is_regression else np.int64)
     columns = {name: pa.array(table.columns[name], pa.string()) for name in task.text_columns}
     oracle = [name for name in table.columns if name not in (*task.text_columns, task.label_column)]
@@ -443,9 +449,9 @@ def _prepared(table: Table, task: Task, split: str, by_name: bool) -> Dataset:
     columns |= {task.label_column: pa.array(labels), task.row_column: pa.array(np.arange(len(labels)))}
     whole = pa.table(columns)
     types = datasets.Features({**datasets.Features.from_arrow_schema(whole.schema), task.label_column: feature})
-    name = datasets.NamedSplit(split) if re.fullmatch(r"\w+(\.\w+)*", split) else None  # encode tells which one it is
+    named = datasets.NamedSplit(split) if re.fullmatch(r"\w+(\.\w+)*", split) else None  # encode tells which one it is
     # `datasets` would take the hash of all rows for a name, which takes longer than to read them.
-    return Dataset(whole, datasets.DatasetInfo(features=types), name, fingerprint=generate_random_fingerprint())
+    return Dataset(whole, datasets.DatasetInfo(features=types), named, fingerprint=generate_random_fingerprint())
 
 
 def _check_texts(texts: list[Any], column: str, task: Task, split: str) -> None:
@@ -532,19 +538,20 @@ def _labels(table: Table, task: Task, split: str, by_name: bool) -> np.ndarray:
     """The labels as numbers; HIDDEN only in test splits.  Raises ValueError with the first bad value and its row."""
     values, declared = table.columns[task.label_column], table.classes.get(task.label_column)
     if declared and declared != task.label_names and not by_name:
-        expected = "a score" if task.is_regression else f"the classes {', '.join(task.label_names)}, in this order"
+        expected = "a score" if task.is_regression else f"the classes {', '.join(task.class_names)}, in this order"
         raise ValueError(
             f"the labels of split {split!r} are the classes {', '.join(declared)}, but task {task.name!r} expects "
             f"{expected}: describe this data set with generic_task (in the form, with text_columns)"
         )
-    hidden = split in task.test_splits
+    hidden = split in (task.test_splits or ())
     if not hidden:
         _check_present(values, task, split)
     _check_kinds(values, task, split)
     if task.is_regression:
         known, expected = _scores(set(values), task)
     else:
-        known, expected = _class_numbers(set(values), task, by_name)
+        numbers, expected = _class_numbers(set(values), task, by_name)
+        known = {**numbers}
     if hidden:
         unknown = {value for value in known if known[value] is None}
         hide = {value for value in unknown if _is_missing(value) or _class_name(value) == str(HIDDEN)}
@@ -580,7 +587,7 @@ def _class_numbers(values: set[Any], task: Task, by_name: bool) -> tuple[dict[An
     Text is the name of a class.  A number is its place, or with `by_name` its name, as a text is: 2, 2.0 and "2" then
     are the same.
     """
-    names = {name: number for number, name in enumerate(task.label_names)}
+    names = {name: number for number, name in enumerate(task.class_names)}
     known: dict[Any, int | None] = {}
     for value in values:
         if by_name or isinstance(value, str):
@@ -590,9 +597,9 @@ def _class_numbers(values: set[Any], task: Task, by_name: bool) -> tuple[dict[An
             place = value is not None and value in range(task.num_labels)
             known[value] = int(value) if place else None
     if by_name:
-        return known, f"one of {_listed(task.label_names)}, the classes that occur in {task.train_split!r}"
+        return known, f"one of {_listed(task.class_names)}, the classes that occur in {task.train_split!r}"
     if all(isinstance(value, str | None) for value in values):
-        return known, f"one of {_listed(task.label_names)}"
+        return known, f"one of {_listed(task.class_names)}"
     return known, f"a class number, 0 … {task.num_labels - 1}"
 
 
@@ -674,7 +681,8 @@ def encode(dataset: Dataset, task: Task, tokenizer: PreTrainedTokenizerBase, max
         raise ValueError(f"max_length is {max_length}; {special} special tokens leave no room for the text")
     if tokenizer.pad_token_id is None:
         raise ValueError(f"{type(tokenizer).__name__} has no padding token; use a BERT-like tokenizer")
-    ids, types, lengths = [], [], []
+    ids, types = [], []
+    lengths: list[int] = []
     for start in bar(range(0, len(dataset), 1000), "tokenising"):
         texts = dataset[start : start + 1000]
         columns = [texts[column] for column in task.text_columns]
@@ -758,7 +766,7 @@ def write_predictions(
     if task.is_regression:
         predictions = [f"{score:.3f}" for score in np.clip(outputs[:, 0], *(task.score_range or (None, None)))]
     else:
-        classes, names = outputs.argmax(axis=1).tolist(), _one_line_each(task.label_names)
+        classes, names = outputs.argmax(axis=1).tolist(), _one_line_each(task.class_names)
         predictions = classes if task.name in _SUBMITTED_AS_NUMBERS else [names[c] for c in classes]
     path = Path(folder) / name
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -18,14 +18,14 @@ import math
 import os
 import random
 import sys
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, islice
 from pathlib import Path
 from statistics import NormalDist
 from typing import Any
 
-from transformers import BertTokenizerFast
+from transformers import BertTokenizer
 
 from kdlib import files
 
@@ -174,7 +174,7 @@ class Claim:
         return " ".join(filter(None, (self.quantifier, self.modifier, self.noun, self.verb, self.adverb)))
 
 
-def _below(word: str, other: str, table: dict[str, tuple[str, ...]]) -> bool:
+def _below(word: str, other: str, table: Mapping[str, Sequence[str]]) -> bool:
     return word == other or word in table.get(other, ())
 
 
@@ -210,7 +210,7 @@ def infer(premise: Claim, hypothesis: Claim) -> str:
     return "contradiction" if entails(premise, hypothesis, denied=True) else "neutral"
 
 
-def _neighbour(word: str, table: dict[str, tuple[str, ...]], rng: random.Random) -> str:
+def _neighbour(word: str, table: Mapping[str, Sequence[str]], rng: random.Random) -> str:
     """Another word of the same row: a hypernym, a hyponym or a sister."""
     row = next((hypernym, *words) for hypernym, words in table.items() if word in (hypernym, *words))
     return rng.choice([other for other in row if other != word])
@@ -226,7 +226,7 @@ def _claims(rng: random.Random) -> tuple[Claim, Claim]:
         modifier=rng.choice(("", rng.choice(MODIFIERS))),
         adverb=rng.choice(("", rng.choice(ADVERBS))),
     )
-    changes = (
+    changes: tuple[dict[str, str], ...] = (
         {"noun": _neighbour(premise.noun, NOUNS, rng)},
         {"verb": _neighbour(premise.verb, ACTIONS, rng)},
         {"modifier": "" if premise.modifier else rng.choice(MODIFIERS)},
@@ -404,7 +404,7 @@ def _event(people: Sequence[str], rng: random.Random) -> Event:
 def _paraphrase(rng: random.Random) -> Draft:
     # One person each and synonyms of the verb only: who did it to whom, in either voice, is hard enough.
     event = replace(_event([pair[0] for pair in PEOPLE], rng), agent_number=1, patient_number=1)
-    plain = {"agent": 0, "patient": 0, "time_first": False}
+    plain: dict[str, Any] = {"agent": 0, "patient": 0, "time_first": False}
     first, second = replace(_wording(rng), **plain), replace(_wording(rng), **plain)
     if rng.randrange(100) < PARAPHRASE_PERCENT:
         other, paraphrase = event, 0.96
@@ -484,8 +484,8 @@ def _similar(rng: random.Random) -> Draft:
         patient=_similar_noun(event.patient, rng),
     )
     if rng.randrange(4) == 0:
-        field = "agent_number" if event.agent_number > 1 else "patient_number"
-        other = replace(other, **{field: rng.randrange(1, 5)})
+        number = rng.randrange(1, 5)
+        other = replace(other, agent_number=number) if event.agent_number > 1 else replace(other, patient_number=number)
     if rng.randrange(3) == 0:
         other = replace(other, negated=not event.negated)
     if rng.randrange(8) == 0:
@@ -533,7 +533,7 @@ def generate(task: str, seed: int = 0) -> dict[str, list[Row]]:
 
 def _distinct(draw: Callable[[random.Random], Draft], count: int, rng: random.Random) -> Iterator[Draft]:
     seen: set[tuple[str, ...]] = set()
-    drafts = []
+    drafts: list[Draft] = []
     while len(drafts) < count:
         draft = draw(rng)
         key = tuple(sorted(draft.texts))
@@ -617,7 +617,16 @@ def vocabulary() -> list[str]:
 
 def _words() -> set[str]:
     """Every word that a grammar can write."""
-    tables = [ADJECTIVES, NEGATORS, INTENSIFIERS, ASPECTS, COPULAS, BELIEVED, DENIED, ("the", "and", "but", "although")]
+    tables: list[Iterable[str]] = [
+        ADJECTIVES,
+        NEGATORS,
+        INTENSIFIERS,
+        ASPECTS,
+        COPULAS,
+        BELIEVED,
+        DENIED,
+        ("the", "and", "but", "although"),
+    ]
     tables += [(",", "."), QUANTIFIERS, NOUNS, *NOUNS.values(), ACTIONS, *ACTIONS.values(), MODIFIERS, ADVERBS]
     nouns = [*KINDS, *chain.from_iterable(PEOPLE + ANIMALS)]
     verbs = sorted(_BASE_VERBS)
@@ -681,9 +690,9 @@ def folder() -> Path:
     return cached
 
 
-def tokenizer() -> BertTokenizerFast:
+def tokenizer() -> BertTokenizer:
     """BERT's WordPiece tokenizer with MiniGLUE's vocabulary."""
-    return BertTokenizerFast(vocab=str(folder() / "vocab.txt"), model_max_length=128)
+    return BertTokenizer(vocab=str(folder() / "vocab.txt"), model_max_length=128)
 
 
 if __name__ == "__main__":

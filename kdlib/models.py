@@ -23,10 +23,11 @@ import math
 import re
 import sys
 import unicodedata
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from itertools import chain
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypedDict
 
 import huggingface_hub
 import numpy as np
@@ -103,6 +104,13 @@ def detached(outputs: Outputs) -> Outputs:
     return Outputs(outputs.logits.detach(), tuple(states.detach() for states in outputs.hidden_states))
 
 
+class Wanted(TypedDict, total=False):
+    """What `apply` shall return beside the logits."""
+
+    hidden_states: bool
+    attentions: bool
+
+
 class Encoding(NamedTuple):
     """What happens inside an encoder; queries, keys and values have one entry for each layer that was asked for.
 
@@ -175,7 +183,7 @@ def tiny_config(name: str, vocab_size: int, num_labels: int) -> BertConfig:
             f"{name!r}: {heads} heads cannot share {hidden} units over {layers} layers: give at least one layer and a "
             "number of heads that divides the width"
         )
-    return BertConfig(
+    config = BertConfig(
         vocab_size=vocab_size,
         hidden_size=hidden,
         num_hidden_layers=layers,
@@ -184,11 +192,12 @@ def tiny_config(name: str, vocab_size: int, num_labels: int) -> BertConfig:
         max_position_embeddings=128,
         # BERT's 0.02 belongs to 768 units; a narrow network needs larger weights to pass a signal of the same size.
         initializer_range=0.02 * math.sqrt(768 / hidden),
-        num_labels=num_labels,
         # Narrow networks on a few thousand short sentences underfit; dropout would only slow them down.
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
     )
+    config.num_labels = num_labels
+    return config
 
 
 def shape_config(name: str, vocab_size: int, num_labels: int) -> BertConfig | ElectraConfig:
@@ -199,7 +208,7 @@ def shape_config(name: str, vocab_size: int, num_labels: int) -> BertConfig | El
     if name not in SHAPES:
         raise ValueError(f"{name!r} is not the name of a shape; expected one of {', '.join(SHAPES)}")
     kind = ElectraConfig if "embedding_size" in SHAPES[name] else BertConfig
-    return kind(vocab_size=vocab_size, num_labels=num_labels, **SHAPES[name])
+    return kind.from_dict({"vocab_size": vocab_size, "num_labels": num_labels, **SHAPES[name]})
 
 
 def minilm_folder() -> Path:
@@ -293,7 +302,9 @@ def load(name: str, task: glue.Task, tokenizer: PreTrainedTokenizerBase, seed: i
     another number of them, or a score where the task has classes; OSError for a hub id that cannot be reached, for a
     folder that holds no model, for a damaged file, named, and for weights that do not fit their configuration.
     """
-    order, note = [], ""
+    order: list[int] = []
+    note = ""
+    config: PretrainedConfig
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if is_fresh(name):
@@ -302,7 +313,7 @@ def load(name: str, task: glue.Task, tokenizer: PreTrainedTokenizerBase, seed: i
             model = AutoModelForSequenceClassification.from_config(
                 config, attn_implementation=FAST_ATTENTION, trust_remote_code=False
             )
-            model.new_weights = tuple(name for name, _ in model.named_parameters())
+            _note_new(model, [name for name, _ in model.named_parameters()])
         else:
             location, config = _configured(name, task)
             before = copy.deepcopy(config)
@@ -339,7 +350,7 @@ def load_masked(name: str, tokenizer: PreTrainedTokenizerBase, seed: int = 0) ->
             model = AutoModelForMaskedLM.from_config(
                 config, attn_implementation=FAST_ATTENTION, trust_remote_code=False
             )
-            model.new_weights = tuple(name for name, _ in model.named_parameters())
+            _note_new(model, [name for name, _ in model.named_parameters()])
         else:
             model = _stored(AutoModelForMaskedLM, name, *_configured(name))
     return _with_vocabulary(name, model, tokenizer).eval()
@@ -353,9 +364,14 @@ def head_is_new(model: PreTrainedModel) -> bool:
 
     Raises ValueError for a network that `load`, `load_masked` or `first_layers` did not make.
     """
-    if not hasattr(model, "new_weights"):
+    new = getattr(model, "new_weights", None)
+    if new is None:
         raise ValueError(f"what is new in this {type(model).__name__} is not known: load it with `load`")
-    return any(not _in_encoder(model, name) for name in model.new_weights)
+    return any(not _in_encoder(model, name) for name in new)
+
+
+def _note_new(model: Any, names: Iterable[str]) -> None:
+    model.new_weights = tuple(names)
 
 
 def _configured(name: str, task: glue.Task | None = None) -> tuple[str, PretrainedConfig]:
@@ -367,7 +383,12 @@ def _configured(name: str, task: glue.Task | None = None) -> tuple[str, Pretrain
         return location, AutoConfig.from_pretrained(location, trust_remote_code=False)
 
 
-def _stored(kind: type, name: str, location: str, config: PretrainedConfig) -> PreTrainedModel:
+def _stored(
+    kind: type[AutoModelForSequenceClassification] | type[AutoModelForMaskedLM],
+    name: str,
+    location: str,
+    config: PretrainedConfig,
+) -> PreTrainedModel:
     """The stored network as one of transformers' `kind`, with `new_weights`, if the weights fit the configuration.
 
     Sizes that differ are let through first, because transformers names none of the tensors in its error.
@@ -383,7 +404,7 @@ def _stored(kind: type, name: str, location: str, config: PretrainedConfig) -> P
             ignore_mismatched_sizes=True,
         )
     _check_weights(name, location, model, found)
-    model.new_weights = tuple(key for key, _ in model.named_parameters() if key in found["missing_keys"])
+    _note_new(model, [key for key, _ in model.named_parameters() if key in found["missing_keys"]])
     return model
 
 
@@ -402,7 +423,7 @@ def _in_encoder(model: PreTrainedModel, name: str) -> bool:
     return first == model.base_model_prefix or (bool(rest) and first in dict(model.base_model.named_children()))
 
 
-def _check_weights(name: str, location: str, model: PreTrainedModel, found: Mapping) -> None:
+def _check_weights(name: str, location: str, model: PreTrainedModel, found: Mapping[str, Any]) -> None:
     """Raise OSError unless the weights are those of the configuration.
 
     Missing may be: the whole head, unless the configuration says that this very kind of network was stored, and the
@@ -500,7 +521,7 @@ def first_layers(model: PreTrainedModel, layers: int, seed: int = 0) -> PreTrain
     if not 1 <= layers <= depth:
         raise ValueError(f"student_layers is {layers}, but the teacher has {depth} layers: choose 1 … {depth}")
     student = copy.deepcopy(model)
-    student.base_model.encoder.layer = student.base_model.encoder.layer[:layers]
+    del _layers(student)[layers:]
     student.config.num_hidden_layers = layers
     if hasattr(student, "classifier"):
         head = output_layer(student)
@@ -511,7 +532,7 @@ def first_layers(model: PreTrainedModel, layers: int, seed: int = 0) -> PreTrain
         drawn = {*getattr(model, "new_weights", ()), *(n for n, p in student.named_parameters() if _is_of(head, p))}
     else:
         drawn = set(getattr(model, "new_weights", ()))
-    student.new_weights = tuple(name for name, _ in student.named_parameters() if name in drawn)
+    _note_new(student, [name for name, _ in student.named_parameters() if name in drawn])
     return student.eval()
 
 
@@ -618,20 +639,20 @@ def encode_tokens(
     caught: dict[tuple[int, str], Tensor] = {}
 
     def catch(layer: int, what: str, heads: int) -> Callable[..., None]:
-        def hook(module: nn.Module, inputs: tuple, output: Tensor) -> None:
+        def hook(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
             caught[layer, what] = output.unflatten(-1, (heads, -1)).transpose(1, 2)
 
         return hook
 
     with ExitStack() as hooks:
         for layer in set(projections):
-            attention = layers[layer - 1].attention.self
             for what in ("query", "key", "value"):
-                hook = catch(layer, what, attention.num_attention_heads)
-                hooks.enter_context(getattr(attention, what).register_forward_hook(hook))
+                hook = catch(layer, what, model.config.num_attention_heads)
+                made = layers[layer - 1].get_submodule(f"attention.self.{what}")
+                hooks.enter_context(made.register_forward_hook(hook))
         answer = model.base_model(input_ids=input_ids, attention_mask=attention_mask, output_hidden_states=True)
-    made = (tuple(caught[layer, what] for layer in projections) for what in ("query", "key", "value"))
-    return Encoding(tuple(answer.hidden_states), *made)
+    kept = (tuple(caught[layer, what] for layer in projections) for what in ("query", "key", "value"))
+    return Encoding(tuple(answer.hidden_states), *kept)
 
 
 def masked_logits(
@@ -673,7 +694,7 @@ def predict(
     encoded: Encoded,
     batch_size: int = 64,
     description: str = "predicting",
-    autocast: Callable[[], AbstractContextManager] = nullcontext,
+    autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> Float[np.ndarray, "n classes"]:
     """Logits for a whole split, in the order of the split, dropout off; the training mode is restored.
 
@@ -684,13 +705,14 @@ def predict(
     device = next(model.parameters()).device
     was_training = model.training
     model.eval()
-    outputs = np.empty((len(encoded), model.config.num_labels), dtype=np.float32)
-    for indices in bar(sequential_batches(encoded.lengths, batch_size), description):
+    order, parts = sequential_batches(encoded.lengths, batch_size), []
+    for indices in bar(order, description):
         batch = to_device(collate(encoded, indices), device)
         with autocast():
-            outputs[indices] = logits(model, batch).cpu().numpy()
+            parts.append(logits(model, batch).float().cpu())
     model.train(was_training)
-    return outputs
+    outputs = torch.cat(parts)
+    return outputs[torch.tensor(list(chain.from_iterable(order))).argsort()].numpy()
 
 
 def trainable(module: nn.Module) -> Parameters:
@@ -718,7 +740,9 @@ def apply(
     if unknown:
         raise ValueError(f"{type(module).__name__} has no parameter {some(unknown)}")
     names = inspect.signature(module.forward).parameters
-    inputs = {name: value for name, value in batch.items() if name in names and name != "labels"}
+    inputs: dict[str, Tensor | bool] = {
+        name: value for name, value in batch.items() if name in names and name != "labels"
+    }
     if not inputs:
         raise ValueError(
             f"{type(module).__name__}.forward takes {', '.join(names)}, but the batch has {', '.join(batch)}: "
@@ -894,8 +918,8 @@ def label_order(name: str, head: Head, task: glue.Task) -> tuple[list[int], str]
     if task.is_regression or theirs == ours:
         return same, ""
     for alike in (str, _alike):
-        names, wanted = [alike(label) for label in theirs], [alike(label) for label in ours]
-        if sorted(names) != sorted(wanted):
+        names, places = [alike(label) for label in theirs], [alike(label) for label in ours]
+        if sorted(names) != sorted(places):
             continue
         if len(set(names)) < len(names):
             raise ValueError(
@@ -903,7 +927,7 @@ def label_order(name: str, head: Head, task: glue.Task) -> tuple[list[int], str]
                 "are alike but for case, blanks, hyphens or underscores. Write the task's names, letter by letter, "
                 "into id2label of its config.json, in the order of the head"
             )
-        order = [names.index(label) for label in wanted]
+        order = [names.index(label) for label in places]
         moved = f"{name}: the head's classes {_listed(theirs)} are put into the order of {task.name}, {_listed(ours)}"
         return order, "" if order == same else moved
     numbers, defaults = tuple(map(str, same)), tuple(f"LABEL_{number}" for number in same)

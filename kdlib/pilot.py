@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Collection, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_map
 
 from kdlib import losses, models
 from kdlib.learner import Batch, Learner
-from kdlib.models import Outputs, Parameters
+from kdlib.models import Outputs, Parameters, Wanted
 
 Loss = Callable[[Outputs, Mapping[str, Tensor]], Tensor]
 """`loss(outputs, batch)`: one value per sample, `(batch,)`, from the student's outputs and whatever the batch holds
@@ -39,7 +39,7 @@ def gradient(
     create_graph: bool = False,
     among: Collection[str] | None = None,
     pieces: int = 1,
-    **wanted: bool,
+    **wanted: Unpack[Wanted],
 ) -> Parameters:
     """The gradient of the mean loss at `parameters`, by name; zero for a parameter that plays no part.
 
@@ -101,7 +101,7 @@ def sgd_step(
     loss: Loss,
     learning_rate: float,
     create_graph: bool = False,
-    **wanted: bool,
+    **wanted: Unpack[Wanted],
 ) -> Parameters:
     """The pilot student θ_s' = θ_s − η_s ∇ mean_i ℓ_i: new parameters; `student` and `parameters` stay as they are.
 
@@ -147,13 +147,15 @@ def adamw_state(
         return {name: found[name].get(kind, torch.zeros_like(value)).detach() for name, value in parameters.items()}
 
     group = optimizer.param_groups[0]
+    beta1, beta2 = group["betas"]
     return AdamWState(
         moments("exp_avg"),
         moments("exp_avg_sq"),
         {name: groups[id(parameter)]["weight_decay"] for name, parameter in parameters.items()},
         int(max((float(state.get("step", 0)) for state in found.values()), default=0)),
         group["lr"] if learning_rate is None else learning_rate,
-        *group["betas"],
+        beta1,
+        beta2,
         group["eps"],
     )
 
@@ -226,7 +228,7 @@ def teaching_experiment(
     rule: Literal["sgd", "adamw"] = "sgd",
     steps: int = 1,
     pieces: int = 1,
-    **wanted: bool,
+    **wanted: Unpack[Wanted],
 ) -> Experiment:
     """A copy of the student learns the batch, without dropout; the student and its optimiser stay as they are.
 
@@ -255,7 +257,7 @@ def _gradient_and_outputs(
     targets: Outputs,
     loss: Callable[[Outputs, Outputs, Tensor], Tensor],
     pieces: int,
-    **wanted: bool,
+    **wanted: Unpack[Wanted],
 ) -> tuple[Parameters, Outputs]:
     """The gradient of the student's loss at `parameters`, without dropout, and the outputs on the way."""
     outputs: list[Outputs] = []

@@ -1,6 +1,7 @@
 """The look of the book's figures, and the one kind of plot that matplotlib lacks: a mean with its spread over seeds."""
 
 from pathlib import Path
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -21,7 +22,7 @@ def plain(text: str) -> str:
     return text.replace("$", r"\$")
 
 
-def band(axes: Axes, x: ArrayLike, values: ArrayLike, label: str | None = None, **style) -> Line2D:
+def band(axes: Axes, x: ArrayLike, values: ArrayLike, label: str | None = None, **style: Any) -> Line2D:
     """Draw the mean over seeds as a line and ± 1 standard deviation as a band; return the line.
 
     `values` has shape `(seeds, len(x))`, in the unit of the axis.  The deviation is the one of a sample (n − 1); with

@@ -10,9 +10,11 @@ import sys
 import time
 from collections.abc import Iterable, Sized
 from contextlib import suppress
-from typing import Any
+from typing import Any, TypeVar
 
 from tqdm import tqdm
+
+_Item = TypeVar("_Item")
 
 LONG = 20.0
 """Seconds after which a notebook shows lines beside its bars: whoever waits so long may be reading a log file."""
@@ -71,7 +73,7 @@ def _terminal() -> bool:
         return False
 
 
-def bar(items: Iterable, description: str, initial: int = 0, total: int | None = None) -> Iterable:
+def bar(items: Iterable[_Item], description: str, initial: int = 0, total: int | None = None) -> Iterable[_Item]:
     """Iterate over `items` behind a bar that shows only when the work takes longer than three seconds."""
     if total is None and isinstance(items, Sized):
         total = len(items)

@@ -9,6 +9,7 @@ Tutor-KD's L_inter, eq. (14), is `hidden_mse` + `attention_mse`.  The teacher is
 computed in float32 at least, under autocast too.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Literal
 
@@ -73,13 +74,13 @@ def hidden_mse(
         pairs = layer_map(len(student_states) - 1, len(teacher_states) - 1)
     if not pairs:
         raise ValueError("pairs is empty; expected at least one pair (student's layer, teacher's layer)")
-    total = 0.0
+    parts = []
     for mine, their in pairs:
         ours = student_states[mine] if projection is None else projection(student_states[mine])
         ours, theirs = _constant_teacher(ours, teacher_states[their])
         _check_widths(ours, theirs, "give a projection, for example nn.Linear(student's, teacher's, bias=False)")
-        total = total + _token_mean((ours - theirs).square().mean(-1), attention_mask)
-    return total
+        parts.append(_token_mean((ours - theirs).square().mean(-1), attention_mask))
+    return functools.reduce(torch.add, parts)
 
 
 def hidden_cosine(
@@ -207,14 +208,14 @@ def attention_mse(
     measure = attention if of == "distributions" else attention_scores
     there = attention_mask.bool()
     outside = ~(there[:, None, :, None] & there[:, None, None, :])
-    total = 0.0
+    parts = []
     for queries, keys, their_queries, their_keys in zip(*student, *teacher, strict=True):
         _check_heads(queries, their_queries, "attention is compared head by head; take relation_kl")
         ours = measure(queries, keys, attention_mask)
         theirs = measure(their_queries.detach(), their_keys.detach(), attention_mask)
         squares = (ours - theirs).masked_fill(outside, 0.0).square().sum((1, 2, 3))
-        total = total + squares / _tokens(attention_mask, squares.dtype).square()
-    return total
+        parts.append(squares / _tokens(attention_mask, squares.dtype).square())
+    return functools.reduce(torch.add, parts)
 
 
 def attention_kl(

@@ -271,8 +271,8 @@ def check_files(folder: Path, split: str, files: list[Path]) -> None:
     """Raise OSError for missing shards, Git LFS pointers and truncated parquet files, before anything is parsed."""
     if not files:
         raise FileNotFoundError(f"no file of split {split!r} is in {folder}. {COPY_AGAIN}")
-    shards = [re.search(r"-(\d{5})-of-(\d{5})", path.name) for path in files]
-    if all(shards) and len(shards) < (expected := int(shards[0][2])):
+    shards = [match for path in files if (match := re.search(r"-(\d{5})-of-(\d{5})", path.name))]
+    if len(shards) == len(files) and len(files) < (expected := int(shards[0][2])):
         raise FileNotFoundError(f"split {split!r} in {folder} has {len(files)} of {expected} files. {COPY_AGAIN}")
     for path in files:
         with path.open("rb") as file:

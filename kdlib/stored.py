@@ -28,8 +28,10 @@ _TOKENIZER_FILE = re.compile(
 _LFS = b"version https://git-lfs"
 _LONGEST_HEADER = 100_000_000  # bytes; the safetensors library takes no longer one
 # What says where or by which version something was written, or is overruled by `models.load`, not what it computes.
-_NOT_CONTENT = ("transformers_version", "_name_or_path", "name_or_path", "_commit_hash", "dtype", "torch_dtype")
-_NOT_CONTENT += ("is_local", "local_files_only", "tokenizer_file", "vocab_file")
+_NOT_CONTENT = (
+    "transformers_version", "_name_or_path", "name_or_path", "_commit_hash", "dtype", "torch_dtype", "is_local",
+    "local_files_only", "tokenizer_file", "vocab_file",
+)  # fmt: skip
 
 
 def find(name: str) -> str:

@@ -174,7 +174,8 @@ def comma_separated(lines: Iterable[str], path: Path) -> Iterator[list[str]]:
     Raises ValueError with file and line for a row with another number of fields than the header, and for quotation
     marks that leave open where a text ends.
     """
-    reader, header, empty = csv.reader(lines, strict=True), [], 0
+    reader, empty = csv.reader(lines, strict=True), 0
+    header: list[str] = []
     line = 1
     try:
         for fields in reader:

@@ -15,9 +15,10 @@ second time, and nothing in the book needs that.  What depends on the teacher ca
 
 import difflib
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Literal
+from functools import reduce
+from typing import Any, Literal, Unpack, get_args
 
 import torch
 from jaxtyping import Float
@@ -26,7 +27,7 @@ from torch.func import grad, jvp
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from kdlib import models, pilot
-from kdlib.models import Outputs, Parameters
+from kdlib.models import Outputs, Parameters, Wanted
 from kdlib.pilot import Loss, task_loss
 
 Batch = Mapping[str, Tensor]
@@ -47,7 +48,7 @@ def student_tangent(
     method: TangentMethod = "jvp",
     radius: float = RADIUS,
     outputs: Outputs | None = None,
-    **wanted: bool,
+    **wanted: Unpack[Wanted],
 ) -> tuple[Outputs, Outputs]:
     """The student's outputs at `parameters` and their derivative along `direction`: logits `(batch, classes)` each.
 
@@ -67,7 +68,7 @@ def student_tangent(
 
     Source: LGTM eqs. (8), (10): the part of the student.  Derived in: chapters/03_finite_differences.
     """
-    _check_choice(method, TangentMethod.__args__, "method")
+    _check_choice(method, get_args(TangentMethod), "method")
     if not (math.isfinite(radius) and radius > 0):
         raise ValueError(f"radius is {radius}; expected a positive, finite number")
     here, along = _at_and_along(parameters, direction)
@@ -77,7 +78,7 @@ def student_tangent(
 
     with torch.no_grad(), models.evaluating(student), _attention(student, method, wanted):
         if method == "jvp":
-            return jvp(network, (here,), (along,))
+            return jvp(network, (here,), (along,))[:2]
         if method.endswith("difference"):
             known = network(here) if outputs is None else outputs
             behind = None if method == "finite-difference" else known
@@ -85,7 +86,7 @@ def student_tangent(
         return _double_backward(network, here, along)
 
 
-def _attention(student: nn.Module, method: str, wanted: Mapping[str, bool]) -> AbstractContextManager:
+def _attention(student: nn.Module, method: str, wanted: Wanted) -> AbstractContextManager[None]:
     """Plain passes, as a finite difference takes, can use the fast attention, unless its weights are asked for."""
     fast = method.endswith("difference") and not wanted.get("attentions")
     return nullcontext() if fast else models.exact_attention(student)
@@ -124,11 +125,15 @@ def _double_backward(
         leaves = {name: value.requires_grad_() for name, value in here.items()}
         outputs, structure = tree_flatten(network(leaves))
         weights = [torch.zeros_like(value, requires_grad=True) for value in outputs]
-        total = sum((weight * value).sum() for weight, value in zip(weights, outputs, strict=True))
+        total = _added((weight * value).sum() for weight, value in zip(weights, outputs, strict=True))
         transposed = torch.autograd.grad(total, list(leaves.values()), create_graph=True, materialize_grads=True)
-        paired = sum((value * along[name]).sum() for name, value in zip(leaves, transposed, strict=True))
+        paired = _added((value * along[name]).sum() for name, value in zip(leaves, transposed, strict=True))
         tangents = torch.autograd.grad(paired, weights, materialize_grads=True)
     return tree_unflatten([value.detach() for value in outputs], structure), tree_unflatten(list(tangents), structure)
+
+
+def _added(values: Iterable[Tensor]) -> Tensor:
+    return reduce(torch.add, values)
 
 
 def check_direction(parameters: Parameters, direction: Parameters) -> None:
@@ -162,7 +167,7 @@ def feedback_gradient(
     loss: Loss = task_loss,
     among: Collection[str] | None = None,
     pieces: int = 1,
-    **wanted: bool,
+    **wanted: Unpack[Wanted],
 ) -> Parameters:
     """g = ∇L(e; θ), the gradient of the mean feedback loss at the parameters given: those of the *pilot* student.
 
@@ -221,7 +226,7 @@ def influence_along(
     loss: Loss,
     direction: Parameters,
     method: TangentMethod = "jvp",
-    **wanted: bool,
+    **wanted: Unpack[Wanted],
 ) -> Float[Tensor, "batch"]:
     """⟨∇ℓ_i, v⟩ for every sample of the batch and any direction v, by one tangent of the student.
 
@@ -248,7 +253,7 @@ def hessian_vector_product(
     loss: Loss,
     vector: Parameters,
     method: Literal["forward-over-reverse", "reverse-over-reverse"] = "forward-over-reverse",
-    **wanted: bool,
+    **wanted: Unpack[Wanted],
 ) -> Parameters:
     """∇²L · v of the mean loss, by name.
 
@@ -272,13 +277,13 @@ def hessian_vector_product(
         leaves = {name: value.requires_grad_() for name, value in here.items()}
         tensors = list(leaves.values())
         first = torch.autograd.grad(mean(leaves), tensors, create_graph=True, materialize_grads=True)
-        paired = sum((value * along[name]).sum() for name, value in zip(leaves, first, strict=True))
+        paired = _added((value * along[name]).sum() for name, value in zip(leaves, first, strict=True))
         return dict(zip(leaves, torch.autograd.grad(paired, tensors, materialize_grads=True), strict=True))
 
 
 def _derivative(function: Callable[[Any], Tensor], outputs: Any, tangents: Any) -> Float[Tensor, "batch"]:
     outputs, tangents = (tree_map(Tensor.detach, tree) for tree in (outputs, tangents))
-    values, derivatives = jvp(function, (outputs,), (tangents,))
+    values, derivatives = jvp(function, (outputs,), (tangents,))[:2]
     _per_sample(values, len(tree_leaves(outputs)[0]))
     return derivatives
 

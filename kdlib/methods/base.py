@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from kdlib import glue, losses, models, representations
 from kdlib.learner import BATCH_SIZE, WARMUP_RATIO, WEIGHT_DECAY, Batch, Learner
 from kdlib.losses import Objective
-from kdlib.models import Outputs
+from kdlib.models import Outputs, Wanted
 from kdlib.settings import (
     Number,
     Positive,
@@ -290,7 +290,7 @@ class Imitating(Taught):
         return self.objective in losses.BATCH_OBJECTIVES
 
     @property
-    def wanted(self) -> dict[str, bool]:
+    def wanted(self) -> Wanted:
         """What the networks must answer besides logits, as arguments of `models.outputs` and `models.apply`."""
         return {"hidden_states": True} if self.pkd_weight > 0 else {}
 
