@@ -129,6 +129,13 @@ class RunConfig:
         )
 
     @property
+    def reader(self) -> str:
+        """The network whose tokenizer cuts the texts."""
+        name = self.teacher or self.student
+        assert name is not None
+        return name
+
+    @property
     def flat(self) -> dict[str, Any]:
         """All fields of all methods as one dict, None for those that this method does not read; see `configure`."""
         own = {name: value for name, value in vars(self).items() if name != "settings"}
@@ -207,11 +214,10 @@ def configure(**parameters: Any) -> RunConfig:
     assert given is not None
     try:
         given.glue_task  # noqa: B018  (its checks)
-        task = {}
+        run = _completed(given)
     except ValueError as error:
         problems.append(str(error))
-        task = {"task": "mini-mnli", "text_columns": None}  # to look for further problems
-    run = _completed(dataclasses.replace(given, **task))
+        run = _completed(dataclasses.replace(given, task="mini-mnli", text_columns=None))  # to look for more problems
     kind = METHODS[run.method]
     told = {
         name: value for name, value in parameters.items() if name in READ_BY and value not in (None, _UNSAID.get(name))
@@ -305,7 +311,7 @@ def load_data(config: RunConfig) -> glue.TaskData:
     return _loaded(*_what_to_load(config))
 
 
-def _what_to_load(config: RunConfig) -> tuple:
+def _what_to_load(config: RunConfig) -> tuple[Any, ...]:
     what = (config.source, config.glue_task, config.max_train, config.max_evaluation, config.feedback_fraction)
     return *what, config.predict_test, _signature(config.source)
 
@@ -318,7 +324,7 @@ def _loaded(
     max_evaluation: int | None,
     feedback_fraction: float,
     want_test: bool,
-    signature: tuple,
+    signature: tuple[Any, ...],
 ) -> glue.TaskData:
     return glue.load(
         source,
@@ -336,7 +342,7 @@ def _fingerprint(*what: Any) -> str:
     return f"sha256:{glue.fingerprint(_loaded(*what))}"
 
 
-def _signature(source: str) -> tuple:
+def _signature(source: str) -> tuple[Any, ...]:
     """What tells whether the files of a local source have changed; () for others."""
     folder = miniglue.folder() if source == "miniglue" else Path(source).expanduser()
     if not folder.is_dir():

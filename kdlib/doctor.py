@@ -317,20 +317,20 @@ def shipped_data(root: Path = REPOSITORY) -> Iterator[Finding]:
     """The papers' tables, the run records and the stored teachers, which come with the repository only."""
     from safetensors import SafetensorError, safe_open
 
-    from kdlib import runs
+    from kdlib import book, records
 
     if not (root / "data").is_dir():
         remedy = "chapters that read records or teachers need the repository: clone it and run  pip install -e ."
         yield Finding("tables, records", "none: kdlib was installed without its repository", remedy=remedy)
         return
     again = "git checkout -- data"
-    rows = len(runs.published(folder=root / "data" / "published"))
+    rows = len(book.published(folder=root / "data" / "published"))
     yield Finding("published tables", f"{rows:,} numbers", *_judged(rows > 0, again))
     problem, count = None, 0
     for path in sorted((root / "data" / "runs").rglob("*.json")):
         try:
-            if runs.is_record(path):
-                runs.read_record(path)
+            if records.is_record(path):
+                records.read_record(path)
             else:
                 json.loads(path.read_text())  # a record of a chapter's own form
             count += 1

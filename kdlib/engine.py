@@ -145,8 +145,8 @@ def forget(folder: Path) -> None:
 
 def _clear(folder: Path) -> None:
     """Remove what only a finished run has: networks, predictions, logits."""
-    for left in (STUDENT, TEACHER_FOLDER):
-        shutil.rmtree(folder / left, ignore_errors=True)
+    for network in (STUDENT, TEACHER_FOLDER):
+        shutil.rmtree(folder / network, ignore_errors=True)
     for left in (*folder.glob(f"{trainer.LOGITS}*"), *folder.glob("*.tsv")):
         left.unlink()
 

@@ -4,6 +4,7 @@ import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -35,7 +36,8 @@ class Learner:
     """A module, its optimiser and its learning-rate schedule."""
 
     name: str
-    module: nn.Module
+    module: Any
+    """an nn.Module: a network, or what is around one"""
     optimizer: torch.optim.Optimizer
     schedule: torch.optim.lr_scheduler.LRScheduler
     accelerator: Accelerator = field(repr=False)

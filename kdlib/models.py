@@ -104,10 +104,15 @@ def detached(outputs: Outputs) -> Outputs:
     return Outputs(outputs.logits.detach(), tuple(states.detach() for states in outputs.hidden_states))
 
 
-class Wanted(TypedDict, total=False):
-    """What `apply` shall return beside the logits."""
+class WantedStates(TypedDict, total=False):
+    """What `outputs` and `targets` shall return beside the logits."""
 
     hidden_states: bool
+
+
+class Wanted(WantedStates, total=False):
+    """What `apply` shall return beside the logits."""
+
     attentions: bool
 
 

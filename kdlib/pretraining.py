@@ -30,6 +30,7 @@ from kdlib.learner import (
     BATCH_SIZE,
     WARMUP_RATIO,
     WEIGHT_DECAY,
+    Batch,
     Learner,
     accelerator_for,
     learner,
@@ -130,6 +131,13 @@ class PretrainingConfig:
     """go on with an interrupted run and reuse a finished one; False: start afresh"""
     settings: Any = None
     """what the method alone reads, an object of its class in `ON_TEXT`"""
+
+    @property
+    def reader(self) -> str:
+        """The network whose tokenizer cuts the texts."""
+        name = self.teacher or self.student
+        assert name is not None
+        return name
 
     @property
     def flat(self) -> dict[str, Any]:
@@ -248,7 +256,7 @@ class Networks:
 
     cast: TextCast
     step: Step
-    measure: Callable[[dict], dict[str, float]]
+    measure: Callable[[Batch], dict[str, float]]
 
     @property
     def learners(self) -> list[Learner]:
@@ -276,7 +284,7 @@ def run(config: PretrainingConfig) -> RunRecord:
 def prepare(config: PretrainingConfig) -> Prepared:
     """Load and check everything that a run needs, and put its step together."""
     accelerator = accelerator_for(config.device, config.precision)
-    tokenizer = models.load_tokenizer(config.teacher or config.student)
+    tokenizer = models.load_tokenizer(config.reader)
     masking = corpus.masking(tokenizer, config.mask_rate, config.seed)
     who = networks(config, tokenizer, masking, accelerator)
     text, held_out = load_corpus(config, tokenizer)  # after the networks: it may take hours
@@ -301,11 +309,23 @@ def load_corpus(config: PretrainingConfig, tokenizer: PreTrainedTokenizerBase) -
     Raises ValueError for a corpus that is too small to hold anything out, and what `corpus.load` raises.
     """
     cache = Path(config.cache_dir or Path(config.output_dir) / "corpora").expanduser()
-    options = {"max_length": config.max_length, "packed": config.packed, "column": config.column, "cache": cache}
-    text = corpus.load(config.corpus, tokenizer, config.train_split, max_lines=config.max_lines, **options)
+
+    def read(split: str, max_lines: int | None = None) -> corpus.Corpus:
+        return corpus.load(
+            config.corpus,
+            tokenizer,
+            split,
+            config.max_length,
+            config.packed,
+            max_lines,
+            config.column,
+            cache,
+        )
+
+    text = read(config.train_split, config.max_lines)
     split = config.validation_split or (_VALIDATION if config.corpus == corpus.MINI else None)
     if split is not None:
-        return text, corpus.load(config.corpus, tokenizer, split, **options).encoded
+        return text, read(split).encoded
     blocks = len(text.encoded)
     kept = min(1000, blocks // 20)
     if kept < 1:
@@ -345,7 +365,7 @@ def networks(
 
     words = masking.special, masking.mask
     if config.teacher is None:
-        network = models.load_masked(config.student, tokenizer, config.seed)
+        network = models.load_masked(config.reader, tokenizer, config.seed)
         _check_length(config, network)
         if config.settings.trained == "head":
             network.base_model.requires_grad_(False)
@@ -366,13 +386,13 @@ def _load_pair(
     config: PretrainingConfig, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[PreTrainedModel, PreTrainedModel]:
     """Teacher and student, which fit together."""
-    teacher = models.load_masked(config.teacher, tokenizer, config.seed).requires_grad_(False)
+    teacher = models.load_masked(config.reader, tokenizer, config.seed).requires_grad_(False)
     asks = isinstance(config.settings, AskingForWords) and not config.settings.untrained_teacher
     refuse([untrained(config.teacher, config.method)] if asks and models.head_is_new(teacher) else [])
     if config.student_layers is not None:
         network = models.first_layers(teacher, config.student_layers, config.seed).requires_grad_()
     else:
-        network = models.load_masked(config.student, tokenizer, config.seed)
+        network = models.load_masked(config.student or config.reader, tokenizer, config.seed)
     _check_words(config, tokenizer, teacher, network)
     for one in (teacher, network):
         _check_length(config, one)

@@ -63,7 +63,7 @@ def prepare(config: RunConfig) -> Prepared:
     """Load and check everything that a run needs, its teacher's own run included, and put its step together."""
     accelerator = accelerator_for(config.device, config.precision)
     data = load_data(config)
-    tokenizer = models.load_tokenizer(config.teacher or config.student)
+    tokenizer = models.load_tokenizer(config.reader)
     network = load_student(config, data.task, tokenizer)
     encoded = encode_all(data, tokenizer, config.max_length)
     check_lengths(encoded, network, config.student or f"the student of {config.student_layers} layers")
@@ -109,7 +109,7 @@ def load_student(config: RunConfig, task: glue.Task, tokenizer: PreTrainedTokeni
                 f"student {named!r} ({len(ours)} word pieces) and teacher {config.teacher!r} ({len(theirs)}) "
                 "have different tokenizers: distillation needs one vocabulary"
             )
-    network = models.load(named or config.teacher, task, tokenizer, config.seed)
+    network = models.load(named or config.reader, task, tokenizer, config.seed)
     if config.student_layers is None:
         return network
     return models.first_layers(network, config.student_layers, config.seed)
@@ -141,7 +141,7 @@ def teacher_of(config: RunConfig) -> tuple[str, RunRecord | None]:
     """Where the teacher of `config` is, made if need be, and the record of its run (None if it was there already)."""
     own = teachers_config(config)
     if own is None:
-        return config.teacher, None
+        return config.reader, None
     record = run(own)
     if not (record.folder / STUDENT / "config.json").exists():
         notice(f"the network of the finished run {record.run_id} is gone: it is computed again")

@@ -35,7 +35,9 @@ def settings(kind: type[T]) -> type[T]:
         default = vars(kind).get(name)
         if isinstance(default, dataclasses.Field) and default.metadata.get("by rule"):
             kind.__annotations__[name] = hint | None
-    return dataclass(frozen=True, kw_only=True, config=ConfigDict(strict=True))(kind)
+    checked_kind: Any = dataclass(frozen=True, kw_only=True, config=ConfigDict(strict=True))(kind)
+    made: type[T] = checked_kind
+    return made
 
 
 def by_rule() -> Any:
@@ -228,8 +230,9 @@ def _field_docs(kind: type) -> dict[str, str]:
     """The string under each field, of this class and of those that it is made of."""
     found: dict[str, str] = {}
     for part in reversed(kind.__mro__[:-1]):
-        body = ast.parse(textwrap.dedent(inspect.getsource(part))).body[0].body
-        for field, text in itertools.pairwise(body):
+        defined = ast.parse(textwrap.dedent(inspect.getsource(part))).body[0]
+        assert isinstance(defined, ast.ClassDef)
+        for field, text in itertools.pairwise(defined.body):
             if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr):
-                found[field.target.id] = inspect.cleandoc(ast.literal_eval(text.value))
+                found[ast.unparse(field.target)] = inspect.cleandoc(ast.literal_eval(text.value))
     return found

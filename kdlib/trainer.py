@@ -18,6 +18,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from kdlib import checkpoints, glue, losses, metrics, models
 from kdlib.batches import Encoded, collate, length_grouped_batches, to_device
@@ -105,7 +106,7 @@ def evaluation(
 
 
 def teacher_logits(
-    teacher: torch.nn.Module,
+    teacher: PreTrainedModel,
     encoded: Encoded,
     accelerator: Accelerator,
     batch_size: int = 128,

@@ -19,6 +19,7 @@ def steps() -> dict[str, list[str]]:
     return {
         "lint": ["ruff", "check", "."],
         "format": ["ruff", "format", "--check", "."],
+        "types": ["mypy"],
         "tests": ["pytest", "-q", "-n", WORKERS, "--dist", "loadscope", "--cov", "--cov-report", "term"],
         "notebooks": ["tools.compare"],
     }

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from kdlib import glue, losses, models, representations
 from kdlib.learner import BATCH_SIZE, WARMUP_RATIO, WEIGHT_DECAY, Batch, Learner
 from kdlib.losses import Objective
-from kdlib.models import Outputs, Wanted
+from kdlib.models import Outputs, WantedStates
 from kdlib.settings import (
     Number,
     Positive,
@@ -100,15 +100,15 @@ class Method:
     """Values of this class's fields that add nothing to a run's name: they came after the first records were made."""
 
     @classmethod
-    def defaults(cls, run: Run) -> dict[str, Any]:
+    def defaults(cls, run: Any) -> dict[str, Any]:
         """The defaults that depend on the rest of the run, of fields that were not given."""
         return {}
 
-    def completed(self, run: Run) -> dict[str, Any]:
+    def completed(self, run: Any) -> dict[str, Any]:
         """Values for fields that are None still, which depend on others of this object, too."""
         return {}
 
-    def problems(self, run: Run) -> list[str]:
+    def problems(self, run: Any) -> list[str]:
         """What does not go together with the rest of the run, a sentence each."""
         return []
 
@@ -137,7 +137,7 @@ class Method:
     def prepare(self, student: nn.Module, teacher: nn.Module) -> None:
         """What happens to the networks before they become learners."""
 
-    def step(self, cast: Cast) -> Step:
+    def step(self, cast: Any) -> Step:
         """What a run does with each batch."""
         raise NotImplementedError
 
@@ -290,7 +290,7 @@ class Imitating(Taught):
         return self.objective in losses.BATCH_OBJECTIVES
 
     @property
-    def wanted(self) -> Wanted:
+    def wanted(self) -> WantedStates:
         """What the networks must answer besides logits, as arguments of `models.outputs` and `models.apply`."""
         return {"hidden_states": True} if self.pkd_weight > 0 else {}
 
@@ -439,7 +439,7 @@ class Piloting(Imitating):
         present = student.optimizer.param_groups[0]["lr"]
         return present if self.pilot_learning_rate is None else self.pilot_learning_rate
 
-    def lowered(self, student: Learner) -> AbstractContextManager:
+    def lowered(self, student: Learner) -> AbstractContextManager[None]:
         """The precision of pilot step and derivative."""
         return student.accelerator.autocast() if self.tangent_precision == "autocast" else nullcontext()
 

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from kdlib import losses, models, pilot
 from kdlib.learner import Batch, Learner, minimise_together
 from kdlib.methods.base import Cast, Learning, Piloting, Run, Step, Trained, Unlabelled, check_whole_batch, mean_entropy
-from kdlib.models import Outputs
+from kdlib.models import Outputs, WantedStates
 from kdlib.settings import Share, by_rule, fill, settings
 from kdlib.tangent import distillation_influence, feedback_gradient, student_tangent
 
@@ -122,7 +122,8 @@ def ikd(student: Learner, teacher: Learner, settings: IKD) -> Step:
 
         with settings.lowered(student):
             here, outputs = models.trainable(module), None
-            place, asked = here, {}
+            place = here
+            asked: WantedStates = {}
             if settings.feedback_at == "after":
                 rate = settings.rate(student)
                 trial = pilot.teaching_experiment(student, batch, targets, settings.loss, rate, **wanted)

@@ -130,7 +130,8 @@ def lgtm(student: Learner, teacher: Learner, settings: LGTM, watch: Watch | None
     module, wanted = student.module, settings.wanted
 
     def step(batch: Batch, feedback: Batch) -> dict[str, float]:
-        labels, values = batch["labels"], {}
+        labels = batch["labels"]
+        values: dict[str, float] = {}
         with teacher.accelerator.autocast():
             teacher_outputs = models.outputs(teacher.module, batch, **wanted)
         targets, influences = models.detached(teacher_outputs), None

@@ -7,6 +7,7 @@ Source: MetaDistil Algorithm 1, eqs. (2)-(3); LGTM eqs. (5)-(7), the same withou
 Derived in: chapters/05_pilot_updates.
 """
 
+from collections.abc import Mapping
 from typing import ClassVar
 
 import torch
@@ -152,7 +153,7 @@ def tangents_along(
     """
     module, wanted = student.module, settings.wanted
 
-    def loss(outputs: Outputs, batch: Batch) -> Tensor:
+    def loss(outputs: Outputs, batch: Mapping[str, Tensor]) -> Tensor:
         return settings.loss(outputs, targets, batch["labels"])
 
     if trial.slopes is not None:

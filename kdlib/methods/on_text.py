@@ -91,11 +91,16 @@ class OnText(Method):
     ignores: ClassVar[tuple[str, ...]] = ()
     """Fields of all runs that this method does not read."""
     teaches: ClassVar[Literal["nobody", "fixed", "learning"]] = "fixed"
-    trains_head: ClassVar[bool] = False
-    """Whether it leaves a student with a trained masked-language-model head."""
-    pairs_layers: ClassVar[bool] = False
-    """Whether the student's layers imitate the teacher's."""
-    learned: ClassVar[Literal["all", "head"]] = "all"
+
+    @property
+    def trains_head(self) -> bool:
+        """Whether it leaves a student with a trained masked-language-model head."""
+        return False
+
+    @property
+    def pairs_layers(self) -> bool:
+        """Whether the student's layers imitate the teacher's."""
+        return False
 
     def loss(self, cast: TextCast) -> Loss:
         """What the student minimises, unless there is more than that."""
@@ -144,10 +149,12 @@ def untrained(teacher: str | None, method: str) -> str:
 class ComparingAttention(OnText):
     """For a method that can compare attention head by head."""
 
-    pairs_layers: ClassVar[bool] = True
-
     attention: bool | None = None
     """imitate attention too; None: where the numbers of heads agree"""
+
+    @property
+    def pairs_layers(self) -> bool:
+        return True
 
     def compares(self, student: PreTrainedModel, teacher: PreTrainedModel) -> bool:
         """Whether attention is compared for these networks."""

@@ -5,7 +5,7 @@ which both do the same.  Derived in: chapters/04_online_distillation.
 """
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Literal, Unpack
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from torch import Tensor
 from kdlib import models
 from kdlib.learner import Batch, Learner, minimise_together
 from kdlib.methods.base import Cast, Mutual, Step, mean_entropy
-from kdlib.models import Outputs
+from kdlib.models import Outputs, WantedStates
 from kdlib.settings import Temperature, settings
 
 Order = Literal["teacher", "student", "simultaneous"]
@@ -91,7 +91,7 @@ def online_distillation(student: Learner, teacher: Learner, settings: ProKT) -> 
 
 
 def _update(
-    who: Learner, loss: Callable[[Batch, Outputs], Tensor], batch: Batch, **wanted: bool
+    who: Learner, loss: Callable[[Batch, Outputs], Tensor], batch: Batch, **wanted: Unpack[WantedStates]
 ) -> tuple[float, Tensor]:
     """One step of `who` on the loss of its own outputs; also the logits that it had."""
     logits: list[Tensor] = []

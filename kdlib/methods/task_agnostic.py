@@ -40,10 +40,12 @@ class MLM(OnText):
 
     teaches: ClassVar[Literal["nobody", "fixed", "learning"]] = "nobody"
     ignores: ClassVar[tuple[str, ...]] = ("teacher", "student_layers")
-    trains_head: ClassVar[bool] = True
-
     trained: Literal["all", "head"] = "all"
     """what learns, "all" or only the "head", for an encoder that comes without one"""
+
+    @property
+    def trains_head(self) -> bool:
+        return True
 
     def problems(self, run: TextRun) -> list[str]:
         found = super().problems(run)
@@ -57,10 +59,12 @@ class MLM(OnText):
 class SoftLabels(AskingForWords):
     """The teacher's distributions at the masked positions."""
 
-    trains_head: ClassVar[bool] = True
-
     temperature: Positive = 1.0
     """of both distributions"""
+
+    @property
+    def trains_head(self) -> bool:
+        return True
 
     def loss(self, cast: TextCast) -> Loss:
         return soft_labels(*cast.pair, self.temperature)
@@ -70,10 +74,12 @@ class SoftLabels(AskingForWords):
 class DistilBERT(AskingForWords):
     """Soft labels, hard labels, and the cosine of the last hidden states."""
 
-    trains_head: ClassVar[bool] = True
-
     temperature: Positive = 2.0
     """of both distributions"""
+
+    @property
+    def trains_head(self) -> bool:
+        return True
 
     def loss(self, cast: TextCast) -> Loss:
         return distilbert(*cast.pair, self.temperature)
@@ -222,7 +228,8 @@ def minilm_v2(
         pair = depth(student.network), teacher_layer or depth(teacher)
         (theirs, ours), real = _both(student, teacher, batch, (pair,)), batch["attention_mask"]
         kinds = ((e.queries[0], e.keys[0], e.values[0]) for e in (ours, theirs))
-        return sum(inner.relation_kl(mine, their, real, relation_heads) for mine, their in zip(*kinds, strict=True)) / 3
+        values = [inner.relation_kl(mine, their, real, relation_heads) for mine, their in zip(*kinds, strict=True)]
+        return sum(values[1:], values[0]) / len(values)
 
     return loss
 

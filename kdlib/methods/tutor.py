@@ -12,7 +12,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -51,12 +51,14 @@ Baseline = Literal["none", "running mean", "leave one out"]
 class Untutored(AskingForWords, ComparingAttention):
     """The same student without a tutor: Tutor-KD Table 4, "w/o Mod, Tutor"."""
 
-    trains_head: ClassVar[bool] = True
-
     logit_weight: Weight = 25.0
     """λ₁ of eq. (8)"""
     inner_weight: Weight = 0.5
     """λ₂ of eq. (8), the weight of what is inside the networks"""
+
+    @property
+    def trains_head(self) -> bool:
+        return True
 
     @property
     def pairs_layers(self) -> bool:
@@ -135,10 +137,10 @@ class TutorKD(Untutored):
     def measure(self, cast: TextCast) -> Callable[[Batch], dict[str, float]]:
         """The student's loss and the numbers of `Turn.log`."""
         assert cast.tutor is not None
+        tutor, (student, teacher) = cast.tutor.module, cast.pair
 
         def measured(batch: Batch) -> dict[str, float]:
-            student, teacher = cast.pair
-            turn = take_turn(student, cast.tutor.module, teacher, batch, cast.special, cast.mask, self)
+            turn = take_turn(student, tutor, teacher, batch, cast.special, cast.mask, self)
             return {"loss": turn.student.item(), **_numbers(turn.log)}
 
         return measured
@@ -152,6 +154,8 @@ class Tutor(nn.Module):
 
     Source: Tutor-KD section 3.1.  Derived in: chapters/09_tutor_kd.
     """
+
+    mean_reward: Tensor
 
     def __init__(self, teacher: PreTrainedModel, start: Literal["teacher", "random"] = "teacher", seed: int = 0):
         super().__init__()
