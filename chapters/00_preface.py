@@ -176,4 +176,17 @@ print("ready")
 # | 11 | [Full pretraining runs](11_pretraining.ipynb) |
 # | 12 | [Full GLUE runs](12_glue.ipynb) |
 #
+# The library reads in this order; each file opens with what it is for:
+#
+# | | in `kdlib/` | what it teaches |
+# |---:|---|---|
+# | 1 | `losses.py`, `representations.py`, `policy.py` | what is imitated, one value per sample; hidden states and attention; rewards (chapters 1, 8, 9) |
+# | 2 | `settings.py` | how a method says what it can be told, and refuses the rest |
+# | 3 | `learner.py` | a network with its optimiser: one step, and of two networks at once |
+# | 4 | `pilot.py`, `tangent.py` | the student's trial step, and the derivative behind three papers (chapters 2, 3) |
+# | 5 | `methods/base.py`, `kd.py`, `online.py` | the parts that methods share; fixed teachers, and teachers that learn (chapters 1, 4) |
+# | 6 | `methods/metadistil.py`, `ikd.py`, `lgtm.py` | the three papers that listen to the student (chapters 5, 6, 7) |
+# | 7 | `methods/tutor_words.py`, `tutor.py` | the tutor (chapters 8, 9) |
+# | 8 | `trainer.py` | the loop: order, evaluation, checkpoints |
+#
 # There is no chapter 10 yet: the number is kept for the methods that these four papers compare themselves with. Read chapter 1 next. If you have come to run experiments, chapter 12 (GLUE) and chapter 11 (text without labels) stand on their own.

@@ -248,7 +248,7 @@ def test_the_hooks_use_the_projects_own_environment_and_no_network(root):
     config = yaml.safe_load((root / ".pre-commit-config.yaml").read_text())
     assert [repository["repo"] for repository in config["repos"]] == ["local"]
     hooks = {hook["id"]: hook for hook in config["repos"][0]["hooks"]}
-    assert hooks.keys() == {"ruff-check", "ruff-format", "chapters"}
+    assert hooks.keys() == {"ruff-check", "ruff-format", "types", "chapters"}
     for hook in hooks.values():
         assert hook["language"] == "system"
         assert hook["entry"].startswith(".venv/bin/python -m ")
