@@ -24,6 +24,13 @@ ROOT = Path(__file__).resolve().parents[1]
 ASKED = Path(tempfile.gettempdir()) / f"kdlib-asked-{os.getpid()}"
 
 
+def pytest_collection_modifyitems(items):
+    """Measure no coverage while the book's tests run: tracing takes half as long again, and tests/ mirrors kdlib."""
+    for item in items:
+        if item.path.is_relative_to(ROOT / "tests" / "book"):
+            item.add_marker(pytest.mark.no_cover)
+
+
 @pytest.fixture(autouse=True)
 def no_other_machine(monkeypatch):
     """Fails a test during which another machine was asked for, here or in a process that the test started."""
