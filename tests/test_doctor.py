@@ -331,6 +331,7 @@ def test_a_good_miniglue(tasks):
     assert doctor.miniglue_data() == Finding("MiniGLUE", f"4 tasks in {tasks}")
 
 
+@pytest.mark.no_cover  # it writes all of MiniGLUE again, which tracing would make twice as long
 def test_one_changed_letter_of_miniglue_is_found(tasks):
     path = tasks / "mini-mnli" / "train-00001-of-00002.jsonl"
     text = path.read_text()
