@@ -250,8 +250,8 @@ for kind in ("weighted", "printed", "meta", "released"):
     pair = [learner(name, module, accelerator, 1e-2, 10**12, 0.0, 0.0) for name, module in modules.items()]
     # The library's "released" differentiates the teacher's whole loss, in which KL has the weight 0.4.
     weight = 0.3 / 0.4 if kind == "released" else 0.3
-    labels_of = {"alpha": 0.5, "teacher_alpha": 0.6, "temperature": 1.0}
-    step = lgtm(*pair, LGTM(**labels_of, influence=kind, influence_weight=weight, pilot_learning_rate=0.5))
+    ours = {"alpha": 0.5, "teacher_alpha": 0.6, "temperature": 1.0, "pilot_rule": "sgd", "pilot_learning_rate": 0.5}
+    step = lgtm(*pair, LGTM(influence=kind, influence_weight=weight, **ours))
     for number in range(2):
         lessons = (random_batch(number), random_batch(100 + number))
         step(*({**b, "token_type_ids": torch.zeros_like(b["input_ids"]), "rows": torch.arange(8)} for b in lessons))
