@@ -19,13 +19,14 @@ import argparse
 import copy
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
-from kdlib.imitation import Imitation
 from torch import Tensor, nn
 from transformers import BertForSequenceClassification
 
@@ -33,17 +34,17 @@ from benchmarks.influence import CLASSES, peak_bytes, random_batch, seconds
 from kdlib import models, pilot
 from kdlib.learner import Batch, Learner, accelerator_for, learner
 from kdlib.methods.base import Step
-from kdlib.methods.ikd import ikd
-from kdlib.methods.lgtm import lgtm
-from kdlib.methods.metadistil import metadistil
-from kdlib.methods.online import detached, online_distillation
+from kdlib.methods.ikd import IKD, ikd
+from kdlib.methods.lgtm import LGTM, lgtm
+from kdlib.methods.metadistil import MetaDistil, metadistil
+from kdlib.methods.online import ProKT, online_distillation
 
 WORDS = 1000  # few, so that the layers are what is measured
 FLOOR, AT_ONCE = "online, teacher first", "online, both at once"
 DOUBLE, RELEASED = "MetaDistil, double backward", "LGTM, released structure"
 EVERY_OTHER = "LGTM, every second step, central difference"
 TABLE = Path(__file__).resolve().parents[1] / "data" / "benchmarks" / "step.csv"
-IMITATION = Imitation(alpha=0.5, temperature=2.0)
+IMITATION = ProKT(alpha=0.5, temperature=2.0)
 
 
 class Saved(torch.autograd.graph.saved_tensors_hooks):
@@ -98,14 +99,14 @@ def double_backward(student: Learner, teacher: Learner) -> Step:
         def quiz(_: Batch) -> Tensor:
             with models.evaluating(teacher.module):
                 answers = models.outputs(teacher.module, batch)
-            taught = lambda outputs, batch: IMITATION(outputs, answers, batch["labels"])  # noqa: E731
+            taught = lambda outputs, batch: IMITATION.loss(outputs, answers, batch["labels"])  # noqa: E731
             moved = pilot.sgd_step(module, models.trainable(module), batch, taught, rate, create_graph=True)
             with models.evaluating(module), models.exact_attention(module):
                 return pilot.task_loss(models.apply(module, moved, feedback), feedback)
 
         def lesson(piece: Batch) -> Tensor:
             answers = models.targets(teacher.module, piece)
-            return IMITATION(models.outputs(module, piece), answers, piece["labels"])
+            return IMITATION.loss(models.outputs(module, piece), answers, piece["labels"])
 
         return {"feedback_loss": teacher.minimise(quiz, batch), "loss": student.minimise(lesson, batch)}
 
@@ -123,16 +124,16 @@ def released_structure(student: Learner, teacher: Learner, rate: float = 3e-5) -
             parameter.data.add_(direction[name], alpha=distance)
         with models.evaluating(student.module), models.evaluating(teacher.module):
             ours = models.targets(student.module, batch)
-            loss = IMITATION(models.outputs(teacher.module, batch), ours, batch["labels"]).mean()
+            loss = IMITATION.teachers_loss(models.outputs(teacher.module, batch), ours, batch["labels"]).mean()
         return list(torch.autograd.grad(loss, list(teacher.module.parameters())))
 
     def step(batch: Batch, feedback: Batch) -> dict[str, float]:
         autocast, named = student.accelerator.autocast, dict(student.module.named_parameters())
         with autocast():
             ours, theirs = (models.outputs(who.module, batch) for who in (student, teacher))
-            lesson = IMITATION(ours, detached(theirs), batch["labels"]).mean()
+            lesson = IMITATION.loss(ours, models.detached(theirs), batch["labels"]).mean()
             slopes = dict(zip(named, torch.autograd.grad(lesson, list(named.values())), strict=True))
-            IMITATION(theirs, detached(ours), batch["labels"]).mean().backward()
+            IMITATION.teachers_loss(theirs, models.detached(ours), batch["labels"]).mean().backward()
             unrolled = copy.deepcopy(student.module)
             state = copy.deepcopy(pilot.adamw_state(student.optimizer, named))
             unrolled.load_state_dict(pilot.adamw(named, slopes, state), strict=False)
@@ -148,7 +149,7 @@ def released_structure(student: Learner, teacher: Learner, rate: float = 3e-5) -
             parameter.grad.sub_(one - other, alpha=rate / (2 * radius))
         teacher.optimizer.step()
         teacher.optimizer.zero_grad()
-        taught = lambda piece: IMITATION(  # noqa: E731
+        taught = lambda piece: IMITATION.loss(  # noqa: E731
             models.outputs(student.module, piece), models.targets(teacher.module, piece), piece["labels"]
         )
         return {"loss": student.minimise(taught, batch), "feedback_loss": quiz.item()}
@@ -158,13 +159,21 @@ def released_structure(student: Learner, teacher: Learner, rate: float = 3e-5) -
 
 def ways(student: Learner, teacher: Learner) -> dict[str, Step]:
     """A step of each kind for the same two networks."""
-    meta = partial(metadistil, student, teacher, IMITATION, tangent_precision="autocast")
-    good = partial(lgtm, student, teacher, IMITATION, IMITATION, tangent_precision="autocast")
-    told = partial(ikd, student, teacher, IMITATION, tangent_precision="autocast")
+    same = {"alpha": IMITATION.alpha, "temperature": IMITATION.temperature, "tangent_precision": "autocast"}
+
+    def meta(**own: Any) -> Step:
+        return metadistil(student, teacher, MetaDistil(**same, **own))
+
+    def good(**own: Any) -> Step:
+        return lgtm(student, teacher, LGTM(**same, **own))
+
+    def told(**own: Any) -> Step:
+        return ikd(student, teacher, IKD(**same, **own))
+
     central, forward = {"tangent": "finite-difference"}, {"tangent": "forward-difference"}
     return {
-        FLOOR: online_distillation(student, teacher, IMITATION, IMITATION, "teacher"),
-        AT_ONCE: online_distillation(student, teacher, IMITATION, IMITATION, "simultaneous"),
+        FLOOR: online_distillation(student, teacher, IMITATION),
+        AT_ONCE: online_distillation(student, teacher, replace(IMITATION, first="simultaneous")),
         DOUBLE: double_backward(student, teacher),
         "MetaDistil, jvp": meta(),
         "MetaDistil, jvp, in two pieces": meta(pilot_pieces=2),
