@@ -38,7 +38,6 @@ from transformers import (
 
 from kdlib import glue, losses, miniglue, models, stored
 from kdlib.batches import Encoded, collate
-from kdlib.methods.online import zero_classifier
 from kdlib.tangent import distillation_influence, feedback_gradient, student_tangent
 from tests import exact, toy
 
@@ -384,7 +383,7 @@ class TestElectra:
         model = electra_classifier(labels=2)
         predictions = models.predict(model.float(), toy.encoded(9), batch_size=4)
         assert predictions.shape == (9, 2) and predictions.any()
-        zero_classifier(model)
+        models.zero_classifier(model)
         assert not models.predict(model, toy.encoded(9)).any()
         assert models.output_layer(model) is model.classifier.out_proj
         with pytest.raises(ValueError, match="ElectraForMaskedLM has no linear layer called classifier"):
@@ -1113,3 +1112,21 @@ class TestMiniLMsWeights:
             file.write(bytes([byte[0] ^ 1]))
         with pytest.raises(OSError, match=r"has the SHA-256 [0-9a-f]{64}, not 53aa51172d142c89"):
             models.check_minilm()
+
+
+def test_a_zero_classifier_gives_equal_probabilities_and_only_the_head_changes():
+    module = toy.network(0, labels=3)
+    torch.nn.init.ones_(module.classifier.bias)
+    before = copy.deepcopy(module.state_dict())
+    models.zero_classifier(module)
+    assert torch.equal(models.targets(module, exact.batch(7, 0)).logits, torch.zeros(7, 3))
+    changed = {name for name, value in module.state_dict().items() if not torch.equal(value, before[name])}
+    assert changed == {"classifier.weight", "classifier.bias"}
+    with pytest.raises(ValueError, match="Sequential has no linear layer called classifier"):
+        models.zero_classifier(torch.nn.Sequential(torch.nn.Linear(2, 2)))
+
+
+def test_detached_outputs_are_constants():
+    outputs = models.detached(models.outputs(toy.network(0, labels=3).train(), exact.batch(7, 0), hidden_states=True))
+    assert not outputs.logits.requires_grad and len(outputs.hidden_states) == 2
+    assert not any(states.requires_grad for states in outputs.hidden_states)

@@ -8,7 +8,7 @@ Source: LGTM Algorithm 1, eqs. (8)-(11).  Derived in: chapters/07_good_teachers.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -121,13 +121,14 @@ def lgtm(student: Learner, teacher: Learner, settings: LGTM, watch: Watch | None
 
     `watch(batch, influences, student's outputs, teacher's outputs)` is called whenever there are influences.
 
-    Raises ValueError for `micro_batches`.
+    Raises ValueError for `micro_batches`, and for more `feedback_layers` than the student has.
 
     Source: LGTM Algorithm 1, eqs. (8)-(11).
     Derived in: chapters/03_finite_differences and chapters/07_good_teachers.
     """
     check_whole_batch(student, teacher)
-    module, wanted = student.module, settings.wanted
+    module, wanted, layers = student.module, settings.wanted, settings.feedback_layers
+    names = None if layers is None else models.last_layers(module, layers)
 
     def step(batch: Batch, feedback: Batch) -> dict[str, float]:
         labels = batch["labels"]
@@ -138,7 +139,7 @@ def lgtm(student: Learner, teacher: Learner, settings: LGTM, watch: Watch | None
         if student.schedule.state_dict()["last_epoch"] % settings.feedback_every == 0:
             # Lines 3 to 7.
             influences, student_outputs, feedback_loss = _influences(
-                student, batch, feedback, teacher_outputs, settings
+                student, batch, feedback, teacher_outputs, settings, names
             )
             values |= _statistics(influences) | {"feedback_loss": feedback_loss.item()}
             if watch is not None:
@@ -183,13 +184,19 @@ def lgtm(student: Learner, teacher: Learner, settings: LGTM, watch: Watch | None
 
 
 def _influences(
-    student: Learner, batch: Batch, feedback: Batch, teacher_outputs: Outputs, settings: LGTM
+    student: Learner,
+    batch: Batch,
+    feedback: Batch,
+    teacher_outputs: Outputs,
+    settings: LGTM,
+    names: Sequence[str] | None,
 ) -> tuple[Tensor, Outputs, Tensor]:
-    """Lines 3 to 7: I_i, which can be differentiated in the teacher's outputs; the student's outputs; L_val."""
+    """Lines 3 to 7: I_i, which can be differentiated in the teacher's outputs; the student's outputs; L_val.
+
+    `names`: the student's weights that the influence goes through; None: all.
+    """
     module, wanted, pieces = student.module, settings.wanted, settings.pilot_pieces
     released = settings.influence == "released"
-    layers = settings.feedback_layers
-    names = None if layers is None else models.last_layers(module, layers)
     with settings.lowered(student):
         rate, targets = settings.rate(student), models.detached(teacher_outputs)
         trial = pilot.teaching_experiment(

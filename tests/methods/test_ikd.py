@@ -1,27 +1,31 @@
 """A step of IKD against plain autograd through course and exam as the paper writes them; the feedback matrix."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kdlib.imitation import Imitation
+from pydantic import ValidationError
 from torch.nn import functional as F
 
-from kdlib import losses, models, pilot
+from kdlib import models, pilot
 from kdlib.learner import accelerator_for, learner
 from kdlib.methods import ikd as module
 from kdlib.methods import kd, metadistil
-from kdlib.methods.ikd import feedback, ikd
+from kdlib.methods.ikd import IKD, feedback, ikd
+from kdlib.settings import checked
 from kdlib.tangent import feedback_gradient, student_tangent
 from tests import exact, pairs
 
 COURSE, EXAM = exact.batch(6, 0), exact.batch(5, 1)
-MIXTURE = Imitation(0.3, 2.0)
+MIXTURE = IKD(alpha=0.3)
 IMITATIONS = {
     "kl with labels": MIXTURE,
-    "probability mse with pkd": Imitation(0.0, 3.0, losses.probability_mse, pkd_weight=1.0),
-    "logit mse": Imitation(0.5, 1.0, losses.logit_mse),
+    "probability mse with pkd": IKD(alpha=0.0, temperature=3.0, objective="probability_mse", pkd_weight=1.0),
+    "logit mse": IKD(alpha=0.5, temperature=1.0, objective="logit_mse"),
 }
+FEEDBACK_AT = ("before", "after")
 HALF = torch.bfloat16
 FAR = 0.5  # of the course's plain step: large enough that the place where the exam is taken matters
 GARBAGE = {**COURSE, "labels": torch.full_like(COURSE["labels"], -7)}
@@ -37,7 +41,7 @@ def written(student: pairs.Plain, teacher: pairs.Plain, imitation, exam, gamma, 
     Before the step, eq. (14) is ⟨g, φ_{t+1}⟩ with g held fixed, whose derivative in the teacher is g · ∇_θ φ_{t+1}.
     """
     lesson, here = teacher.answers(COURSE), student.parameters
-    course = imitation(student.answers(COURSE), lesson, COURSE["labels"]).mean()
+    course = imitation.loss(student.answers(COURSE), lesson, COURSE["labels"]).mean()
     gradient = torch.autograd.grad(course, list(here.values()), create_graph=True, materialize_grads=True)
     moved = {name: here[name] - rate * value for name, value in zip(here, gradient, strict=True)}
     if at == "after":
@@ -47,13 +51,13 @@ def written(student: pairs.Plain, teacher: pairs.Plain, imitation, exam, gamma, 
         meta = sum((value * moved[name]).sum() for name, value in zip(here, g, strict=True))
     own = F.cross_entropy(lesson.logits, COURSE["labels"]) if labelled else exam_loss(teacher, exam)
     teacher.descend(gamma * meta + (1 - gamma) * own)
-    student.descend(imitation(student.answers(COURSE), pairs.constants(lesson), COURSE["labels"]).mean())
+    student.descend(imitation.loss(student.answers(COURSE), pairs.constants(lesson), COURSE["labels"]).mean())
 
 
 def stepped(imitation=MIXTURE, course=COURSE, exam=EXAM, dropout=0.0, rate=FAR, **options):
     """The learners after one of our steps."""
     student, teacher = pairs.pair(dropout)
-    step = ikd(student, teacher, imitation, pilot_learning_rate=rate, **options)
+    step = ikd(student, teacher, replace(imitation, pilot_learning_rate=rate, **options))
     step(*[course] if exam is None else [course, exam])
     return student, teacher
 
@@ -67,7 +71,7 @@ def teachers_gradient(monkeypatch, student, teacher, **options) -> dict[str, tor
 
     with monkeypatch.context() as patch:
         patch.setattr(module, "minimise_together", keep)
-        ikd(student, teacher, MIXTURE, 1.0, **options)(COURSE, EXAM)
+        ikd(student, teacher, replace(MIXTURE, meta_weight=1.0, **options))(COURSE, EXAM)
     return {name: p.grad.clone() for name, p in teacher.module.named_parameters() if p.grad is not None}
 
 
@@ -85,7 +89,7 @@ def ends(ours) -> list:
 
 @pytest.mark.parametrize("imitation", IMITATIONS.values(), ids=IMITATIONS)
 @pytest.mark.parametrize("gamma", [1.0, 0.3])
-@pytest.mark.parametrize("at", module.FEEDBACK_AT)
+@pytest.mark.parametrize("at", FEEDBACK_AT)
 @pytest.mark.parametrize("exam", [None, EXAM], ids=["course is exam", "another exam"])
 def test_a_step_is_that_of_course_and_exam(imitation, gamma, at, exam):
     plain = start()
@@ -93,7 +97,7 @@ def test_a_step_is_that_of_course_and_exam(imitation, gamma, at, exam):
     assert agree(stepped(imitation, exam=exam, meta_weight=gamma, feedback_at=at), plain)
 
 
-@pytest.mark.parametrize("at", module.FEEDBACK_AT)
+@pytest.mark.parametrize("at", FEEDBACK_AT)
 def test_other_derivatives_of_the_student(at):
     plain = start()
     written(*plain, MIXTURE, EXAM, 1.0, at, FAR)
@@ -105,7 +109,9 @@ def test_other_derivatives_of_the_student(at):
 
 def test_exact_and_without_labels_for_the_teacher_it_is_metadistil_without_its_pilot_update():
     student, teacher = pairs.pair()
-    metadistil.metadistil(student, teacher, MIXTURE, pilot_update=False, pilot_learning_rate=FAR)(COURSE, EXAM)
+    metadistil.metadistil(
+        student, teacher, metadistil.MetaDistil(alpha=0.3, pilot_update=False, pilot_learning_rate=FAR)
+    )(COURSE, EXAM)
     ours = stepped(meta_weight=1.0, feedback_at="after")
     for one, other in zip(ours, (student, teacher), strict=True):
         assert exact.error(models.trainable(one.module), models.trainable(other.module)) < 1e-12
@@ -121,19 +127,19 @@ def test_the_student_learns_from_the_teacher_as_it_was():
 def test_the_shortcut_is_taken_before_the_step_and_meets_the_exact_gradient_at_small_rates(monkeypatch):
     gaps = []
     for rate in (FAR, FAR / 100, FAR / 1000):
-        options = [{"feedback_at": at, "pilot_learning_rate": rate} for at in module.FEEDBACK_AT]
+        options = [{"feedback_at": at, "pilot_learning_rate": rate} for at in FEEDBACK_AT]
         gaps.append(exact.error(*(teachers_gradient(monkeypatch, *pairs.pair(), **each) for each in options)))
     assert gaps[0] > 0.05 and gaps[2] == pytest.approx(gaps[1] / 10, rel=0.1)
 
 
-@pytest.mark.parametrize("at", module.FEEDBACK_AT)
+@pytest.mark.parametrize("at", FEEDBACK_AT)
 def test_the_exams_loss_is_logged_where_its_gradient_is_taken(at):
     plain, other = start()
     place = models.trainable(plain.module)
     if at == "after":
-        taught = lambda outputs, batch: MIXTURE(outputs, other.answers(COURSE), batch["labels"])  # noqa: E731
+        taught = lambda outputs, batch: MIXTURE.loss(outputs, other.answers(COURSE), batch["labels"])  # noqa: E731
         place = pilot.sgd_step(plain.module, place, COURSE, taught, FAR)
-    values = ikd(*pairs.pair(), MIXTURE, feedback_at=at, pilot_learning_rate=FAR)(COURSE, EXAM)
+    values = ikd(*pairs.pair(), replace(MIXTURE, feedback_at=at, pilot_learning_rate=FAR))(COURSE, EXAM)
     assert values["feedback_loss"] == pytest.approx(exam_loss(plain, EXAM, place).item(), rel=1e-10)
 
 
@@ -141,7 +147,10 @@ def test_the_teachers_step_lowers_the_exams_loss_of_the_next_course():
     """The sign: the same course again, from the new teacher, ends better."""
     student, teacher = pairs.pair(rate=1e-4)
     begin = pairs.weights(student)
-    step, values = ikd(student, teacher, MIXTURE, 1.0, "after", pilot_learning_rate=FAR), []
+    step, values = (
+        ikd(student, teacher, replace(MIXTURE, meta_weight=1.0, feedback_at="after", pilot_learning_rate=FAR)),
+        [],
+    )
     for _ in range(4):
         student.module.load_state_dict(begin)
         values.append(step(COURSE, EXAM)["feedback_loss"])
@@ -149,9 +158,9 @@ def test_the_teachers_step_lowers_the_exams_loss_of_the_next_course():
 
 
 class TestCourseWithoutLabels:
-    IMITATION = Imitation(0.0, 2.0)
+    IMITATION = IKD(alpha=0.0)
 
-    @pytest.mark.parametrize("at", module.FEEDBACK_AT)
+    @pytest.mark.parametrize("at", FEEDBACK_AT)
     @pytest.mark.parametrize("gamma", [1.0, 0.3])
     def test_a_step_is_the_written_one_with_the_teachers_labels_from_the_exam(self, at, gamma):
         plain = start()
@@ -159,7 +168,7 @@ class TestCourseWithoutLabels:
         ours = stepped(self.IMITATION, meta_weight=gamma, feedback_at=at, labelled_course=False)
         assert agree(ours, plain)
 
-    @pytest.mark.parametrize("at", module.FEEDBACK_AT)
+    @pytest.mark.parametrize("at", FEEDBACK_AT)
     def test_the_labels_of_the_course_are_read_by_nobody(self, at):
         options = {"feedback_at": at, "labelled_course": False}
         with_labels, with_garbage = (stepped(self.IMITATION, batch, **options) for batch in (COURSE, GARBAGE))
@@ -182,11 +191,11 @@ def test_without_weight_on_the_exam_the_teacher_learns_from_labels_alone():
 
 
 def test_with_all_weight_on_the_exam_the_teacher_reads_no_label_of_the_course():
-    ours = [stepped(Imitation(0.0, 2.0), batch, meta_weight=1.0)[1] for batch in (COURSE, GARBAGE)]
+    ours = [stepped(IKD(alpha=0.0), batch, meta_weight=1.0)[1] for batch in (COURSE, GARBAGE)]
     assert pairs.same(*map(pairs.weights, ours))
 
 
-@pytest.mark.parametrize("at", module.FEEDBACK_AT)
+@pytest.mark.parametrize("at", FEEDBACK_AT)
 def test_nothing_of_the_exam_reaches_the_student(at):
     """Its step depends on the course only: the feedback is a constant for it."""
     one, other = (stepped(exam=exact.batch(5, seed), feedback_at=at) for seed in (1, 2))
@@ -194,10 +203,10 @@ def test_nothing_of_the_exam_reaches_the_student(at):
     assert not pairs.same(pairs.weights(one[1]), pairs.weights(other[1]))
 
 
-@pytest.mark.parametrize("at", module.FEEDBACK_AT)
+@pytest.mark.parametrize("at", FEEDBACK_AT)
 def test_before_both_move_optimiser_schedule_and_random_state_are_left_alone(at, monkeypatch):
     student, teacher = pairs.pair(dropout=0.5)
-    step = ikd(student, teacher, MIXTURE, feedback_at=at)
+    step = ikd(student, teacher, replace(MIXTURE, feedback_at=at))
     step(COURSE, EXAM)  # the optimisers have moments now
     before, random, seen = pairs.state(student), torch.get_rng_state(), []
     original = module.minimise_together
@@ -216,7 +225,7 @@ def test_before_both_move_optimiser_schedule_and_random_state_are_left_alone(at,
 def test_dropout_is_no_part_of_the_teachers_update_and_modes_are_restored(labelled):
     found = []
     for dropout in (0.0, 0.5):
-        both = stepped(Imitation(0.0, 2.0), dropout=dropout, labelled_course=labelled)
+        both = stepped(IKD(alpha=0.0), dropout=dropout, labelled_course=labelled)
         assert all(part.training for who in both for part in who.module.modules())
         found.append(pairs.weights(both[1]))
     assert pairs.same(*found)
@@ -232,15 +241,15 @@ def test_the_rate_is_the_students_present_one(monkeypatch):
     assert pairs.same(*gradients)
 
 
-@pytest.mark.parametrize("at", module.FEEDBACK_AT)
+@pytest.mark.parametrize("at", FEEDBACK_AT)
 def test_what_is_logged_is_the_students_loss_and_both_entropies_before_the_step(at):
     student, teacher = pairs.pair(dropout=0.5)
     example, twin = models.targets(teacher.module, COURSE), pairs.pair(dropout=0.5)[0]
     torch.manual_seed(0)
-    values = ikd(student, teacher, MIXTURE, feedback_at=at)(COURSE, EXAM)
+    values = ikd(student, teacher, replace(MIXTURE, feedback_at=at))(COURSE, EXAM)
     torch.manual_seed(0)  # nothing but the student's own pass has drawn anything
     own = models.outputs(twin.module, COURSE)
-    loss = MIXTURE(own, example, COURSE["labels"]).mean().item()
+    loss = MIXTURE.loss(own, example, COURSE["labels"]).mean().item()
     entropies = [torch.distributions.Categorical(logits=z.logits).entropy().mean().item() for z in (own, example)]
     logged = [values["loss"], values["student_entropy"], values["teacher_entropy"]]
     assert logged == pytest.approx([loss, *entropies], rel=1e-6)
@@ -255,29 +264,31 @@ def test_a_difference_reuses_the_copys_own_pass(tangent, at, passes):
     student, teacher = pairs.pair()
     calls = []
     student.module.register_forward_hook(lambda *_: calls.append(1))
-    ikd(student, teacher, MIXTURE, tangent=tangent, feedback_at=at)(COURSE, EXAM)
+    ikd(student, teacher, replace(MIXTURE, tangent=tangent, feedback_at=at))(COURSE, EXAM)
     assert len(calls) == passes
 
 
 def test_a_student_that_stands_still_teaches_the_teacher_nothing():
     student, teacher = pairs.pair(weight_decay=0.0)
+    for group in student.optimizer.param_groups:
+        group["lr"] = 0.0
     before = pairs.weights(teacher)
-    ikd(student, teacher, MIXTURE, 1.0, pilot_learning_rate=0.0)(COURSE, EXAM)
+    ikd(student, teacher, replace(MIXTURE, meta_weight=1.0))(COURSE, EXAM)
     assert pairs.same(pairs.weights(teacher), before)
 
 
-@pytest.mark.parametrize("at", module.FEEDBACK_AT)
+@pytest.mark.parametrize("at", FEEDBACK_AT)
 def test_frozen_weights_stay_where_they_are(at):
     student, teacher = pairs.pair()
     embeddings = student.module.bert.embeddings.requires_grad_(False)
     student = learner("student", student.module, student.accelerator, pairs.RATE, 100, warmup_ratio=0.0)
     before = pairs.weights(teacher), {n: p.clone() for n, p in embeddings.named_parameters()}
-    ikd(student, teacher, MIXTURE, feedback_at=at)(COURSE, EXAM)
+    ikd(student, teacher, replace(MIXTURE, feedback_at=at))(COURSE, EXAM)
     assert pairs.same(dict(embeddings.named_parameters()), before[1])
     assert not pairs.same(pairs.weights(teacher), before[0])
 
 
-@pytest.mark.parametrize("at", module.FEEDBACK_AT)
+@pytest.mark.parametrize("at", FEEDBACK_AT)
 @pytest.mark.parametrize(("options", "inside"), [({}, torch.float32), ({"tangent_precision": "autocast"}, HALF)])
 def test_course_exam_and_tangent_run_in_the_precision_they_are_given_and_everything_else_as_in_training(
     options, inside, at, monkeypatch
@@ -303,7 +314,7 @@ class TestFeedback:
         """The student's logits and their tangent along the exam's gradient, and what they were computed from."""
         student, teacher = start()
         lesson = teacher.answers(course)
-        taught = lambda outputs, batch: MIXTURE(outputs, lesson, batch["labels"])  # noqa: E731
+        taught = lambda outputs, batch: MIXTURE.loss(outputs, lesson, batch["labels"])  # noqa: E731
         here = models.trainable(student.module)
         place = pilot.sgd_step(student.module, here, course, taught, FAR) if at == "after" else here
         g = feedback_gradient(student.module, place, exam)
@@ -320,7 +331,7 @@ class TestFeedback:
         ours = torch.autograd.grad(weighed, parameters, materialize_grads=True)
 
         here = student.parameters
-        course = MIXTURE(student.answers(COURSE), teacher.answers(COURSE), COURSE["labels"]).mean()
+        course = MIXTURE.loss(student.answers(COURSE), teacher.answers(COURSE), COURSE["labels"]).mean()
         gradient = torch.autograd.grad(course, list(here.values()), create_graph=True, materialize_grads=True)
         moved = {name: here[name] - FAR * value for name, value in zip(here, gradient, strict=True)}
         through = torch.autograd.grad(exam_loss(student, EXAM, moved), parameters, materialize_grads=True)
@@ -357,17 +368,27 @@ class TestFeedback:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("wrong", "message"),
     [
-        ((1.5, "before", True, 0.5, 1), "meta_weight is 1.5; expected a weight between 0"),
-        ((0.5, "now", True, 0.5, 1), "feedback_at is 'now'; expected one of before, after"),
-        ((0.5, "before", False, 0.5, 1), "alpha is 0.5, a weight for the labels of a course that has none"),
-        ((0.5, "before", True, 0.5, 2), "micro_batches is 2"),
+        ({"meta_weight": 1.5}, "meta_weight is 1.5; expected a number between 0"),
+        ({"feedback_at": "now"}, "feedback_at is 'now'; expected one of before, after"),
+        ({"exam": "test"}, "exam is 'test'; expected one of course, train, feedback"),
     ],
 )
-def test_settings_without_meaning_are_refused(arguments, message):
-    with pytest.raises(ValueError, match=message):
-        module.check_settings(*arguments)
+def test_settings_without_meaning_are_refused(wrong, message):
+    with pytest.raises(ValidationError):
+        IKD(**wrong)
+    assert message in checked(IKD, wrong)[1][0]
+
+
+def test_the_exam_is_the_course_where_that_has_labels():
+    assert (IKD().exam, IKD().feedback, IKD().carves) == ("course", None, False)
+    assert (IKD(exam="train").feedback, IKD(exam="train").carves) == ("train", False)
+    unlabelled = IKD(labelled_course=False)
+    assert (unlabelled.exam, unlabelled.feedback, unlabelled.alpha, unlabelled.carves) == ("feedback",) * 2 + (
+        0.0,
+        True,
+    )
 
 
 @pytest.mark.parametrize("who", [0, 1])

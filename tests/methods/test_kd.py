@@ -6,12 +6,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from kdlib.imitation import Imitation
 from torch.nn import functional as F
 
 from kdlib import losses, models
 from kdlib.learner import accelerator_for, learner
 from kdlib.methods import kd
+from kdlib.methods.kd import KD
 from kdlib.models import Outputs, logits
 from tests import exact, toy
 from tests.test_learner import batch
@@ -52,11 +52,11 @@ def test_alpha_outside_the_unit_interval_is_refused(alpha):
         losses.distillation_loss(STUDENT, TEACHER, LABELS, alpha)
 
 
-@pytest.mark.parametrize("objective", losses.OBJECTIVES.values(), ids=losses.OBJECTIVES)
+@pytest.mark.parametrize("objective", losses.OBJECTIVES)
 def test_the_step_lowers_the_loss_for_every_objective(objective):
     who, data = toy.student(dropout=0, warmup_ratio=0.0), batch()
     teacher = torch.randn(10, 2, generator=torch.Generator().manual_seed(0))
-    step = kd.distillation(who, lambda b: Outputs(teacher[b["positions"]]), Imitation(0.5, 2.0, objective))
+    step = kd.distillation(who, lambda b: Outputs(teacher[b["positions"]]), KD(objective=objective))
     values = [step(data)["loss"] for _ in range(8)]
     assert values[-1] < values[0]
 
@@ -67,7 +67,9 @@ def test_the_teacher_gets_no_gradient_and_micro_batches_look_up_their_own_rows()
     for pieces in (1, 3):
         who = toy.student(dropout=0, micro_batches=pieces)
         for _ in range(3):
-            value = kd.distillation(who, lambda b: Outputs(teacher[b["positions"]]), Imitation(0.2, 3.0))(batch())
+            value = kd.distillation(who, lambda b: Outputs(teacher[b["positions"]]), KD(alpha=0.2, temperature=3.0))(
+                batch()
+            )
         ends.append(value["loss"])
     assert ends[0] == pytest.approx(ends[1], rel=1e-5)
 
@@ -114,7 +116,7 @@ def nothing(batch) -> Outputs:
 
 def test_fine_tuning_is_distillation_with_labels_only():
     ends = []
-    for step_of in (kd.fine_tuning, lambda who: kd.distillation(who, nothing, Imitation(alpha=1.0))):
+    for step_of in (kd.fine_tuning, lambda who: kd.distillation(who, nothing, KD(alpha=1.0))):
         who = toy.student(dropout=0)
         step = step_of(who)
         ends.append([step(batch())["loss"] for _ in range(4)])

@@ -2,32 +2,45 @@
 
 import math
 from copy import deepcopy
+from dataclasses import replace
 from functools import partial
+from typing import get_args
 
 import pytest
 import torch
-from kdlib.imitation import Imitation
+from pydantic import ValidationError
 from torch import nn
 from torch.nn import functional as F
 
 from kdlib import influence, losses, models, pilot
 from kdlib.learner import accelerator_for, learner
-from kdlib.methods import lgtm as module
-from kdlib.methods.lgtm import lgtm, released
-from kdlib.methods.metadistil import metadistil
-from kdlib.methods.online import online_distillation
+from kdlib.methods.lgtm import LGTM, RELEASED, Variant, lgtm
+from kdlib.methods.metadistil import MetaDistil, metadistil
+from kdlib.methods.online import ProKT, online_distillation
+from kdlib.settings import checked
 from kdlib.tangent import feedback_gradient
 from tests import exact, pairs
 
 BATCH, FEEDBACK = exact.batch(6, 0), exact.batch(6, 1)
-MIXTURE, TEACHERS = Imitation(0.3, 2.0), Imitation(0.6, 2.0)
-IMITATIONS = {
-    "kl with labels": MIXTURE,
-    "soft cross entropy": Imitation(0.0, 1.0, losses.soft_cross_entropy),
-    "probability mse with pkd": Imitation(0.2, 3.0, losses.probability_mse, pkd_weight=1.0),
-    "logit mse": Imitation(0.5, 1.0, losses.logit_mse),
-    "dist": Imitation(0.3, 1.0, losses.dist),
+STUDENTS = {
+    "kl with labels": {"alpha": 0.3},
+    "soft cross entropy": {"alpha": 0.0, "temperature": 1.0, "objective": "soft_cross_entropy"},
+    "probability mse with pkd": {
+        "alpha": 0.2,
+        "temperature": 3.0,
+        "objective": "probability_mse",
+        "pkd_weight": 1.0,
+    },
+    "logit mse": {"alpha": 0.5, "temperature": 1.0, "objective": "logit_mse"},
+    "dist": {"alpha": 0.3, "temperature": 1.0, "objective": "dist"},
 }
+TEACHERS = {"teacher_alpha": 0.6, "teacher_objective": "kl"}
+IMITATIONS = {
+    name: LGTM(**imitated, **TEACHERS, influence_weight=1.0, pilot_rule="sgd") for name, imitated in STUDENTS.items()
+}
+MIXTURE = IMITATIONS["kl with labels"]
+AUXILIARY = ProKT(**STUDENTS["kl with labels"], **TEACHERS)
+VARIANTS = get_args(Variant)
 HALF = torch.bfloat16
 FAR = 0.5  # of the pilot's plain steps: large enough that the place where the feedback is taken matters
 
@@ -39,11 +52,11 @@ def inner(first, second) -> torch.Tensor:
 class Lesson:
     """Lines 2 to 7 of Algorithm 1 for one batch, written out: double backward passes, sample by sample."""
 
-    def __init__(self, student: pairs.Plain, teacher: pairs.Plain, imitation: Imitation, rule="sgd", rate=FAR):
+    def __init__(self, student: pairs.Plain, teacher: pairs.Plain, imitation: LGTM, rule="sgd", rate=FAR):
         self.imitation, self.rate, self.labels = imitation, rate, BATCH["labels"]
         self.theirs, self.ours = teacher.answers(BATCH), student.answers(BATCH)
         self.weights = list(student.parameters.values())
-        gradient = self.gradient(imitation(self.ours, self.theirs, self.labels).mean())
+        gradient = self.gradient(imitation.loss(self.ours, self.theirs, self.labels).mean())
         state = pilot.adamw_state(student.optimizer, student.parameters, rate)
 
         def moved(gradient):
@@ -68,16 +81,19 @@ class Lesson:
     def distillation(self):
         """ℓ: the student's loss without its labels, over 1 − α."""
         alpha, hard = self.imitation.alpha, F.cross_entropy(self.ours.logits, self.labels, reduction="none")
-        return (self.imitation(self.ours, self.theirs, self.labels) - alpha * hard) / (1 - alpha)
+        return (self.imitation.loss(self.ours, self.theirs, self.labels) - alpha * hard) / (1 - alpha)
+
+    def auxiliary(self):
+        return self.imitation.teachers_loss(self.theirs, pairs.constants(self.ours), self.labels).mean()
 
     def influences(self, values, g):
         return torch.stack([inner(self.gradient(value), g) for value in values])
 
-    def term(self, variant: str, weight: float, teachers: Imitation | None):
+    def term(self, variant: str, weight: float):
         if variant == "meta":  # as the derivative of the pilot's feedback loss, whatever influences may be
             return weight / ((1 - self.imitation.alpha) * self.rate) * self.feedback_loss
         if variant == "released":
-            loss = teachers(self.theirs, self.ours, self.labels)
+            loss = self.imitation.teachers_loss(self.theirs, self.ours, self.labels)
             return -weight * self.influences(loss, self.g).mean()
         influences = self.influences(self.distillation(), self.g_of_the_rule)
         if variant == "printed":
@@ -85,11 +101,11 @@ class Lesson:
         return weight * (influences.detach() * self.distillation()).mean()
 
 
-def algorithm_1(student, teacher, imitation, teachers, variant, weight=1.0, share=None, rule="sgd", rate=FAR):
+def algorithm_1(student, teacher, imitation, variant, weight=1.0, share=None, rule="sgd", rate=FAR):
     """The paper's lines 2 to 9."""
     lesson = Lesson(student, teacher, imitation, rule, rate)
-    auxiliary = teachers(lesson.theirs, pairs.constants(lesson.ours), BATCH["labels"]).mean() if teachers else 0.0
-    term = lesson.term(variant, weight, teachers)
+    auxiliary = lesson.auxiliary() if imitation.auxiliary else 0.0
+    term = lesson.term(variant, weight)
     if share is not None:
         weights = list(teacher.parameters.values())
         sizes = [
@@ -103,7 +119,7 @@ def algorithm_1(student, teacher, imitation, teachers, variant, weight=1.0, shar
         term = share * (sizes[0] / sizes[1]).detach() * term
     teacher.descend(auxiliary + term)
     example = pairs.constants(teacher.answers(BATCH))
-    student.descend(imitation(student.answers(BATCH), example, BATCH["labels"]).mean())
+    student.descend(imitation.loss(student.answers(BATCH), example, BATCH["labels"]).mean())
 
 
 def start(warm: int = 0, **options):
@@ -119,14 +135,20 @@ def start(warm: int = 0, **options):
     return (student, teacher), (pairs.Plain(student), pairs.Plain(teacher))
 
 
-def both(variant, imitation=MIXTURE, teachers=TEACHERS, warm=0, rule="sgd", weight=1.0, share=None, **settings):
+def chosen(imitation=MIXTURE, weight=1.0, share=None, **others) -> LGTM:
+    weight = weight if share is None else None
+    return replace(imitation, influence_weight=weight, influence_share=share, **others)
+
+
+def both(variant, imitation=MIXTURE, auxiliary=True, warm=0, rule="sgd", weight=1.0, share=None):
     """A step of ours and of the algorithm, from the same start."""
     ours, plain = start(warm)
     rate = pairs.RATE if rule == "adamw" else FAR
-    options = {"pilot_rule": rule, "pilot_learning_rate": rate, **settings}
-    values = lgtm(*ours, imitation, teachers, variant, weight, share, **options)(BATCH, FEEDBACK)
+    options = {"influence": variant, "auxiliary": auxiliary, "pilot_rule": rule, "pilot_learning_rate": rate}
+    settings = chosen(imitation, weight, share, **options)
+    values = lgtm(*ours, settings)(BATCH, FEEDBACK)
     number = {"student_rate": (1 - imitation.alpha) * rate, "teacher_rate": pairs.RATE}.get(weight, weight)
-    algorithm_1(*plain, imitation, teachers, variant, number, share, rule, rate)
+    algorithm_1(*plain, settings, variant, number, share, rule, rate)
     return values, ours, plain
 
 
@@ -135,7 +157,7 @@ def agree(result, tolerance=1e-9) -> bool:
     return all(pairs.difference(*two) < tolerance for two in zip(ours, plain, strict=True))
 
 
-def teachers_gradient(variant, settings=None, imitation=MIXTURE, teachers=None):
+def teachers_gradient(variant, **settings):
     """The gradient that the teacher of `lgtm` would descend, and the lesson that it comes from."""
     (student, teacher), plain = start()
     kept = []
@@ -145,8 +167,9 @@ def teachers_gradient(variant, settings=None, imitation=MIXTURE, teachers=None):
         kept.extend(torch.autograd.grad(loss(batch).mean(), weights, materialize_grads=True))
 
     teacher.minimise = keep
-    lgtm(student, teacher, imitation, teachers, variant, pilot_learning_rate=FAR, **(settings or {}))(BATCH, FEEDBACK)
-    return kept, Lesson(*plain, imitation), list(plain[1].parameters.values())
+    options = {"influence": variant, "auxiliary": False, "pilot_learning_rate": FAR, **settings}
+    lgtm(student, teacher, replace(MIXTURE, **options))(BATCH, FEEDBACK)
+    return kept, Lesson(*plain, MIXTURE), list(plain[1].parameters.values())
 
 
 def models_of(who):
@@ -157,18 +180,18 @@ def models_of(who):
 
 
 @pytest.mark.parametrize("imitation", IMITATIONS.values(), ids=IMITATIONS)
-@pytest.mark.parametrize("variant", module.VARIANTS)
+@pytest.mark.parametrize("variant", VARIANTS)
 def test_a_step_is_that_of_algorithm_1(variant, imitation):
     assert agree(both(variant, imitation))
 
 
 @pytest.mark.parametrize("imitation", IMITATIONS.values(), ids=IMITATIONS)
-@pytest.mark.parametrize("variant", module.VARIANTS)
+@pytest.mark.parametrize("variant", VARIANTS)
 def test_with_the_pilot_step_of_adamw_too(variant, imitation):
     assert agree(both(variant, imitation, warm=2, rule="adamw"))
 
 
-@pytest.mark.parametrize("variant", module.VARIANTS)
+@pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize(
     "options",
     [{"weight": 0.3}, {"weight": "student_rate"}, {"weight": "teacher_rate"}, {"share": 0.5}, {"share": 0.0}],
@@ -180,14 +203,14 @@ def test_every_weight_is_what_it_says(variant, options):
 
 @pytest.mark.parametrize("variant", ["weighted", "printed", "meta"])
 def test_without_an_auxiliary_loss_too(variant):
-    assert agree(both(variant, teachers=None))
+    assert agree(both(variant, auxiliary=False))
 
 
 def test_double_backward_is_exact_and_differences_are_close():
     """In float64 a difference at the radius that suits float32; the one-sided one is off by the first order."""
     exact_one = teachers_gradient("weighted")[0]
     ways = ("double-backward", "finite-difference", "forward-difference")
-    errors = {way: exact.error(teachers_gradient("weighted", {"tangent": way})[0], exact_one) for way in ways}
+    errors = {way: exact.error(teachers_gradient("weighted", tangent=way)[0], exact_one) for way in ways}
     assert errors["double-backward"] < 1e-12
     assert 1e-9 < errors["finite-difference"] < 1e-3
     assert errors["finite-difference"] < errors["forward-difference"] < 0.1
@@ -196,7 +219,7 @@ def test_double_backward_is_exact_and_differences_are_close():
 def test_the_released_preset_is_the_released_code():
     """Two students moved by ±R along v, and the difference of the teacher's losses there, as the code has it."""
     ours, (student, teacher) = start(warm=3)
-    released(*ours)(BATCH, FEEDBACK)
+    lgtm(*ours, RELEASED)(BATCH, FEEDBACK)
     loss_of_teacher = lambda theirs, logits: 0.4 * losses.kl_divergence(theirs.logits, logits)  # noqa: E731
     with torch.no_grad():
         lesson = teacher.answers(BATCH)
@@ -219,7 +242,7 @@ def test_the_released_preset_is_the_released_code():
     teacher.descend(own - pairs.RATE * (differences[0] - differences[1]) / (2 * r))
     student.descend(losses.kl_divergence(student.answers(BATCH).logits, teacher.answers(BATCH).logits.detach()))
     assert all(pairs.difference(*two) < 1e-5 for two in zip(ours, (student, teacher), strict=True))
-    ratio = released(*start(warm=3)[0], observe=True)(BATCH, FEEDBACK)["influence_ratio"]
+    ratio = lgtm(*start(warm=3)[0], replace(RELEASED, observe=True))(BATCH, FEEDBACK)["influence_ratio"]
     assert ratio > 1e-4  # else the last lines would compare nothing
 
 
@@ -231,7 +254,7 @@ def test_descending_meta_lowers_the_pilots_feedback_loss_and_printed_raises_it(v
     """The sign: the same lesson again, from the new teacher."""
     student, teacher = pairs.pair(rate=1e-4)
     beginning = pairs.weights(student)
-    step = lgtm(student, teacher, MIXTURE, None, variant, pilot_learning_rate=FAR)
+    step = lgtm(student, teacher, replace(MIXTURE, influence=variant, auxiliary=False, pilot_learning_rate=FAR))
     values = []
     for _ in range(4):
         student.module.load_state_dict(beginning)
@@ -270,7 +293,7 @@ def seen_by(imitation=MIXTURE, **settings):
     ours, plain = start()
     seen = []
     options = {"pilot_learning_rate": FAR, **settings}
-    values = lgtm(*ours, imitation, TEACHERS, watch=lambda *what: seen.append(what), **options)(BATCH, FEEDBACK)
+    values = lgtm(*ours, replace(imitation, **options), lambda *what: seen.append(what))(BATCH, FEEDBACK)
     (batch, influences, own, lesson), *others = seen
     assert batch is BATCH and not others and not influences.requires_grad
     return influences, own, lesson, values, plain
@@ -279,7 +302,7 @@ def seen_by(imitation=MIXTURE, **settings):
 def test_influence_is_that_of_the_student_before_the_pilot_step_along_the_feedback_gradient_after_it():
     influences, own, lesson, values, (student, teacher) = seen_by()
     weights = models.trainable(student.module)
-    taught = lambda outputs, batch: MIXTURE(outputs, pairs.constants(teacher.answers(BATCH)), batch["labels"])  # noqa: E731
+    taught = lambda outputs, batch: MIXTURE.loss(outputs, pairs.constants(teacher.answers(BATCH)), batch["labels"])  # noqa: E731
     copy = pilot.sgd_step(student.module, weights, BATCH, taught, FAR)
     places = {"before": weights, "after": copy}
 
@@ -313,16 +336,17 @@ def test_the_influence_of_dist_is_that_of_the_samples_part_of_the_batchs_loss():
 # --- Relatives -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("imitation", [MIXTURE, IMITATIONS["probability mse with pkd"]], ids=["kl", "mse with pkd"])
+@pytest.mark.parametrize("imitated", ["kl with labels", "probability mse with pkd"])
 @pytest.mark.parametrize("rule", ["sgd", "adamw"])
-def test_meta_at_the_students_rate_and_nothing_else_is_metadistil(imitation, rule):
+def test_meta_at_the_students_rate_and_nothing_else_is_metadistil(imitated, rule):
     ends = []
     for method in (lgtm, metadistil):
         student, teacher = start(warm=2)[0]
         if method is lgtm:
-            step = lgtm(student, teacher, imitation, None, "meta", "student_rate", pilot_rule=rule)
+            options = {"influence": "meta", "influence_weight": "student_rate", "auxiliary": False}
+            step = lgtm(student, teacher, LGTM(**STUDENTS[imitated], **options, pilot_rule=rule))
         else:
-            step = metadistil(student, teacher, imitation, pilot_rule=rule)
+            step = metadistil(student, teacher, MetaDistil(**STUDENTS[imitated], pilot_rule=rule))
         for _ in range(2):
             step(BATCH, FEEDBACK)
         ends.append((pairs.weights(student), pairs.weights(teacher)))
@@ -331,15 +355,15 @@ def test_meta_at_the_students_rate_and_nothing_else_is_metadistil(imitation, rul
 
 
 @pytest.mark.parametrize("off", [{"weight": 0.0}, {"share": 0.0}], ids=str)
-@pytest.mark.parametrize("variant", module.VARIANTS)
+@pytest.mark.parametrize("variant", VARIANTS)
 def test_at_weight_zero_it_is_online_distillation_dropout_included(variant, off):
     ends = []
     for method in ("lgtm", "online"):
         student, teacher = start(dropout=0.3)[0]
         torch.manual_seed(0)
-        step = online_distillation(student, teacher, MIXTURE, TEACHERS, "teacher")
+        step = online_distillation(student, teacher, AUXILIARY)
         if method == "lgtm":
-            step = partial(lgtm(student, teacher, MIXTURE, TEACHERS, variant, **off), feedback=FEEDBACK)
+            step = partial(lgtm(student, teacher, chosen(influence=variant, **off)), feedback=FEEDBACK)
         for _ in range(2):
             step(BATCH)
         ends.append((pairs.weights(student), pairs.weights(teacher)))
@@ -353,7 +377,7 @@ def test_at_weight_zero_it_is_online_distillation_dropout_included(variant, off)
 def test_between_two_looks_at_the_feedback_a_step_is_that_of_online_distillation():
     """feedback_every=3: the first and the fourth step have an influence term, the others have none."""
     student, teacher = start(dropout=0.3)[0]
-    step = lgtm(student, teacher, MIXTURE, TEACHERS, feedback_every=3)
+    step = lgtm(student, teacher, replace(MIXTURE, feedback_every=3))
     looked = []
     for number in range(5):
         twins = start(dropout=0.3)[0]
@@ -364,7 +388,7 @@ def test_between_two_looks_at_the_feedback_a_step_is_that_of_online_distillation
         values = step(BATCH, FEEDBACK)
         looked.append("feedback_loss" in values and "influence_mean" in values)
         torch.manual_seed(number)
-        online_distillation(*twins, MIXTURE, TEACHERS, "teacher")(BATCH)
+        online_distillation(*twins, AUXILIARY)(BATCH)
         gap = exact.error(models.trainable(teacher.module), models.trainable(twins[1].module))
         assert (gap > 1e-6) if looked[-1] else (gap < 1e-10)
     assert looked == [True, False, False, True, False]
@@ -392,11 +416,11 @@ def test_every_rate_is_that_of_its_own_network_and_its_own_schedule():
             learners = start()[0]
             for who in learners:
                 who.optimizer.param_groups[0]["lr"] = rates[who.name]
-            lgtm(*learners, MIXTURE, TEACHERS, "meta", **options)(BATCH, FEEDBACK)
+            lgtm(*learners, chosen(influence="meta", **options))(BATCH, FEEDBACK)
             ends.append([pairs.weights(who) for who in learners])
         assert exact.error(*ends) < 1e-12
     student, teacher = start()[0]
-    step = lgtm(student, teacher, MIXTURE, TEACHERS, feedback_every=2)
+    step = lgtm(student, teacher, replace(MIXTURE, feedback_every=2))
     pilot_first = lambda batch: pilot.task_loss(models.outputs(teacher.module, batch), batch)  # noqa: E731
     teacher.minimise(pilot_first, BATCH)  # a teacher that has learned before: its schedule is one step ahead
     assert ["feedback_loss" in step(BATCH, FEEDBACK) for _ in range(3)] == [True, False, True]
@@ -413,7 +437,7 @@ def passes(**settings) -> dict[str, int]:
     for who in (student, teacher):
         who.module.register_forward_hook(lambda *_, name=who.name: count(name))
     teacher.module.classifier.weight.register_hook(lambda _: count("backward"))
-    lgtm(student, teacher, MIXTURE, TEACHERS, **settings)(BATCH, FEEDBACK)
+    lgtm(student, teacher, chosen(**settings))(BATCH, FEEDBACK)
     return calls
 
 
@@ -434,7 +458,7 @@ def test_the_forward_difference_reuses_the_pilots_pass():
 @pytest.mark.parametrize("settings", [{}, {"pilot_rule": "adamw"}, {"influence": "released"}], ids=str)
 def test_the_pilot_leaves_student_optimiser_schedule_and_random_state_alone(settings):
     student, teacher = pairs.pair(dropout=0.5)
-    step = lgtm(student, teacher, MIXTURE, TEACHERS, **settings)
+    step = lgtm(student, teacher, chosen(**settings))
     step(BATCH, FEEDBACK)
     before, seen = pairs.state(student), []
     original = teacher.minimise
@@ -459,7 +483,7 @@ def test_observing_changes_nothing_and_measures():
     for observe in (False, True):
         torch.manual_seed(0)
         student, teacher = pairs.pair(dropout=0.3)
-        step = lgtm(student, teacher, MIXTURE, TEACHERS, "meta", 0.2, observe=observe)
+        step = lgtm(student, teacher, chosen(influence="meta", weight=0.2, observe=observe))
         values = [step(BATCH, FEEDBACK) for _ in range(2)]
         ends.append((pairs.weights(student), pairs.weights(teacher)))
     assert pairs.same(*ends)
@@ -467,16 +491,17 @@ def test_observing_changes_nothing_and_measures():
     assert -1 <= values[-1]["influence_cosine"] <= 1
 
 
-@pytest.mark.parametrize("variant", module.VARIANTS)
+@pytest.mark.parametrize("variant", VARIANTS)
 def test_what_is_observed_are_the_two_gradients_that_the_teacher_adds_up(variant):
     """Ratio and cosine from plain autograd; losses and entropies from the answers before the step."""
     ours, (student, teacher) = start()
-    values = lgtm(*ours, MIXTURE, TEACHERS, variant, 0.2, observe=True, pilot_learning_rate=FAR)(BATCH, FEEDBACK)
+    settings = chosen(influence=variant, weight=0.2, observe=True, pilot_learning_rate=FAR)
+    values = lgtm(*ours, settings)(BATCH, FEEDBACK)
     lesson, weights = Lesson(student, teacher, MIXTURE), list(teacher.parameters.values())
-    auxiliary = TEACHERS(lesson.theirs, pairs.constants(lesson.ours), BATCH["labels"]).mean()
+    auxiliary = lesson.auxiliary()
     first, second = (
         torch.cat([v.flatten() for v in torch.autograd.grad(part, weights, retain_graph=True, materialize_grads=True)])
-        for part in (auxiliary, lesson.term(variant, 0.2, TEACHERS))
+        for part in (auxiliary, lesson.term(variant, 0.2))
     )
     cosine = (first @ second / first.norm() / second.norm()).item()
     assert values["influence_cosine"] == pytest.approx(cosine, abs=1e-6) and abs(cosine) > 0.01
@@ -485,8 +510,6 @@ def test_what_is_observed_are_the_two_gradients_that_the_teacher_adds_up(variant
     for name, outputs in (("student", lesson.ours), ("teacher", lesson.theirs)):
         entropy = torch.distributions.Categorical(logits=outputs.logits).entropy().mean().item()
         assert values[f"{name}_entropy"] == pytest.approx(entropy, rel=1e-6)
-    alone = lgtm(*start()[0], MIXTURE, None, "meta", observe=True)(BATCH, FEEDBACK)
-    assert alone["influence_ratio"] == math.inf
 
 
 @pytest.mark.parametrize("options", [{"share": 0.5}, {"observe": True}], ids=str)
@@ -495,36 +518,34 @@ def test_a_teacher_with_frozen_weights_can_be_measured(options):
     embeddings = teacher.module.bert.embeddings.requires_grad_(False)
     before = {name: p.clone() for name, p in embeddings.named_parameters()}
     teacher = learner("teacher", teacher.module, teacher.accelerator, pairs.RATE, 100, warmup_ratio=0.0)
-    values = lgtm(student, teacher, MIXTURE, TEACHERS, **options)(BATCH, FEEDBACK)
+    values = lgtm(student, teacher, chosen(**options))(BATCH, FEEDBACK)
     assert math.isfinite(values["influence_ratio"]) and values["influence_ratio"] > 0
     assert pairs.same(dict(embeddings.named_parameters()), before)
 
 
-def test_the_released_preset_names_what_the_released_code_does(monkeypatch):
+def test_the_released_preset_names_what_the_released_code_does():
     """At equal rates two of the weights are one number, and a difference is close to a derivative: names tell."""
-    monkeypatch.setattr(module, "lgtm", lambda *who, **settings: settings)
-    named = {"influence": "released", "weight": "teacher_rate", "pilot_rule": "adamw", "tangent": "finite-difference"}
-    assert released(None, None) == named
-    assert released(None, None, tangent="jvp", observe=True) == named | {"tangent": "jvp", "observe": True}
-
-
-def test_settings_replace_those_of_the_released_preset():
-    ends = []
-    for step_of in (
-        lambda who: released(*who, tangent="jvp", weight=0.3),
-        lambda who: lgtm(*who, module.RELEASED_STUDENT, module.RELEASED_TEACHER, "released", 0.3, pilot_rule="adamw"),
-    ):
-        learners = start(warm=1)[0]
-        step_of(learners)(BATCH, FEEDBACK)
-        ends.append([pairs.weights(who) for who in learners])
-    assert pairs.same(*ends)
+    named = {
+        "alpha": 0.0,
+        "temperature": 1.0,
+        "objective": "kl",
+        "pkd_weight": 0.0,
+        "teacher_alpha": 0.6,
+        "teacher_objective": "kl",
+        "influence": "released",
+        "influence_weight": "teacher_rate",
+        "influence_share": None,
+        "pilot_rule": "adamw",
+        "tangent": "finite-difference",
+    }
+    assert {name: getattr(RELEASED, name) for name in named} == named
 
 
 def test_a_share_is_the_ratio_that_is_measured():
     student, teacher = pairs.pair()
-    values = lgtm(student, teacher, MIXTURE, TEACHERS, share=0.25)(BATCH, FEEDBACK)
+    values = lgtm(student, teacher, chosen(share=0.25))(BATCH, FEEDBACK)
     assert values["influence_ratio"] == pytest.approx(0.25)
-    at_one = lgtm(*pairs.pair(), MIXTURE, TEACHERS, observe=True)(BATCH, FEEDBACK)
+    at_one = lgtm(*pairs.pair(), replace(MIXTURE, observe=True))(BATCH, FEEDBACK)
     assert values["influence_weight"] == pytest.approx(0.25 / at_one["influence_ratio"])
 
 
@@ -534,7 +555,7 @@ def test_where_the_lesson_changes_nothing_there_is_no_share():
     nn.init.zeros_(student.module.classifier.weight), nn.init.zeros_(student.module.classifier.bias)
     student.module.requires_grad_(False)
     student.module.bert.pooler.dense.weight.requires_grad_(True)
-    values = lgtm(student, teacher, MIXTURE, TEACHERS, share=0.5)(BATCH, FEEDBACK)
+    values = lgtm(student, teacher, chosen(share=0.5))(BATCH, FEEDBACK)
     assert values["influence_mean"] == 0.0 and values["influence_weight"] == 0.0
     assert all(value.isfinite().all() for value in pairs.weights(teacher).values())
 
@@ -556,7 +577,7 @@ def test_pilot_feedback_and_tangent_run_in_the_precision_they_are_given_and_ever
 
         teacher.minimise = keep
         passes = pairs.precisions(student, teacher)
-        step = lgtm(student, teacher, MIXTURE, None, "meta", feedback_every=2, **options)
+        step = lgtm(student, teacher, chosen(influence="meta", auxiliary=False, feedback_every=2, **options))
         step(BATCH, FEEDBACK)
         looked, passes[:] = list(passes), []
         step(BATCH, FEEDBACK)
@@ -567,43 +588,59 @@ def test_pilot_feedback_and_tangent_run_in_the_precision_they_are_given_and_ever
 
 
 @pytest.mark.parametrize(
-    ("settings", "message"),
+    ("wrong", "message"),
     [
         ({"influence": "wieghted"}, "influence is 'wieghted'; expected one of weighted, printed, meta, released"),
-        ({"weight": "student"}, "influence_weight is 'student'; expected a number ≥ 0 or one of student_rate"),
-        ({"weight": -1.0}, "influence_weight is -1.0"),
-        ({"weight": float("nan")}, "influence_weight is nan"),
-        ({"weight": float("inf")}, "influence_weight is inf"),
-        ({"share": -0.1}, "influence_share is -0.1"),
-        ({"share": float("inf")}, "influence_share is inf"),
+        (
+            {"influence_weight": "student"},
+            "influence_weight is 'student'; expected a number ≥ 0 or one of student_rate",
+        ),
+        ({"influence_weight": -1.0}, "influence_weight is -1.0"),
+        ({"influence_weight": float("nan")}, "influence_weight is nan"),
+        ({"influence_weight": float("inf")}, "influence_weight is inf"),
+        ({"influence_share": -0.1}, "influence_share is -0.1"),
+        ({"influence_share": float("inf")}, "influence_share is inf"),
+        ({"influence_share": 0.1, "influence_weight": 0.1}, "influence_weight and influence_share are both given"),
         ({"pilot_rule": "adam"}, "pilot_rule is 'adam'; expected one of sgd, adamw"),
         ({"feedback_every": 0}, "feedback_every is 0"),
-        ({"imitation": Imitation(1.0)}, "no teacher can influence it"),
-        ({"teacher_imitation": None, "share": 0.1}, "nothing to take a share of"),
-        ({"teacher_imitation": None, "influence": "released"}, "nor a loss of the teacher"),
-        ({"teacher_imitation": Imitation(pkd_weight=1.0)}, "predictions only"),
-        ({"feedback_layers": 3}, "layers is 3, but the network has 2"),
+        ({"alpha": 1.0}, "no teacher can influence it"),
+        ({"auxiliary": False, "influence_share": 0.1}, "nothing to take a share of"),
+        ({"auxiliary": False, "observe": True}, "or to compare with"),
+        ({"auxiliary": False, "influence": "released"}, "nor a loss of the teacher"),
+        ({"teacher_objective": "mse"}, "teacher_objective is 'mse'; expected one of kl"),
+        ({"feedback_layers": -1}, "feedback_layers is -1"),
+        ({"pilot_pieces": 2, "objective": "dist"}, "pilot_pieces is 2: objective 'dist'"),
     ],
-    ids=lambda value: value if isinstance(value, str) else "",
+    ids=str,
 )
-def test_settings_without_meaning_are_refused(settings, message):
-    arguments = {"imitation": MIXTURE, "teacher_imitation": TEACHERS, **settings}
-    with pytest.raises(ValueError, match=message):
-        lgtm(*pairs.pair(), **arguments)
+def test_settings_without_meaning_are_refused(wrong, message):
+    with pytest.raises(ValidationError):
+        LGTM(**wrong)
+    assert message in checked(LGTM, wrong)[1][0]
 
 
-@pytest.mark.parametrize("influence", module.VARIANTS)
+def test_more_layers_than_the_student_has_are_refused_before_the_first_step():
+    with pytest.raises(ValueError, match="layers is 3, but the network has 2"):
+        lgtm(*pairs.pair(), replace(MIXTURE, feedback_layers=3))
+
+
+def test_defaults_that_depend_on_other_fields():
+    assert (LGTM().influence_weight, LGTM().pilot_rule) == (1.0, "sgd")
+    released = LGTM(influence="released")
+    assert (released.influence_weight, released.pilot_rule) == ("teacher_rate", "adamw")
+    assert LGTM(influence_share=0.1).influence_weight is None
+
+
+@pytest.mark.parametrize("influence", VARIANTS)
 def test_in_pieces_the_step_is_the_same(influence):
     ends, sizes = [], []
     for pieces in (1, 4):
         student, teacher = pairs.pair()
         student.module.register_forward_hook(lambda *what: sizes.append(len(what[-1].logits)))
-        logged = lgtm(student, teacher, MIXTURE, TEACHERS, influence, pilot_pieces=pieces)(BATCH, FEEDBACK)
+        logged = lgtm(student, teacher, chosen(influence=influence, pilot_pieces=pieces))(BATCH, FEEDBACK)
         ends.append((pairs.weights(student), pairs.weights(teacher), torch.tensor(list(logged.values()))))
     assert exact.error(*ends) < 1e-9
     assert sizes == [6, 6, 6, 6] + [2, 2, 1, 1] * 2 + [6, 6]  # pilot, feedback, tangent, the student's own step
-    with pytest.raises(ValueError, match="pilot_pieces is 2: objective 'dist'"):
-        lgtm(*pairs.pair(), Imitation(0.3, 2.0, losses.OBJECTIVES["dist"]), TEACHERS, pilot_pieces=2)
 
 
 @pytest.mark.parametrize("who", [0, 1])
@@ -611,4 +648,4 @@ def test_micro_batches_of_either_network_are_refused(who):
     both = pairs.pair()
     both[who].micro_batches = 2
     with pytest.raises(ValueError, match="micro_batches is 2"):
-        lgtm(*both, MIXTURE, TEACHERS)
+        lgtm(*both, MIXTURE)

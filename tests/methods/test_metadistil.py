@@ -1,27 +1,31 @@
 """One step of MetaDistil against differentiating through Algorithm 1 as it is written; what a step must not touch."""
 
 import math
+from dataclasses import replace
+from typing import get_args
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from kdlib.imitation import Imitation
+from pydantic import ValidationError
 
 from benchmarks.step import Saved
-from kdlib import losses, models, pilot
+from kdlib import models, pilot
 from kdlib.learner import accelerator_for, learner
 from kdlib.methods import metadistil as module
-from kdlib.methods.metadistil import metadistil
+from kdlib.methods.base import PilotRule
+from kdlib.methods.metadistil import MetaDistil, metadistil
+from kdlib.settings import checked
 from tests import exact, pairs
 
 BATCH, FEEDBACK = exact.batch(6, 0), exact.batch(6, 1)
-MIXTURE = Imitation(0.3, 2.0)
+MIXTURE = MetaDistil(alpha=0.3)
 IMITATIONS = {
     "kl with labels": MIXTURE,
-    "probability mse with pkd": Imitation(0.0, 3.0, losses.probability_mse, pkd_weight=1.0),
-    "logit mse": Imitation(0.5, 1.0, losses.logit_mse),
+    "probability mse with pkd": MetaDistil(alpha=0.0, temperature=3.0, objective="probability_mse", pkd_weight=1.0),
+    "logit mse": MetaDistil(alpha=0.5, temperature=1.0, objective="logit_mse"),
 }
 HALF = torch.bfloat16
 FAR = 0.5  # of the pilot's plain steps: large enough that the place where the quiz is taken matters
@@ -34,7 +38,7 @@ def algorithm_1(
     lesson, copy = teacher.answers(BATCH), dict(student.parameters)
     before = pilot.adamw_state(student.optimizer, student.parameters, rate)
     for _ in range(steps):
-        loss = imitation(student.answers(BATCH, copy), lesson, BATCH["labels"]).mean()
+        loss = imitation.loss(student.answers(BATCH, copy), lesson, BATCH["labels"]).mean()
         values = torch.autograd.grad(loss, list(copy.values()), create_graph=True, materialize_grads=True)
         gradient = dict(zip(copy, values, strict=True))
         if rule == "sgd":
@@ -43,7 +47,7 @@ def algorithm_1(
             copy = pilot.adamw(copy, gradient, before)
     teacher.descend(torch.nn.functional.cross_entropy(student.answers(FEEDBACK, copy).logits, FEEDBACK["labels"]))
     example = teacher.answers(BATCH) if pilot_update else lesson
-    student.descend(imitation(student.answers(BATCH), pairs.constants(example), BATCH["labels"]).mean())
+    student.descend(imitation.loss(student.answers(BATCH), pairs.constants(example), BATCH["labels"]).mean())
 
 
 def both(imitation=MIXTURE, warm=0, longest=1.0, **settings):
@@ -58,7 +62,7 @@ def both(imitation=MIXTURE, warm=0, longest=1.0, **settings):
             group["lr"] = pairs.RATE
     plain = pairs.Plain(student), pairs.Plain(teacher)
     rate = 3 * pairs.RATE if settings.get("pilot_rule") == "adamw" else FAR  # not that of the real student
-    values = metadistil(student, teacher, imitation, pilot_learning_rate=rate, **settings)(BATCH, FEEDBACK)
+    values = metadistil(student, teacher, replace(imitation, pilot_learning_rate=rate, **settings))(BATCH, FEEDBACK)
     names = {"inner_steps": "steps", "pilot_rule": "rule", "pilot_update": "pilot_update"}
     algorithm_1(*plain, imitation, rate=rate, **{names[k]: v for k, v in settings.items() if k in names})
     return values, (student, teacher), plain
@@ -105,7 +109,7 @@ def test_the_real_student_learns_from_the_new_teacher_unless_told_otherwise():
 @pytest.mark.parametrize("settings", [{}, {"inner_steps": 2}, {"pilot_rule": "adamw"}], ids=str)
 def test_the_experiment_is_discarded_and_leaves_optimiser_schedule_and_random_state_alone(settings):
     student, teacher = pairs.pair(dropout=0.5)
-    step = metadistil(student, teacher, MIXTURE, **settings)
+    step = metadistil(student, teacher, replace(MIXTURE, **settings))
     step(BATCH, FEEDBACK)  # the optimiser has moments now
     torch.manual_seed(3)
     before, random, seen = pairs.state(student), torch.get_rng_state(), []
@@ -135,10 +139,10 @@ def test_the_quiz_is_taken_after_the_experiment():
     """The logged loss is that of the copy, not of the student."""
     student, teacher = pairs.pair()
     plain, other = pairs.Plain(student), pairs.Plain(teacher)
-    taught = lambda outputs, batch: MIXTURE(outputs, other.answers(BATCH), batch["labels"])  # noqa: E731
+    taught = lambda outputs, batch: MIXTURE.loss(outputs, other.answers(BATCH), batch["labels"])  # noqa: E731
     copy = pilot.sgd_step(plain.module, models.trainable(plain.module), BATCH, taught, FAR)
     expected = pilot.task_loss(models.apply(plain.module, copy, FEEDBACK), FEEDBACK).mean()
-    values = metadistil(student, teacher, MIXTURE, pilot_learning_rate=FAR)(BATCH, FEEDBACK)
+    values = metadistil(student, teacher, replace(MIXTURE, pilot_learning_rate=FAR))(BATCH, FEEDBACK)
     assert values["feedback_loss"] == pytest.approx(expected.item(), rel=1e-10)
 
 
@@ -146,7 +150,7 @@ def test_the_teachers_step_lowers_the_quiz_loss_of_the_next_experiment():
     """The sign: the same lesson again, from the new teacher, ends better."""
     student, teacher = pairs.pair(rate=1e-4)
     start = pairs.weights(student)
-    step, values = metadistil(student, teacher, MIXTURE, pilot_learning_rate=FAR), []
+    step, values = metadistil(student, teacher, replace(MIXTURE, pilot_learning_rate=FAR)), []
     for _ in range(4):
         student.module.load_state_dict(start)
         values.append(step(BATCH, FEEDBACK)["feedback_loss"])
@@ -155,8 +159,10 @@ def test_the_teachers_step_lowers_the_quiz_loss_of_the_next_experiment():
 
 def test_a_student_that_stands_still_teaches_the_teacher_nothing():
     student, teacher = pairs.pair(weight_decay=0.0)
+    for group in student.optimizer.param_groups:
+        group["lr"] = 0.0
     before = pairs.weights(teacher)
-    metadistil(student, teacher, MIXTURE, pilot_learning_rate=0.0)(BATCH, FEEDBACK)
+    metadistil(student, teacher, MIXTURE)(BATCH, FEEDBACK)
     assert pairs.same(pairs.weights(teacher), before)
 
 
@@ -165,7 +171,7 @@ def test_the_pilot_takes_the_students_present_rate():
     for rate in (None, pairs.RATE):
         student, teacher = pairs.pair()
         teacher.optimizer.param_groups[0]["lr"] *= 3  # it has a rate of its own
-        metadistil(student, teacher, MIXTURE, pilot_learning_rate=rate)(BATCH, FEEDBACK)
+        metadistil(student, teacher, replace(MIXTURE, pilot_learning_rate=rate))(BATCH, FEEDBACK)
         ends.append(pairs.weights(teacher))
     assert pairs.same(*ends)
 
@@ -177,11 +183,11 @@ def test_what_is_logged_is_the_real_students_loss_and_both_entropies_at_the_less
         before = models.targets(teacher.module, BATCH)
         twin = pairs.pair(dropout=0.5)[0]
         torch.manual_seed(0)
-        values = metadistil(student, teacher, MIXTURE, pilot_update=update)(BATCH, FEEDBACK)
+        values = metadistil(student, teacher, replace(MIXTURE, pilot_update=update))(BATCH, FEEDBACK)
         example = models.targets(teacher.module, BATCH) if update else before
         torch.manual_seed(0)  # nothing but the student's own pass has drawn anything
         own = models.outputs(twin.module, BATCH)
-        loss = MIXTURE(own, example, BATCH["labels"]).mean().item()
+        loss = MIXTURE.loss(own, example, BATCH["labels"]).mean().item()
         entropies = [torch.distributions.Categorical(logits=z.logits).entropy().mean().item() for z in (own, example)]
         logged = [values["loss"], values["student_entropy"], values["teacher_entropy"]]
         assert logged == pytest.approx([loss, *entropies], rel=1e-6)
@@ -193,7 +199,7 @@ def test_watching_changes_nothing_and_measures():
     for watch in (None, exact.batch(8, 5)):
         torch.manual_seed(0)
         student, teacher = pairs.pair(dropout=0.3)
-        step = metadistil(student, teacher, MIXTURE, watch=watch)
+        step = metadistil(student, teacher, MIXTURE, watch)
         values = [step(BATCH, FEEDBACK) for _ in range(2)]
         ends.append((pairs.weights(student), pairs.weights(teacher)))
     assert pairs.same(*ends)
@@ -217,7 +223,7 @@ def fair_comparison(sign: int, rate: float, max_grad_norm: float = math.inf) -> 
     student, teacher = pairs.pair(rate=1e-3, max_grad_norm=max_grad_norm)[0], pairs.pair(rate=rate)[1]
     minimise = teacher.minimise
     teacher.minimise = lambda loss, batch: minimise(lambda piece: sign * loss(piece), batch)
-    step = metadistil(student, teacher, MIXTURE, pilot_rule="adamw", watch=FEEDBACK)
+    step = metadistil(student, teacher, replace(MIXTURE, pilot_rule="adamw"), FEEDBACK)
     return [step(BATCH, FEEDBACK) for _ in range(3)][-1]  # AdamW's first step is a sign, whoever teaches
 
 
@@ -228,7 +234,7 @@ def test_a_teacher_is_closer_if_its_step_led_it_towards_the_student_that_it_taug
         student, teacher = pairs.pair()
         teacher.optimizer.param_groups[0]["lr"] = teacher.optimizer.param_groups[1]["lr"] = sign * 1e-3
         taught, lesson = (models.targets(who.module, BATCH) for who in (student, teacher))
-        values = metadistil(student, teacher, MIXTURE, pilot_learning_rate=FAR, watch=FEEDBACK)(BATCH, FEEDBACK)
+        values = metadistil(student, teacher, replace(MIXTURE, pilot_learning_rate=FAR), FEEDBACK)(BATCH, FEEDBACK)
         after = models.targets(teacher.module, BATCH)
         distances = [MIXTURE.agreement(taught, answers).mean().item() for answers in (lesson, after)]
         assert values["teacher_closer"] == (distances[1] < distances[0])
@@ -269,24 +275,29 @@ def test_experiment_quiz_and_tangent_run_in_the_precision_they_are_given_and_eve
 
         teacher.minimise = keep
         passes = pairs.precisions(student, teacher)
-        metadistil(student, teacher, MIXTURE, **options)(BATCH, FEEDBACK)
+        metadistil(student, teacher, replace(MIXTURE, **options))(BATCH, FEEDBACK)
     trial = [("student", inside)] * 3  # the experiment, the quiz, the tangent
     assert passes == [("teacher", HALF), *trial, ("teacher", HALF), ("student", HALF)]
     assert 0 < exact.error(gradients[1], gradients[0]) < 0.2
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("wrong", "message"),
     [
-        ((0, "sgd", 1), "inner_steps is 0"),
-        ((2, "adamw", 1), "only one step of AdamW"),
-        ((1, "adam", 1), "pilot_rule is 'adam'; expected one of sgd, adamw"),
-        ((1, "sgd", 2), "micro_batches is 2"),
+        ({"inner_steps": 0}, "inner_steps is 0"),
+        ({"inner_steps": 2, "pilot_rule": "adamw"}, "only one step of AdamW"),
+        ({"pilot_rule": "adam"}, "pilot_rule is 'adam'; expected one of sgd, adamw"),
+        ({"pilot_learning_rate": 0.0}, "pilot_learning_rate is 0.0; expected a positive number"),
+        ({"tangent": "vjp"}, "tangent is 'vjp'; expected one of jvp"),
+        ({"tangent_precision": "fp16"}, "tangent_precision is 'fp16'; expected one of fp32, autocast"),
+        ({"pilot_pieces": 0}, "pilot_pieces is 0"),
+        ({"pilot_pieces": 2, "objective": "dist"}, "pilot_pieces is 2: objective 'dist'"),
     ],
 )
-def test_settings_without_meaning_are_refused(arguments, message):
-    with pytest.raises(ValueError, match=message):
-        module.check_settings(*arguments)
+def test_settings_without_meaning_are_refused(wrong, message):
+    with pytest.raises(ValidationError):
+        MetaDistil(**wrong)
+    assert message in checked(MetaDistil, wrong)[1][0]
 
 
 @pytest.mark.parametrize("who", [0, 1])
@@ -297,13 +308,13 @@ def test_micro_batches_of_either_network_are_refused(who):
         metadistil(*both, MIXTURE)
 
 
-@pytest.mark.parametrize("rule", module.PILOT_RULES)
+@pytest.mark.parametrize("rule", get_args(PilotRule))
 def test_pieces_change_nothing_but_what_is_kept_for_the_backward_passes(rule):
     ends, kept, sizes = [], [], []
     for pieces in (1, 4):
         student, teacher = pairs.pair()
         student.module.register_forward_hook(lambda *what: sizes.append(len(what[-1].logits)))
-        step = metadistil(student, teacher, MIXTURE, pilot_rule=rule, pilot_pieces=pieces)
+        step = metadistil(student, teacher, replace(MIXTURE, pilot_rule=rule, pilot_pieces=pieces))
         saved = Saved([student.module, teacher.module])
         with saved:
             logged = step(BATCH, FEEDBACK)
@@ -314,19 +325,16 @@ def test_pieces_change_nothing_but_what_is_kept_for_the_backward_passes(rule):
     assert sizes == [6, 6, 6, 6] + [2, 2, 1, 1] * 2 + [6, 6]  # experiment, quiz, tangent, the student's own step
 
 
-@pytest.mark.parametrize(("pieces", "objective"), [(0, losses.kl_divergence), (2, losses.OBJECTIVES["dist"])])
-def test_pieces_without_meaning_are_refused(pieces, objective):
-    with pytest.raises(ValueError, match=f"pilot_pieces is {pieces}"):
-        metadistil(*pairs.pair(), Imitation(0.3, 2.0, objective), pilot_pieces=pieces)
-    metadistil(*pairs.pair(), Imitation(0.3, 2.0, objective))
+def test_a_batch_that_is_not_cut_may_have_samples_that_are_compared():
+    metadistil(*pairs.pair(), MetaDistil(objective="dist"))
 
 
-@pytest.mark.parametrize("rule", module.PILOT_RULES)
+@pytest.mark.parametrize("rule", get_args(PilotRule))
 def test_frozen_weights_stay_out_of_the_experiment(rule):
     student, teacher = pairs.pair()
     embeddings = student.module.bert.embeddings.requires_grad_(False)
     student = learner("student", student.module, student.accelerator, pairs.RATE, 100, warmup_ratio=0.0)
     before = pairs.weights(teacher), {n: p.clone() for n, p in embeddings.named_parameters()}
-    metadistil(student, teacher, MIXTURE, pilot_rule=rule)(BATCH, FEEDBACK)
+    metadistil(student, teacher, replace(MIXTURE, pilot_rule=rule))(BATCH, FEEDBACK)
     assert pairs.same(dict(embeddings.named_parameters()), before[1])
     assert not pairs.same(pairs.weights(teacher), before[0])

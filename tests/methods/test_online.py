@@ -1,19 +1,21 @@
 """One step of online distillation, in each order, against the same step in plain torch."""
 
-import copy
+from typing import get_args
 
 import pytest
 import torch
-from kdlib.imitation import Imitation
-from torch import nn
+from pydantic import ValidationError
 from torch.nn import functional as F
 
 from kdlib import losses, models
-from kdlib.methods.online import ORDERS, detached, online_distillation, zero_classifier
-from tests import exact, toy
+from kdlib.methods.online import DML, Order, ProKT, online_distillation
+from kdlib.settings import checked
+from tests import exact
 
 BATCH = exact.batch(7, 0)
-OURS, THEIRS = Imitation(0.3, 2.0), Imitation(0.6, 3.0)
+ORDERS = get_args(Order)
+BOTH = {"alpha": 0.3, "teacher_alpha": 0.6}
+PATIENT = {"pkd_weight": 0.5}
 
 
 def kl(own, example, temperature):
@@ -36,18 +38,17 @@ def first_tokens(ours, theirs):
     return (ours - theirs).square().sum(-1)
 
 
-def plain_loss(module, example, imitation, distance):
+def plain_loss(module, example, alpha, distance, patient=None):
     own = models.outputs(module, BATCH, hidden_states=True)
     hard = F.cross_entropy(own.logits, BATCH["labels"])
-    soft = distance(own.logits, example.logits, imitation.temperature).mean()
-    loss = imitation.alpha * hard + (1 - imitation.alpha) * soft
-    if imitation.pkd_weight:
-        layer = 2 if imitation.pkd_layers == "last" else 1
-        loss = loss + imitation.pkd_weight * first_tokens(own.hidden_states[1], example.hidden_states[layer]).mean()
+    loss = alpha * hard + (1 - alpha) * distance(own.logits, example.logits, 3.0).mean()
+    if patient:
+        layer = 2 if patient.get("pkd_layers") == "last" else 1
+        loss = loss + patient["pkd_weight"] * first_tokens(own.hidden_states[1], example.hidden_states[layer]).mean()
     return loss
 
 
-def in_plain_torch(student, teacher, order, imitation, teacher_distance):
+def in_plain_torch(student, teacher, order, patient, teacher_distance):
     ours, theirs = exact.twin(student), exact.twin(teacher)
 
     def answer(module):
@@ -58,12 +59,12 @@ def in_plain_torch(student, teacher, order, imitation, teacher_distance):
     values = {}
 
     def teacher_step(example):
-        values["teacher_loss"] = plain_loss(theirs[0], example, THEIRS, teacher_distance)
+        values["teacher_loss"] = plain_loss(theirs[0], example, 0.6, teacher_distance)
         values["teacher_loss"].backward()
         exact.descend(*theirs)
 
     def student_step(example):
-        values["loss"] = plain_loss(ours[0], example, imitation, kl)
+        values["loss"] = plain_loss(ours[0], example, 0.3, kl, patient)
         values["loss"].backward()
         exact.descend(*ours)
 
@@ -83,20 +84,21 @@ def in_plain_torch(student, teacher, order, imitation, teacher_distance):
 
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize(
-    ("imitation", "objective", "distance"),
+    ("patient", "objective", "distance"),
     [
-        (OURS, losses.kl_divergence, kl),
-        (Imitation(0.3, 2.0, pkd_weight=0.5), losses.kl_divergence, kl),
-        (Imitation(0.3, 2.0, pkd_weight=0.5, pkd_layers="last"), losses.reverse_soft_cross_entropy, as_printed),
+        ({}, "kl", kl),
+        (PATIENT, "kl", kl),
+        (PATIENT | {"pkd_layers": "last"}, "reverse_soft_cross_entropy", as_printed),
     ],
     ids=["kl", "patient", "as printed"],
 )
-def test_step_is_that_of_plain_torch(order, imitation, objective, distance):
+def test_step_is_that_of_plain_torch(order, patient, objective, distance):
     """Catches a swapped order, exchanged roles in KL, a target that is not a constant.  The moments are not zero."""
     student, teacher = exact.learners()
-    step = online_distillation(student, teacher, imitation, Imitation(0.6, 3.0, objective), order)
+    settings = ProKT(**BOTH, **patient, temperature=3.0, teacher_objective=objective, first=order)
+    step = online_distillation(student, teacher, settings)
     step(exact.batch(7, 1))
-    ours, theirs, numbers = in_plain_torch(student, teacher, order, imitation, distance)
+    ours, theirs, numbers = in_plain_torch(student, teacher, order, patient, distance)
     assert step(BATCH) == pytest.approx(numbers, rel=1e-6)  # entropies are taken in float32
     assert exact.error(models.trainable(student.module), models.trainable(ours)) < 1e-9
     assert exact.error(models.trainable(teacher.module), models.trainable(theirs)) < 1e-9
@@ -106,7 +108,7 @@ def test_orders_differ():
     ends = []
     for order in ORDERS:
         learners = exact.learners()
-        online_distillation(*learners, OURS, THEIRS, order)(BATCH)
+        online_distillation(*learners, ProKT(**BOTH, first=order))(BATCH)
         ends.append([models.trainable(who.module) for who in learners])
     by_order = dict(zip(ORDERS, ends, strict=True))
     assert exact.error(by_order["teacher"][1], by_order["simultaneous"][1]) < 1e-14
@@ -126,7 +128,9 @@ def test_who_is_only_asked_is_asked_without_dropout(order, monkeypatch):
         return losses.kl_divergence(ours, theirs, temperature, reduction=reduction)
 
     expected = {who.name: models.targets(who.module, BATCH).logits for who in (student, teacher)}
-    online_distillation(student, teacher, Imitation(0.3, 2.0, kept), Imitation(0.6, 3.0, kept), order)(BATCH)
+    monkeypatch.setitem(losses.OBJECTIVES, "kl", kept)
+    monkeypatch.setitem(losses.TEACHER_OBJECTIVES, "kl", kept)
+    online_distillation(student, teacher, ProKT(**BOTH, first=order))(BATCH)
     expected["last"] = models.targets({"teacher": teacher, "student": student}[order].module, BATCH).logits
     asked_first = {"teacher": "student", "student": "teacher"}[order]
     torch.testing.assert_close(examples, [expected[asked_first], expected["last"]], rtol=1e-12, atol=1e-12)
@@ -134,7 +138,7 @@ def test_who_is_only_asked_is_asked_without_dropout(order, monkeypatch):
     assert not any(example.requires_grad for example in examples)
 
 
-def test_at_once_both_run_once_and_each_learns_from_what_the_other_said_in_that_run():
+def test_at_once_both_run_once_and_each_learns_from_what_the_other_said_in_that_run(monkeypatch):
     """With dropout, so that a second question would have another answer."""
     learners, asked, seen = exact.learners(dropout=0.5), [], []
     for who in learners:
@@ -146,7 +150,9 @@ def test_at_once_both_run_once_and_each_learns_from_what_the_other_said_in_that_
         seen.append((own.detach(), example))
         return losses.kl_divergence(own, example, temperature, reduction=reduction)
 
-    online_distillation(*learners, Imitation(0.3, 2.0, kept), Imitation(0.6, 3.0, kept), "simultaneous")(BATCH)
+    monkeypatch.setitem(losses.OBJECTIVES, "kl", kept)
+    monkeypatch.setitem(losses.TEACHER_OBJECTIVES, "kl", kept)
+    online_distillation(*learners, ProKT(**BOTH, first="simultaneous"))(BATCH)
     assert [name for name, _ in asked] == ["student", "teacher"]
     (ours, theirs), ((own, example), (their_own, their_example)) = [logits for _, logits in asked], seen
     assert torch.equal(own, ours) and torch.equal(example, theirs)
@@ -159,7 +165,7 @@ def test_pieces_of_a_batch_give_the_step_of_the_whole(order):
     ends = []
     for pieces in (1, 3):
         learners = exact.learners(micro_batches=pieces)
-        step = online_distillation(*learners, Imitation(0.3, 2.0, pkd_weight=0.5), THEIRS, order)
+        step = online_distillation(*learners, ProKT(**BOTH, **PATIENT, first=order))
         ends.append(([step(BATCH), step(BATCH)][1], [models.trainable(who.module) for who in learners]))
     assert ends[0][0] == pytest.approx(ends[1][0], rel=1e-6)
     assert exact.error(ends[0][1], ends[1][1]) < 1e-9
@@ -169,32 +175,22 @@ def test_with_the_labels_alone_the_order_does_not_matter():
     ends = []
     for order in ORDERS:
         learners = exact.learners()
-        online_distillation(*learners, Imitation(1.0), Imitation(1.0), order)(BATCH)
+        online_distillation(*learners, ProKT(alpha=1.0, first=order))(BATCH)
         ends.append([models.trainable(who.module) for who in learners])
     assert exact.error(ends[0], ends[1]) < 1e-14 and exact.error(ends[0], ends[2]) < 1e-14
 
 
-def test_unknown_orders_and_hidden_states_for_the_teacher_are_refused():
-    learners = exact.learners()
-    with pytest.raises(ValueError, match="first is 'both'; expected one of teacher, student, simultaneous"):
-        online_distillation(*learners, OURS, THEIRS, "both")
-    with pytest.raises(ValueError, match="give pkd_weight to the student's imitation"):
-        online_distillation(*learners, OURS, Imitation(pkd_weight=1.0))
+def test_unknown_orders_are_refused():
+    with pytest.raises(ValidationError):
+        ProKT(first="both")
+    expected = "first is 'both'; expected one of teacher, student, simultaneous"
+    assert checked(ProKT, {"first": "both"})[1] == [expected]
 
 
-def test_a_zero_classifier_gives_equal_probabilities_and_only_the_head_changes():
-    module = toy.network(0, labels=3)
-    nn.init.ones_(module.classifier.bias)
-    before = copy.deepcopy(module.state_dict())
-    zero_classifier(module)
-    assert torch.equal(models.targets(module, BATCH).logits, torch.zeros(7, 3))
-    changed = {name for name, value in module.state_dict().items() if not torch.equal(value, before[name])}
-    assert changed == {"classifier.weight", "classifier.bias"}
-    with pytest.raises(ValueError, match="Sequential has no linear layer called classifier"):
-        zero_classifier(nn.Sequential(nn.Linear(2, 2)))
-
-
-def test_detached_outputs_are_constants():
-    outputs = detached(models.outputs(toy.network(0, labels=3).train(), BATCH, hidden_states=True))
-    assert not outputs.logits.requires_grad and len(outputs.hidden_states) == 2
-    assert not any(states.requires_grad for states in outputs.hidden_states)
+def test_mutual_learning_is_the_simultaneous_order_at_temperature_one():
+    ends = []
+    for settings in (DML(**BOTH), ProKT(**BOTH, temperature=1.0, first="simultaneous")):
+        learners = exact.learners()
+        online_distillation(*learners, settings)(BATCH)
+        ends.append([models.trainable(who.module) for who in learners])
+    assert exact.error(*ends) == 0

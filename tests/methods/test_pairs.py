@@ -2,23 +2,24 @@
 
 import itertools
 import math
+from typing import get_args
 
 import pytest
 import torch
-from kdlib.imitation import Imitation
 
 from kdlib import losses, models
 from kdlib.batches import collate
 from kdlib.learner import accelerator_for, learner
 from kdlib.methods import kd
-from kdlib.methods.ikd import ikd
-from kdlib.methods.lgtm import VARIANTS, lgtm
-from kdlib.methods.metadistil import metadistil
-from kdlib.methods.online import ORDERS, online_distillation
+from kdlib.methods.ikd import IKD, ikd
+from kdlib.methods.lgtm import LGTM, Variant, lgtm
+from kdlib.methods.metadistil import MetaDistil, metadistil
+from kdlib.methods.online import Order, ProKT, online_distillation
 from tests import toy
 
-LGTM = {f"lgtm {variant}": variant for variant in VARIANTS}
-RULES = ["kd", *ORDERS, "metadistil", "ikd", *LGTM]
+INFLUENCES = {f"lgtm {variant}": variant for variant in get_args(Variant)}
+RULES = ["kd", *get_args(Order), "metadistil", "ikd", *INFLUENCES]
+PAPERS = {"influence_weight": 1.0, "pilot_rule": "sgd"}  # also for what is otherwise as released
 OUTPUTS = {"two-way": 2, "three-way": 3, "regression": 1}
 PAIRS = [
     (rule, objective, weight, task)
@@ -45,23 +46,22 @@ def learners(task: str):
     ]
 
 
-def step_of(rule: str, student, teacher, imitation: Imitation):
+def step_of(rule: str, student, teacher, **imitated):
     if rule == "kd":
-        return kd.distillation(
-            student, lambda data: models.targets(teacher.module, data, **imitation.wanted), imitation
-        )
+        settings = kd.KD(alpha=0.4, **imitated)
+        return kd.distillation(student, lambda data: models.targets(teacher.module, data, **settings.wanted), settings)
     if rule == "metadistil":
-        return metadistil(student, teacher, imitation)
+        return metadistil(student, teacher, MetaDistil(alpha=0.4, **imitated))
     if rule == "ikd":
-        return ikd(student, teacher, imitation)
-    theirs = Imitation(0.5, imitation.temperature, imitation.objective)
-    if rule in LGTM:
-        return lgtm(student, teacher, imitation, theirs, LGTM[rule])
-    return online_distillation(student, teacher, imitation, theirs, rule)
+        return ikd(student, teacher, IKD(alpha=0.4, **imitated))
+    both = {"alpha": 0.4, "teacher_alpha": 0.5, **imitated}
+    if rule in INFLUENCES:
+        return lgtm(student, teacher, LGTM(influence=INFLUENCES[rule], **both, **PAPERS))
+    return online_distillation(student, teacher, ProKT(first=rule, **both))
 
 
 def asks_for_feedback(rule: str) -> bool:
-    return rule == "metadistil" or rule in LGTM
+    return rule == "metadistil" or rule in INFLUENCES
 
 
 def weights(who) -> list[torch.Tensor]:
@@ -77,7 +77,7 @@ def moved(who, before: list[torch.Tensor]) -> bool:
 @pytest.mark.parametrize(("rule", "objective", "pkd_weight", "task"), PAIRS)
 def test_two_steps(rule, objective, pkd_weight, task):
     student, teacher = learners(task)
-    step = step_of(rule, student, teacher, Imitation(0.4, 2.0, losses.OBJECTIVES[objective], pkd_weight))
+    step = step_of(rule, student, teacher, objective=objective, pkd_weight=pkd_weight)
     before = weights(student), weights(teacher)
     for number in range(2):
         data = [batch(number, task)] + ([batch(number + 2, task)] if asks_for_feedback(rule) else [])
@@ -90,7 +90,7 @@ def test_two_steps(rule, objective, pkd_weight, task):
 @pytest.mark.parametrize("rule", RULES)
 def test_a_softmax_over_one_output_is_refused_before_anything_moves(rule):
     student, teacher = learners("regression")
-    step = step_of(rule, student, teacher, Imitation(0.4, 2.0, losses.kl_divergence))
+    step = step_of(rule, student, teacher)
     before = weights(student), weights(teacher)
     with pytest.raises(ValueError, match="for regression use objective 'logit_mse'"):
         step(*[batch(0, "regression")] * (2 if asks_for_feedback(rule) else 1))

@@ -1,6 +1,7 @@
 """The task-agnostic baselines in float64, against a plain re-statement from what transformers returns."""
 
 import copy
+import dataclasses
 import itertools
 
 import pytest
@@ -10,7 +11,7 @@ from transformers import BertConfig, BertForMaskedLM
 
 from kdlib.learner import accelerator_for, learner
 from kdlib.methods import task_agnostic
-from kdlib.methods.tutor import Student
+from kdlib.methods.on_text import Student, TextCast
 
 PAD, CLS, SEP, MASK, VOCABULARY = 0, 1, 2, 3, 11
 WORDS = torch.tensor([[CLS, 4, 6, 5, SEP, PAD, PAD], [CLS, 7, 5, 9, 6, 10, SEP]])
@@ -252,7 +253,45 @@ def test_a_step_is_adamws_on_the_loss(student):
     stated.backward()
     optimizer.step()
     who = learner("student", student, accelerator_for("cpu"), 1e-3, 10**9, 0.0, 0.0, max_grad_norm=1e9)
-    values = task_agnostic.step(who, task_agnostic.soft_labels(student, TEACHER, 2.0))(BATCH)
+    cast = TextCast(who, TEACHER, None, (PAD, CLS, SEP), MASK)
+    values = task_agnostic.SoftLabels(temperature=2.0).step(cast)(BATCH)
     assert values == {"loss": pytest.approx(stated.item(), rel=1e-9)}
     for ours, theirs in zip(student.parameters(), expected.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-9)
+
+
+def test_what_a_class_asks_for_is_what_its_loss_gets(student):
+    """Temperatures, attention and heads of relations, through the settings as a run has them."""
+    cast = TextCast(learner("student", student, accelerator_for("cpu"), 1e-3, 10), TEACHER, None, (PAD, CLS, SEP), MASK)
+    asked = {
+        task_agnostic.SoftLabels(temperature=3.0): task_agnostic.soft_labels(student, TEACHER, 3.0),
+        task_agnostic.DistilBERT(temperature=1.5): task_agnostic.distilbert(student, TEACHER, 1.5),
+        task_agnostic.TinyBERT(): task_agnostic.tinybert(student, TEACHER),
+        task_agnostic.TinyBERT(attention=False): task_agnostic.tinybert(student, TEACHER, False),
+        task_agnostic.MiniLM(): task_agnostic.minilm(student, TEACHER),
+        task_agnostic.MiniLMv2(relation_heads=4): task_agnostic.minilm_v2(student, TEACHER, 4),
+        # 12 does not divide the student's width of 8: its own heads.
+        task_agnostic.MiniLMv2(): task_agnostic.minilm_v2(student, TEACHER, HEADS),
+    }
+    for chosen, loss in asked.items():
+        assert torch.equal(chosen.loss(cast)(BATCH), loss(BATCH)), chosen
+        assert chosen.measure(cast)(BATCH) == {"loss": loss(BATCH).mean().item()}
+    alone = dataclasses.replace(cast, student=learner("one", student.network, accelerator_for("cpu"), 1e-3, 10))
+    expected = task_agnostic.masked_language_model(student.network)(BATCH)
+    assert torch.equal(task_agnostic.MLM().loss(alone)(BATCH), expected)
+
+
+def test_networks_that_cannot_be_compared_are_refused(student):
+    three = BertForMaskedLM(
+        BertConfig(vocab_size=VOCABULARY, hidden_size=12, num_hidden_layers=2, num_attention_heads=3)
+    )
+    with pytest.raises(ValueError, match=r"has 3 heads, the teacher 2, .*: take minilm_v2, or such a student"):
+        task_agnostic.MiniLM().check(three, TEACHER)
+    with pytest.raises(ValueError, match=r"has 3 heads, the teacher 2, .*: leave attention out"):
+        task_agnostic.TinyBERT(attention=True).check(three, TEACHER)
+    task_agnostic.TinyBERT().check(three, TEACHER)
+    assert not task_agnostic.TinyBERT().compares(three, TEACHER)
+    for heads, who in ((12, "student's width of 8"), (8, "teacher's width of 12")):
+        with pytest.raises(ValueError, match=f"relation_heads is {heads}, which does not divide the {who}"):
+            task_agnostic.MiniLMv2(relation_heads=heads).check(student.network, TEACHER)
+    assert task_agnostic.MiniLMv2().heads(three) == 12
