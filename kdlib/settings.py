@@ -1,4 +1,4 @@
-"""Settings: frozen dataclasses whose annotations say what is valid, checked all at once.
+'''Settings: frozen dataclasses whose annotations say what is valid, checked all at once.
 
     @settings
     class KD:
@@ -8,7 +8,7 @@
 A settings class stands beside the function that reads it, and a default stands there only.  Outside, where papermill, a
 command line, YAML or a record gives them, settings are flat; `checked` makes an object of those that a class has, and a
 sentence of everything that is wrong.
-"""
+'''
 
 import ast
 import dataclasses
