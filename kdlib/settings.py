@@ -136,9 +136,10 @@ def _sentence(kind: type, name: str, value: Any, error: Any) -> str:
     if why.endswith("_type"):
         kinds = [getattr(option, "__name__", str(option)) for option, _ in options] + ["None"] * _optional(kind, name)
         return f"{name} is {value!r} ({type(value).__name__}); expected {' or '.join(dict.fromkeys(kinds))}"
-    if bounds.get("le") == 1 or value != value or value == math.inf or value <= bounds["le"]:
+    highest = bounds.get("le", math.inf)
+    if highest == 1 or value != value or value == math.inf or value <= highest:
         return f"{name} is {value}; expected {_bounded(bounds)}"
-    return f"{name} is {value}; expected {bounds['le']:,} at most"
+    return f"{name} is {value}; expected {highest:,} at most"
 
 
 def _options(hint: Any) -> list[tuple[Any, dict[str, float]]]:
@@ -149,7 +150,7 @@ def _options(hint: Any) -> list[tuple[Any, dict[str, float]]]:
         return [(hint, {})]
     inner, *extra = typing.get_args(hint)
     limits = [limit for field in extra for limit in getattr(field, "metadata", [])]
-    bounds = {key: getattr(limit, key) for limit in limits for key in ("gt", "ge", "le") if hasattr(limit, key)}
+    bounds = {key: getattr(limit, key) for limit in limits for key in ("gt", "ge", "lt", "le") if hasattr(limit, key)}
     return [(kind, found | bounds) for kind, found in _options(inner)]
 
 
@@ -158,6 +159,8 @@ def _optional(kind: type, name: str) -> bool:
 
 
 def _bounded(bounds: Mapping[str, float]) -> str:
+    if bounds.get("lt") == 1:
+        return "a number above 0 and below 1"
     if bounds["le"] == 1:
         return "a number between 0 and 1"
     if "gt" in bounds:

@@ -23,7 +23,6 @@ from kdlib import (
     runs,
     trainer,
 )
-from kdlib.methods import kd
 from tests import toy
 
 WORDS = ["the film was good", "the film was bad", "a good story", "a bad story"]
@@ -92,7 +91,7 @@ class TestData:
 
     def test_embedded_data_count_by_their_name(self):
         config = runs.configure()
-        assert config.run_id == config.asked_id and runs.contents(config) == {}
+        assert config.run_id == config.asked_id and config.contents == {}
 
 
 class TestNetworks:
@@ -139,12 +138,12 @@ def done(tmp_path_factory, networks):
 class TestRuns:
     def test_the_record_says_what_it_was_made_from(self, done):
         config, record = done
-        assert record.contents == runs.contents(config) and set(record.contents) == {"source", "teacher"}
+        assert record.contents == config.contents and set(record.contents) == {"source", "teacher"}
         assert all(value.startswith("sha256:") for value in record.contents.values())
 
     def test_a_damaged_record_leaves_no_stale_neighbours_behind(self, done, monkeypatch):
         config, record = done
-        monkeypatch.setattr(runs, "_compute", lambda config: sorted(path.name for path in config.folder.iterdir()))
+        monkeypatch.setattr(engine, "_compute", lambda config, _: sorted(path.name for path in config.folder.iterdir()))
         teacher = configuration.teachers_config(config).folder
         for folder in (record.folder, teacher):
             for stale in ("logits-old.safetensors", "mine.tsv"):
@@ -236,15 +235,14 @@ class TestCheckpoints:
 
         schedule = trainer.Schedule(epochs=4, batch_size=16, checkpoint_every=every)
         with pytest.raises(KeyboardInterrupt):
-            trainer.train(kd.fine_tuning(who), [who], data, schedule, twice, "validation/accuracy", who, folder)
+            trainer.train(toy.training(who, data, schedule, evaluate=twice), folder)
 
     @staticmethod
     def resumed(folder, data, every=None, **changes):
         """The same run again."""
         who = toy.student()
         schedule = trainer.Schedule(epochs=4, batch_size=16, checkpoint_every=every)
-        arguments = [kd.fine_tuning(who), [who], data, schedule, toy.evaluate(who, data), "validation/accuracy", who]
-        return trainer.train(*arguments, folder, **changes)
+        return trainer.train(toy.training(who, data, schedule), folder, **changes)
 
     @pytest.mark.parametrize("changed", ["labels", "input_ids"])
     def test_other_data_are_refused_with_the_reason(self, tmp_path, monkeypatch, changed):
@@ -304,6 +302,6 @@ def test_a_records_fields_that_came_later_may_be_missing(tmp_path):
     config = runs.configure()
     fields = {f.name: None for f in dataclasses.fields(runs.RunRecord) if f.default is dataclasses.MISSING}
     fields = {name: value for name, value in fields.items() if name not in ("folder", "contents", "unknown")}
-    fields |= {"run_id": config.run_id, "config": dataclasses.asdict(config)}
+    fields |= {"run_id": config.run_id, "config": config.flat}
     (tmp_path / records.RECORD).write_text(json.dumps(fields))
     assert (runs.read_record(tmp_path).contents, runs.read_record(tmp_path).unknown) == ({}, {})

@@ -1,6 +1,5 @@
 """Task-agnostic distillation as a run: configurations, a few steps of every method, what they leave, and errors."""
 
-import dataclasses
 import itertools
 import json
 import shutil
@@ -12,8 +11,10 @@ import torch
 from transformers import AutoModel, AutoModelForMaskedLM, AutoTokenizer
 
 from kdlib import checkpoints, corpus, engine, folders, miniglue, models, pretraining, records, runs, trainer
-from kdlib.pretraining import METHODS, PretrainingConfig
-from kdlib.settings import ConfigurationError
+from kdlib.methods import ON_TEXT
+from kdlib.pretraining import PretrainingConfig
+from kdlib.records import NOT_IDENTITY, RunRecord
+from kdlib.settings import ConfigurationError, names
 from kdlib.trainer import TrainingInterruptedError
 
 LINES, EMPTY = 60, 3
@@ -48,7 +49,7 @@ def quick(home, text, taught):
     return {**COMMON, "corpus": text, "teacher": teacher, "student": "tiny-1x32h2", "output_dir": str(home / "runs")}
 
 
-def tutor_of(record: runs.RunRecord) -> dict[str, bytes]:
+def tutor_of(record: RunRecord) -> dict[str, bytes]:
     """The tutor's tensors, bit for bit; the file's header may list its entries in any order."""
     tensors, _ = checkpoints.read_tensors(record.folder / pretraining.TUTOR_WEIGHTS)
     return {name: tensor.numpy().tobytes() for name, tensor in tensors.items()}
@@ -129,12 +130,13 @@ class TestConfigure:
         config = pretraining.configure(method=method)
         assert (config.teacher, config.student, config.corpus) == ("book-mlm", "tiny-2x64h4", "mini-corpus")
         assert (config.learning_rate, config.evaluate_every) == (1e-3, 30)
-        assert {name for name in pretraining._OPTIONAL if getattr(config, name) is not None} == set(filled)
-        assert {name: getattr(config, name) for name in filled} == filled
+        own = {name: value for name, value in config.settings.flat.items() if value is not None}
+        assert own == filled
+        assert {name for name in pretraining.READ_BY if config.flat[name] is not None} - {"teacher"} == set(filled)
 
     def test_without_a_teacher(self):
         config = pretraining.configure(method="mlm", student="tiny-1x32")
-        assert (config.teacher, config.trained) == (None, "all")
+        assert (config.teacher, config.settings.trained) == (None, "all")
         with pytest.raises(ConfigurationError, match="'mlm' does not read teacher = 'book-mlm'"):
             pretraining.configure(method="mlm", student="tiny-1x32", teacher="book-mlm")
 
@@ -152,6 +154,7 @@ class TestConfigure:
         assert "unknown parameter 'stpes'; did you mean 'steps'" in message
         assert "did you mean 'tutor' or 'untutored'?" in message
         assert "steps is 0; expected a positive number" in message and "seed is True (bool); expected int" in message
+        assert "mask_rate is 1.0; expected a number above 0 and below 1" in message
 
     @pytest.mark.parametrize(
         ("wrong", "message"),
@@ -210,7 +213,7 @@ class TestConfigure:
         assert pretraining.configure(column="text", validation_split="validation") == pretraining.configure()
 
     @pytest.mark.parametrize("name", sorted(pretraining.READ_BY))
-    @pytest.mark.parametrize("method", METHODS)
+    @pytest.mark.parametrize("method", ON_TEXT)
     def test_a_field_is_read_or_refused_never_ignored(self, method, name):
         plain = {"method": method, **({"student": "tiny-1x32"} if method == "mlm" else {})}
         value = CHANGES[name]
@@ -222,8 +225,8 @@ class TestConfigure:
 
     def test_the_run_id_tells_results_apart(self):
         """Every field but those that decide nothing gives another run, and the list of them is complete."""
-        fields = {field.name for field in dataclasses.fields(PretrainingConfig)}
-        assert set(CHANGES) == fields - set(pretraining._NOT_IDENTITY)
+        fields = {*names(PretrainingConfig), *pretraining.READ_BY} - {"settings", *NOT_IDENTITY}
+        assert set(CHANGES) == fields
         base = {"corpus": "a.txt", "teacher": "folder"}
         special = {
             "trained": {"method": "mlm", "student": "tiny-1x32", "teacher": None},
@@ -240,9 +243,9 @@ class TestConfigure:
         assert pretraining.configure().run_id.startswith("mini-corpus-tutor-seed0-")
 
     def test_a_record_gives_the_configuration_back(self):
-        for method in METHODS:
+        for method in ON_TEXT:
             config = pretraining.configure(method=method, student="tiny-1x32")
-            again = pretraining.configure(**json.loads(json.dumps(dataclasses.asdict(config))))
+            again = pretraining.configure(**json.loads(json.dumps(config.flat)))
             assert again == config and again.run_id == config.run_id
 
     def test_the_settings_are_those_of_the_configuration(self):
@@ -252,11 +255,11 @@ class TestConfigure:
 
 
 class TestRun:
-    @pytest.mark.parametrize("method", METHODS)
+    @pytest.mark.parametrize("method", ON_TEXT)
     def test_every_method_leaves_a_record_and_a_student_that_can_be_fine_tuned(self, quick, home, monkeypatch, method):
         config = pretraining.configure(**pretraining.readable(quick, method), method=method)
         record = pretraining.run(config)
-        assert record.folder == config.folder and record.config == dataclasses.asdict(config)
+        assert record.folder == config.folder and record.config == config.flat
         assert [row["step"] for row in record.history] == [2, 3] and record.best_step == 3
         last = record.history[-1]
         assert record.metrics == {name: value for name, value in last.items() if name.startswith("validation/")}
@@ -341,17 +344,18 @@ class TestRun:
         accelerator, tokenizer = pretraining.accelerator_for("cpu"), models.load_tokenizer(config.teacher)
         masking = corpus.masking(tokenizer, config.mask_rate, 5)
         who = pretraining.networks(config, tokenizer, masking, accelerator)
+        student = who.cast.student.module
         _, held_out = pretraining.load_corpus(config, tokenizer)
         measure = pretraining.evaluation(config, who, held_out, tokenizer)
-        before, state = models.trainable(who.student.module), torch.get_rng_state()
+        before, state = models.trainable(student), torch.get_rng_state()
         before = {name: tensor.clone() for name, tensor in before.items()}
-        who.student.module.train()
+        student.train()
         first = measure()
         torch.rand(3)
         torch.set_rng_state(state)
-        assert measure() == first and who.student.module.training
+        assert measure() == first and student.training
         assert torch.equal(torch.get_rng_state(), state)
-        assert all(torch.equal(before[n], p) for n, p in who.student.module.named_parameters())
+        assert all(torch.equal(before[n], p) for n, p in student.named_parameters())
 
     def test_the_last_blocks_are_held_out(self, quick):
         config = pretraining.configure(**quick)
@@ -383,7 +387,7 @@ class TestErrorsBeforeAnyWork:
         with pytest.raises(ValueError, match=r"the student has \d+ word pieces, the teacher \d+.*one vocabulary"):
             self.run(quick, tmp_path, student=str(tmp_path / "wide"))
 
-    @pytest.mark.parametrize("method", METHODS[1:])
+    @pytest.mark.parametrize("method", [method for method in ON_TEXT if method != "mlm"])
     def test_a_head_that_was_never_trained_is_asked_for_words_only_by_name(
         self, quick, tmp_path, before_reading, method, monkeypatch
     ):
@@ -452,8 +456,8 @@ class TestErrorsBeforeAnyWork:
 
     def test_a_run_that_another_process_computes_is_waited_for(self, quick, tmp_path, monkeypatch):
         config = pretraining.configure(**{**quick, "output_dir": str(tmp_path)})
-        monkeypatch.setattr(pretraining, "_compute", lambda config: pytest.fail("computed a second time"))
-        monkeypatch.setattr(runs, "read_record", lambda folder: folder)
+        monkeypatch.setattr(engine, "_compute", lambda *_: pytest.fail("computed a second time"))
+        monkeypatch.setattr(engine, "read_record", lambda folder: folder)
         with ThreadPoolExecutor(1) as pool:
             with folders.alone_in(config.folder):
                 waiting = pool.submit(pretraining.run, config)

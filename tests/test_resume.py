@@ -69,7 +69,7 @@ TUTORED = {
 PLACES = {
     "teacher-first-step": (Learner, "minimise", 1, "after"),
     "teacher-mid-run": (Learner, "minimise", 6, "before"),
-    "teacher-saved-not-recorded": (runs, "write_record", 1, "before"),
+    "teacher-saved-not-recorded": (engine, "write_record", 1, "before"),
     "teacher-logits-half-written": (files.os, "replace", 7, "before"),
     "student-first-step": (Learner, "minimise", 10, "before"),
     "student-between-checkpoints": (Learner, "minimise", 14, "after"),
@@ -78,7 +78,7 @@ PLACES = {
     "best-written-checkpoint-not": (checkpoints, "save", 6, "before"),
     "checkpoint-half-written": (files.os, "replace", 11, "before"),
     "student-folder-half-written": (runs, "save_pretrained", 2, "before"),
-    "student-saved-not-recorded": (runs, "write_record", 2, "before"),
+    "student-saved-not-recorded": (engine, "write_record", 2, "before"),
 }
 # Calls 4, 6, … of `minimise` are the teacher's, 5, 7, … the student's; the teacher's folder is saved after its own run.
 TEACHING_PLACES = {
@@ -96,7 +96,7 @@ TUTORED_PLACES = {
     "tutored-just-after-a-checkpoint": (tutor, "minimise_together", 7, "before"),
     "tutored-evaluating": (tutor, "take_turn", 12, "before"),
     "student-saved-tutor-not": (checkpoints, "write_tensors", 4, "before"),
-    "tutored-not-recorded": (runs, "write_record", 1, "before"),
+    "tutored-not-recorded": (engine, "write_record", 1, "before"),
 }
 GOOD_TEACHING_PLACES = {"between-two-looks": (Learner, "minimise", 13, "after")}
 
@@ -157,7 +157,7 @@ def ending(folder: Path, parameters: dict = CONFIG) -> dict:
         "best_step": record.best_step,
         "oracle": record.oracle,
         "student": (config.folder / "student" / "model.safetensors").read_bytes(),
-        "teacher": teacher.read_bytes() if config.method in runs.LEARNING_TEACHER else None,
+        "teacher": teacher.read_bytes() if config.settings.teaches == "learning" else None,
         "predictions": (config.folder / "mini-sst2.tsv").read_bytes(),
         "files": sorted(p.name for p in config.folder.iterdir()),
     }

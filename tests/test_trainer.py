@@ -4,10 +4,7 @@ import dataclasses
 import itertools
 import os
 import signal
-import threading
-import time
 import types
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pandas as pd
@@ -15,9 +12,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from kdlib.imitation import Imitation
 
-from kdlib import checkpoints, folders, trainer
+from kdlib import checkpoints, trainer
 from kdlib.batches import Encoded
 from kdlib.checkpoints import CheckpointError
 from kdlib.learner import NonFiniteLossError, accelerator_for
@@ -33,19 +29,8 @@ def run(folder: Path | None = None, schedule: Schedule = SCHEDULE, step_wrapper=
     torch.manual_seed(99)  # whatever the process did before must not matter
     data = toy.encoded()
     who = toy.student(total_steps=schedule.total_steps(len(data)))
-    step = step_wrapper(kd.fine_tuning(who))
-    result = trainer.train(
-        step,
-        [who],
-        data,
-        schedule,
-        toy.evaluate(who, toy.encoded(40, 7)),
-        "validation/accuracy",
-        who,
-        folder,
-        **options,
-    )
-    return who, result
+    step, evaluate = step_wrapper(kd.fine_tuning(who)), toy.evaluate(who, toy.encoded(40, 7))
+    return who, trainer.train(toy.training(who, data, schedule, step=step, evaluate=evaluate), folder, **options)
 
 
 def same_weights(one, other) -> bool:
@@ -102,8 +87,7 @@ def test_the_best_weights_are_those_of_the_highest_metric_not_the_last(tmp_path)
             seen.append(checkpoints.module_tensors(who.module))
             return {"validation/accuracy": -float(len(seen))}
 
-        step = kd.fine_tuning(who)
-        result = trainer.train(step, [who], data, SCHEDULE, worse_each_time, "validation/accuracy", who, folder)
+        result = trainer.train(toy.training(who, data, SCHEDULE, evaluate=worse_each_time), folder)
         assert result.best_step == 4 and len(seen) == 5
         assert all(torch.equal(tensor, seen[0][name]) for name, tensor in who.module.state_dict().items())
 
@@ -117,7 +101,7 @@ def test_steps_are_made_in_training_mode():
         modes.append(who.module.training)
         return inner(batch)
 
-    trainer.train(step, [who], data, SCHEDULE, toy.evaluate(who, data), "validation/accuracy", who)
+    trainer.train(toy.training(who, data, SCHEDULE, step=step))
     assert modes == [True] * 18
 
 
@@ -263,7 +247,7 @@ def test_a_diverging_run_is_caught():
     data = toy.encoded()
     who = toy.student(learning_rate=1e30, warmup_ratio=0.0)
     with pytest.raises(NonFiniteLossError, match=r"step \d+: the loss of the student is"):
-        trainer.train(kd.fine_tuning(who), [who], data, SCHEDULE, toy.evaluate(who, data), "validation/accuracy", who)
+        trainer.train(toy.training(who, data, SCHEDULE))
 
 
 def test_a_folder_that_cannot_be_written_stops_before_any_work(tmp_path):
@@ -282,36 +266,6 @@ def test_a_read_only_folder_is_named(tmp_path, monkeypatch):
         run(tmp_path)
 
 
-def test_the_second_to_compute_a_run_says_so_and_waits_for_the_first(tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("KDLIB_PROGRESS", "1")  # as for a person who watches bars
-    inside, order = threading.Event(), []
-
-    def first():
-        with folders.alone_in(tmp_path / "run"):
-            inside.set()
-            deadline = time.monotonic() + 20
-            while "another process: waiting" not in capsys.readouterr().err and time.monotonic() < deadline:
-                time.sleep(0.01)
-            order.append("first")
-
-    def second():
-        inside.wait(20)
-        with folders.alone_in(tmp_path / "run"):
-            order.append("second")
-
-    with ThreadPoolExecutor(2) as pool:
-        for done in [pool.submit(first), pool.submit(second)]:
-            done.result(60)
-    assert order == ["first", "second"]
-
-
-def test_a_run_can_be_computed_again_after_an_error(tmp_path):
-    with pytest.raises(ZeroDivisionError), folders.alone_in(tmp_path):
-        raise ZeroDivisionError
-    with folders.alone_in(tmp_path):
-        pass
-
-
 def test_left_over_temporary_files_are_removed(tmp_path):
     (tmp_path / ".checkpoint.safetensors.123.tmp").write_bytes(b"half")
     run(tmp_path)
@@ -321,7 +275,7 @@ def test_left_over_temporary_files_are_removed(tmp_path):
 def test_no_data_is_an_error():
     who = toy.student()
     with pytest.raises(ValueError, match="nothing to train on: 0 samples"):
-        trainer.train(kd.fine_tuning(who), [who], toy.encoded(1).__class__(*_empty()), SCHEDULE, dict, "x", who)
+        trainer.train(toy.training(who, Encoded(*_empty()), SCHEDULE))
 
 
 def _empty():
@@ -359,8 +313,8 @@ class TestTeacherLogits:
                 source = trainer.teacher_logits(teacher, data, who.accelerator)
             else:
                 source = _on_the_spot(teacher)
-            step = kd.distillation(who, lambda b, source=source: Outputs(source(b)), Imitation(0.3, 2.0))
-            trainer.train(step, [who], data, SCHEDULE, toy.evaluate(who, data), "validation/accuracy", who)
+            step = kd.distillation(who, lambda b, source=source: Outputs(source(b)), kd.KD(alpha=0.3))
+            trainer.train(toy.training(who, data, SCHEDULE, step=step))
             ends.append(who)
         for ours, theirs in zip(ends[0].module.parameters(), ends[1].module.parameters(), strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)
@@ -408,18 +362,10 @@ class TestFeedback:
         return dataclasses.replace(data, rows=torch.arange(samples) + 5000)
 
     @staticmethod
-    def train(step, feedback, schedule=SCHEDULE, **options):
-        who, data = toy.student(), toy.encoded()
+    def train(step, feedback, folder=None, **options):
+        who = toy.student()
         return trainer.train(
-            step,
-            [who],
-            data,
-            schedule,
-            toy.evaluate(who, data),
-            "validation/accuracy",
-            who,
-            feedback=feedback,
-            **options,
+            toy.training(who, toy.encoded(), SCHEDULE, step=step, feedback=feedback, **options), folder
         )
 
     @pytest.mark.parametrize(("batch_size", "sizes"), [(None, [8, 2]), (4, [4, 4, 2]), (10, [10])])
@@ -466,9 +412,7 @@ class TestFeedback:
             return {"loss": 0.0}
 
         schedule = Schedule(epochs=1, batch_size=8)
-        trainer.train(
-            step, [who], training, schedule, toy.evaluate(who, training), "validation/accuracy", who, feedback=training
-        )
+        trainer.train(toy.training(who, training, schedule, step=step, feedback=training))
         shown, asked = ([row for pair in seen for row in pair[k]] for k in (0, 1))
         assert sorted(shown) == sorted(asked) == training.rows.tolist() and shown != asked
 
@@ -509,10 +453,10 @@ class TestLongRuns:
     """What pretraining asks of the loop: no best weights, batches that are prepared step by step, a limit of time."""
 
     @staticmethod
-    def train(step=None, folder=None, **options):
-        who, data = toy.student(), toy.encoded()
-        step = step or kd.fine_tuning(who)
-        return who, trainer.train(step, [who], data, SCHEDULE, dict, None, who, folder, **options)
+    def train(folder=None, max_seconds=None, **others):
+        who = toy.student()
+        training = toy.training(who, toy.encoded(), SCHEDULE, evaluate=dict, select=None, **others)
+        return who, trainer.train(training, folder, max_seconds=max_seconds)
 
     @pytest.mark.parametrize("in_folder", [False, True])
     def test_without_select_it_ends_with_the_last_weights(self, tmp_path, in_folder):
@@ -523,7 +467,7 @@ class TestLongRuns:
             return {"validation/accuracy": -float(len(seen))}
 
         folder = tmp_path if in_folder else None
-        result = trainer.train(kd.fine_tuning(who), [who], data, SCHEDULE, worse_each_time, None, who, folder)
+        result = trainer.train(toy.training(who, data, SCHEDULE, evaluate=worse_each_time, select=None), folder)
         assert result.best_step == 18 and result.best_metrics == {"validation/accuracy": -5.0}
         assert all(torch.equal(tensor, seen[-1][name]) for name, tensor in who.module.state_dict().items())
         assert not (tmp_path / trainer.BEST).exists()
@@ -542,9 +486,9 @@ class TestLongRuns:
             return {"loss": 0.0}
 
         with pytest.raises(TrainingInterruptedError):
-            self.train(step, tmp_path, prepare=prepare)
+            self.train(tmp_path, step=step, prepare=prepare)
         assert len(seen) == 7
-        self.train(step, tmp_path, prepare=prepare)
+        self.train(tmp_path, step=step, prepare=prepare)
         assert numbers == list(range(18))
         data = toy.encoded()
         order = trainer.training_batches(data, SCHEDULE, 0, 18)
@@ -570,7 +514,8 @@ class TestLongRuns:
     def test_a_run_that_is_over_is_not_late(self, tmp_path):
         who, data = toy.student(), toy.encoded()
         schedule = Schedule(epochs=1, batch_size=48)  # one step
-        result = trainer.train(kd.fine_tuning(who), [who], data, schedule, dict, None, who, tmp_path, max_seconds=1e-9)
+        training = toy.training(who, data, schedule, evaluate=dict, select=None)
+        result = trainer.train(training, tmp_path, max_seconds=1e-9)
         assert result.best_step == 1
 
     def test_without_a_folder_the_limit_holds_too(self):

@@ -3,9 +3,10 @@
 import torch
 from transformers import BertConfig, BertForSequenceClassification
 
-from kdlib import glue, metrics
+from kdlib import glue, metrics, trainer
 from kdlib.batches import Encoded
 from kdlib.learner import Learner, accelerator_for, learner
+from kdlib.methods import kd
 from kdlib.models import predict
 
 TASK = glue.generic_task("toy", "text", ("no", "yes"))
@@ -53,3 +54,9 @@ def evaluate(who: Learner, split: Encoded):
         return {"validation/accuracy": metrics.compute(("accuracy",), outputs, split.labels.numpy())["accuracy"]}
 
     return measure
+
+
+def training(who: Learner, data: Encoded, schedule: trainer.Schedule, **others) -> trainer.Training:
+    """Fine-tuning of one learner, chosen by its accuracy on the data it learns from, unless `others` say otherwise."""
+    usual = {"step": kd.fine_tuning(who), "evaluate": evaluate(who, data), "select": "validation/accuracy"}
+    return trainer.Training(learners=[who], data=data, schedule=schedule, **{**usual, **others})
