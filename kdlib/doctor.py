@@ -29,11 +29,11 @@ from pathlib import Path
 
 from kdlib import __version__
 
-REPOSITORY = Path(__file__).resolve().parents[1]
-OLDEST_PYTHON = (3, 11)
-MEMORY_GIB, DISK_GIB = 2.0, 1.0
+_REPOSITORY = Path(__file__).resolve().parents[1]
+_OLDEST_PYTHON = (3, 11)
+_MEMORY_GIB, _DISK_GIB = 2.0, 1.0
 """What a chapter may take at most, and what a small run may write."""
-GIB = 2**30
+_GIB = 2**30
 HUB_TIMEOUT = 5  # seconds
 
 
@@ -65,12 +65,12 @@ Check = Callable[[], Finding | Iterator[Finding]]
 
 def python_version() -> Finding:
     """The running Python against the oldest one that kdlib takes."""
-    found, oldest = platform.python_version(), ".".join(map(str, OLDEST_PYTHON))
+    found, oldest = platform.python_version(), ".".join(map(str, _OLDEST_PYTHON))
     remedy = f"install Python {oldest} or newer, then  make PYTHON=/path/to/it setup"
-    return Finding("python", f"{found}  {sys.executable}", *_judged(sys.version_info[:2] >= OLDEST_PYTHON, remedy))
+    return Finding("python", f"{found}  {sys.executable}", *_judged(sys.version_info[:2] >= _OLDEST_PYTHON, remedy))
 
 
-def requirements(root: Path = REPOSITORY) -> dict[str, str]:
+def requirements(root: Path = _REPOSITORY) -> dict[str, str]:
     """The lower bounds of what kdlib imports, by package: from pyproject.toml, or from the installed metadata."""
     project = root / "pyproject.toml"
     if project.exists():
@@ -82,7 +82,7 @@ def requirements(root: Path = REPOSITORY) -> dict[str, str]:
     return dict(re.split(r" ?>=", line.strip()) for line in lines)
 
 
-def locked_versions(root: Path = REPOSITORY) -> dict[str, str] | None:
+def _locked_versions(root: Path = _REPOSITORY) -> dict[str, str] | None:
     """The versions that the book was made with, by package; None in an installation without the repository."""
     lock = root / "requirements.lock"
     if not lock.exists():
@@ -90,9 +90,9 @@ def locked_versions(root: Path = REPOSITORY) -> dict[str, str] | None:
     return dict(line.split("==") for line in lock.read_text().split("\n") if line and not line.startswith("#"))
 
 
-def packages(root: Path = REPOSITORY) -> Iterator[Finding]:
+def packages(root: Path = _REPOSITORY) -> Iterator[Finding]:
     """What kdlib imports, each against its lower bound, then everything else against the lock file."""
-    locked = locked_versions(root)
+    locked = _locked_versions(root)
     # In the repository one command mends everything; elsewhere pip has to.
     setup = "make setup" if locked is not None else ""
     for name, bound in requirements(root).items():
@@ -143,7 +143,7 @@ def device() -> Finding:
 
     build = torch.version.cuda
     if torch.cuda.is_available():
-        memory = torch.cuda.get_device_properties(0).total_memory / GIB
+        memory = torch.cuda.get_device_properties(0).total_memory / _GIB
         return Finding("device", f"{torch.cuda.get_device_name()}, {memory:.0f} GiB, CUDA {build}")
     if build is None:
         return Finding("device", "CPU; no chapter needs more")
@@ -253,8 +253,8 @@ def memory() -> Finding:
     free = free_memory()
     if free is None:
         return Finding("free memory", "this system does not tell")
-    remedy = f"close programs or other notebooks: a chapter takes up to {MEMORY_GIB:.0f} GiB"
-    return Finding("free memory", f"{free / GIB:.1f} GiB", *_judged(free >= MEMORY_GIB * GIB, remedy))
+    remedy = f"close programs or other notebooks: a chapter takes up to {_MEMORY_GIB:.0f} GiB"
+    return Finding("free memory", f"{free / _GIB:.1f} GiB", *_judged(free >= _MEMORY_GIB * _GIB, remedy))
 
 
 def free_memory() -> int | None:
@@ -275,9 +275,9 @@ def disk(folder: Path | None = None) -> Finding:
     folder = folder or Path.cwd()
     free = shutil.disk_usage(folder).free
     remedy = (
-        f"free some space in {folder}, or give runs another output_dir: a small run writes up to {DISK_GIB:.0f} GiB"
+        f"free some space in {folder}, or give runs another output_dir: a small run writes up to {_DISK_GIB:.0f} GiB"
     )
-    return Finding("free disk", f"{free / GIB:.1f} GiB in {folder}", *_judged(free >= DISK_GIB * GIB, remedy))
+    return Finding("free disk", f"{free / _GIB:.1f} GiB in {folder}", *_judged(free >= _DISK_GIB * _GIB, remedy))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -313,7 +313,7 @@ def miniglue_data() -> Finding:
     return Finding("MiniGLUE", f"{len(miniglue.TASK_NAMES)} tasks in {folder}")
 
 
-def shipped_data(root: Path = REPOSITORY) -> Iterator[Finding]:
+def shipped_data(root: Path = _REPOSITORY) -> Iterator[Finding]:
     """The papers' tables, the run records and the stored teachers, which come with the repository only."""
     from safetensors import SafetensorError, safe_open
 
@@ -402,12 +402,12 @@ def hub() -> Finding:
 # All of it
 
 
-def examine(glue: Path | None = None, ask_hub: bool = False, root: Path = REPOSITORY) -> Iterator[Finding]:
+def examine(glue: Path | None = None, ask_hub: bool = False, root: Path = _REPOSITORY) -> Iterator[Finding]:
     """Every finding in the order of the table, which is also the order in which to mend things.
 
     Stops after the packages if one is missing or too old: the rest would fail for that reason alone.
     """
-    yield Finding("kdlib", f"{__version__}  {REPOSITORY}")
+    yield Finding("kdlib", f"{__version__}  {_REPOSITORY}")
     yield Finding("system", f"{platform.system()} {platform.machine()}")
     first = python_version()
     yield first

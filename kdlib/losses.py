@@ -21,8 +21,8 @@ from torch.nn import functional as F
 Reduction = Literal["none", "mean", "sum"]
 
 
-def reduce(values: Float[Tensor, "batch"], reduction: Reduction) -> Tensor:
-    """Return per-sample `values` as they are ("none"), their mean or their sum.
+def reduce(values: Float[Tensor, "batch *more"], reduction: Reduction) -> Tensor:
+    """Return per-sample `values` as they are ("none"), their mean or their sum; there may be several to a sample.
 
     Raises ValueError for any other reduction and for an empty batch.
     """

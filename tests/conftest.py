@@ -4,10 +4,12 @@ import os
 import tempfile
 from pathlib import Path
 
+import jaxtyping
 import pytest
 from hypothesis import settings
 
-import tools.offline.sitecustomize  # noqa: F401  (refuses the network in this process)
+import tools.offline.sitecustomize
+import tools.typed
 from tools.offline import refuse_network
 
 # Before anything imports a library that reads them.
@@ -16,6 +18,9 @@ os.environ.setdefault("KDLIB_PROGRESS", "0")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("JUPYTER_PLATFORM_DIRS", "1")  # else jupyter_core warns that this will be the default
 os.environ.setdefault("MPLBACKEND", "agg")
+
+# Before anything imports them; `tools.typed` has to be imported, for jaxtyping imports `tools` only.
+jaxtyping.install_import_hook(tools.typed.rooms(), "tools.typed.checked")
 
 settings.register_profile("kdlib", deadline=None, derandomize=True, max_examples=30)
 settings.load_profile("kdlib")
@@ -40,6 +45,12 @@ def no_other_machine(monkeypatch):
         asked = sorted(set(ASKED.read_text().splitlines()))
         ASKED.unlink()
         pytest.fail(f"no test needs the network, but this one asked for {', '.join(asked)}")
+
+
+@pytest.fixture
+def unchecked(monkeypatch):
+    """For a test of what is said to whoever gives something that the annotations forbid."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
 
 
 @pytest.fixture

@@ -44,6 +44,10 @@ class Counting:
     def __init__(self, tokenizer=TOKENIZER):
         self.tokenizer, self.calls = tokenizer, 0
 
+    @property
+    def __class__(self):  # it passes for one
+        return type(self.tokenizer)
+
     def __getattr__(self, name):
         return getattr(self.tokenizer, name)
 

@@ -584,6 +584,7 @@ def test_scores_and_more_rows_than_one_chunk(tokenizer):
     assert len(empty) == 0
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_a_tokenizer_without_padding_is_refused(tokenizer):
     class Unpadded:
         pad_token_id = None
@@ -971,6 +972,7 @@ def test_a_data_set_saved_to_disk(tmp_path):
         glue.load(tmp_path / "dict", MINE)
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_a_home_is_no_data_set(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     own(tmp_path / "data", train=[0, 1] * 10, validation=[0, 1])
@@ -993,6 +995,7 @@ def test_a_folder_may_be_called_like_a_format(tmp_path, monkeypatch):
     assert len(glue.load("csv", MINE).train) == 20
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_arguments_that_are_none(tmp_path):
     with pytest.raises(ValueError, match="task is None; expected one of cola"):
         glue.load("miniglue", None)
@@ -1168,6 +1171,8 @@ def test_long_pairs_are_cut_before_they_are_paired(tokenizer):
     lengths = []
 
     class Watched:
+        __class__ = type(tokenizer)  # it passes for one
+
         def __getattr__(self, name):
             return getattr(tokenizer, name)
 

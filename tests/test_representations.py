@@ -122,6 +122,7 @@ class TestHiddenStates:
         close(representations.hidden_cosine(ours, 3 * ours, MASK), [0.0] * 3)
         close(representations.hidden_cosine(ours, -ours, MASK), [2.0] * 3)
 
+    @pytest.mark.usefixtures("unchecked")
     def test_widths_that_differ_are_named(self):
         with pytest.raises(ValueError, match=r"have 4 units, the teacher's 6: give a projection"):
             representations.hidden_mse([states()] * 2, [states(6)] * 2, MASK)
@@ -182,6 +183,7 @@ class TestAttention:
         assert max(abs(a - b) for a, b in zip(expected, other, strict=True)) > 0.01  # the direction shows
         close(representations.attention_kl(*student, *student, MASK), [0.0] * 3)
 
+    @pytest.mark.usefixtures("unchecked")
     def test_heads_and_layers_that_differ_are_named(self):
         two, three = projected(2), projected(3)
         with pytest.raises(ValueError, match=r"the student has 2 heads, the teacher 3: .* relation_kl"):
@@ -395,6 +397,7 @@ class TestPatient:
             theirs[their][:, 0] = 3 * ours[mine][:, 0]
         assert representations.patient(ours, theirs, reduction="sum").item() == pytest.approx(0, abs=1e-30)
 
+    @pytest.mark.usefixtures("unchecked")
     def test_errors_say_what_to_do(self):
         with pytest.raises(ValueError, match="layers is 'all'; expected 'skip' or 'last'"):
             representations.patient_layers(2, 4, "all")

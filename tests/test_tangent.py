@@ -293,6 +293,7 @@ class TestStudentTangent:
         assert tangent.logits.dtype == torch.float32
         assert exact.error(tangent.logits.double(), tangents["jvp"][1].logits) < bound
 
+    @pytest.mark.usefixtures("unchecked")
     def test_an_unknown_method_is_named_with_the_nearest(self):
         with pytest.raises(ValueError, match=r"method is 'finite_difference': did you mean 'finite-difference'"):
             student_tangent(STUDENT, PARAMETERS, BATCH, GRADIENT, "finite_difference")
@@ -592,6 +593,7 @@ class TestHessianVectorProduct:
         assert exact.error(forward, {name: (ahead[name] - behind[name]) / 2e-6 for name in v}) < 1e-5
         assert_untouched(STUDENT, before)
 
+    @pytest.mark.usefixtures("unchecked")
     def test_an_unknown_way_is_refused(self):
         with pytest.raises(ValueError, match=r"'reverse-over-forward': did you mean"):
             hessian_vector_product(STUDENT, PARAMETERS, BATCH, pilot.task_loss, GRADIENT, "reverse-over-forward")
