@@ -112,9 +112,9 @@ def test_all_problems_are_told_at_once_and_the_rest_is_made():
 
 
 def test_without_a_value_that_it_needs_there_is_no_object():
-    made, problems = checked(Oven, {"heat": 0.0, "door": 1})
-    assert made is None and problems[0] == "heat is 0.0; expected at least 0.001"
-    assert problems[1] == "door is 1 (int); expected bool"
+    told = ["heat is 0.0; expected at least 0.001", "door is 1 (int); expected bool"]
+    assert checked(Oven, {"heat": 0.0, "door": 1}) == (None, told)
+    assert checked(Oven, {"door": True}) == (None, ["heat is missing"])
 
 
 def test_numbers_that_are_whole_may_stand_for_others():
