@@ -115,13 +115,20 @@ def checked(kind: type[T], given: Mapping[str, Any]) -> tuple[T | None, list[str
     if not wrong.keys() <= given.keys():
         return None, [*wrong.values()]
     rest, more = checked(kind, {name: value for name, value in given.items() if name not in wrong})
-    return rest, [*wrong.values(), *more]
+    told = {_missing(name) for name in wrong}
+    return rest, [*wrong.values(), *(problem for problem in more if problem not in told)]
+
+
+def _missing(name: str) -> str:
+    return f"{name} is missing"
 
 
 def _sentence(kind: type, name: str, value: Any, error: Any) -> str:
     """One problem in our words: the value, what was expected, the nearest valid name."""
     if not name:
         return str(error["ctx"]["error"])
+    if error["type"] == "missing":
+        return _missing(name)
     options = _options(typing.get_type_hints(kind, include_extras=True)[name])
     bounds = {key: value for _, found in options for key, value in found.items()}
     choices = [choice for option, _ in options for choice in typing.get_args(option)]

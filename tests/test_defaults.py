@@ -5,8 +5,8 @@ import inspect
 
 import pytest
 
-from kdlib import imitation, influence, learner, losses, pilot, policy, representations
-from kdlib.methods import ikd, lgtm, metadistil, online, task_agnostic, tutor
+from kdlib import influence, learner, losses, pilot, policy, representations
+from kdlib.methods import METHODS, ON_TEXT, ikd, lgtm, metadistil, on_text, task_agnostic, tutor, tutor_words
 from kdlib.tangent import (
     distillation_influence,
     feedback_gradient,
@@ -15,8 +15,6 @@ from kdlib.tangent import (
     student_tangent,
 )
 
-# The tangent is exact and in full precision, and nothing is cut, unless somebody asks for less.
-EXACT = {"tangent": "jvp", "tangent_precision": "fp32", "pilot_pieces": 1, "pilot_rule": "sgd"}
 SOFTENED = {"temperature": 1.0, "reduction": "mean"}
 TABLE = {
     # One unit of everything: T = 1, means over the batch, KL from teacher to student, equal weights of two parts.
@@ -34,14 +32,6 @@ TABLE = {
     # PKD (Sun et al., 2019): "skip" is the better of its two, and the paper adds up.
     representations.patient_layers: {"layers": "skip"},
     representations.patient: {"layers": "skip", "normalisation": "sum", "reduction": "mean"},
-    imitation.Imitation: {
-        "alpha": 0.5,
-        "temperature": 1.0,
-        "objective": losses.kl_divergence,
-        "pkd_weight": 0.0,
-        "pkd_layers": "skip",
-        "pkd_normalisation": "sum",
-    },
     # BERT's own: a tenth of warm-up, decay 0.01, clipping at one; and the whole batch at once.
     learner.learner: {"weight_decay": 0.01, "warmup_ratio": 0.1, "max_grad_norm": 1.0, "micro_batches": 1},
     learner.Learner: {"max_grad_norm": 1.0, "micro_batches": 1},
@@ -68,63 +58,109 @@ TABLE = {
     representations.hidden_mse: {"projection": None, "pairs": None},
     representations.attention_mse: {"of": "distributions"},  # as Tutor-KD prints it
     representations.relation_kl: {"relation_heads": None},
-    online.online_distillation: {"first": "teacher"},  # LGTM eqs. (3)-(4)
-    metadistil.metadistil: {
-        **EXACT,
-        "pilot_update": True,
-        "inner_steps": 1,
-        "pilot_learning_rate": None,
-        "watch": None,
-    },
-    ikd.ikd: {
-        "meta_weight": 0.5,
-        "feedback_at": "before",  # the paper's shortcut
-        "labelled_course": True,
-        "pilot_learning_rate": None,
-        "tangent": "jvp",
-        "tangent_precision": "fp32",
-    },
+    pilot.teaching_experiment: {"rule": "sgd", "steps": 1, "pieces": 1},  # MetaDistil eq. (2)
+    metadistil.metadistil: {"watch": None},
     ikd.feedback: {"weight": 1.0, "temperature": 1.0},
-    lgtm.lgtm: {
-        **EXACT,
-        "influence": "weighted",  # eq. (9)
-        "weight": 1.0,
-        "share": None,
-        "pilot_learning_rate": None,
-        "feedback_every": 1,
-        "feedback_layers": None,
-        "observe": False,
-        "watch": None,
-    },
-    lgtm.released: {"imitation": lgtm.RELEASED_STUDENT, "teacher_imitation": lgtm.RELEASED_TEACHER},
-    # Tutor-KD: λ = 0.5, λ₁ = 25, λ₂ = 0.5, one word for each position, no baseline.
-    tutor.Settings: {
-        "reward_weight": 0.5,
-        "strategy": "tutor",
-        "logit_weight": 25.0,
-        "inner_weight": 0.5,
-        "temperature": 1.0,
-        "kl_weight": 1.0,
-        "samples": 1,
-        "baseline": "none",
-        "imitated": "modified",
-        "attention": True,
-        "everywhere": False,
-        "order": "together",
-    },
-    tutor.mixed_reward: {"weight": 0.5},
-    tutor.Lesson.rewards: {"weight": 0.5},
-    tutor.tutor_loss: {"baseline": 0.0, "kl_weight": 1.0},
-    tutor.modified_loss: {"temperature": 1.0, "reduction": "mean"},
+    lgtm.lgtm: {"watch": None},
+    tutor_words.mixed_reward: {"weight": 0.5},
+    tutor_words.Lesson.rewards: {"weight": 0.5},
+    tutor_words.tutor_loss: {"baseline": 0.0, "kl_weight": 1.0},
+    tutor_words.modified_loss: {"temperature": 1.0, "reduction": "mean"},
     tutor.Tutor: {"start": "teacher", "seed": 0},
-    tutor.Student: {"seed": 0},
+    on_text.Student: {"seed": 0},
     tutor.inner_loss: {"attention": True},
-    tutor.tutor_kd: {"settings": None},
     task_agnostic.soft_labels: {"temperature": 1.0},
     task_agnostic.distilbert: {"temperature": 2.0, "weights": (5.0, 2.0, 1.0)},  # DistilBERT's released code
     task_agnostic.tinybert: {"attention": True},
     task_agnostic.minilm_v2: {"relation_heads": 12, "teacher_layer": None},
 }
+
+# None is decided by other fields, or by the run: what it says of itself tells how.
+UNLABELLED = {"labelled_course": True}
+TAUGHT = {
+    # A run of its own with a run's own defaults: another student does not fine-tune another teacher.
+    "teacher_epochs": None,
+    "teacher_learning_rate": None,
+    "teacher_batch_size": 32,
+    "teacher_micro_batches": 1,
+    "teacher_weight_decay": 0.01,
+    "teacher_warmup_ratio": 0.1,
+    "teacher_max_grad_norm": None,
+    "teacher_evaluate_every": None,
+    "teacher_seed": 0,
+}
+IMITATING = {
+    **TAUGHT,
+    "alpha": None,  # half from the labels, where there are any
+    "temperature": 2.0,  # of the grids of LGTM and MetaDistil the one that they share with IKD
+    "objective": "kl",
+    "pkd_weight": 0.0,  # an addition that costs hidden states
+    "pkd_layers": None,
+    "pkd_normalisation": None,
+}
+TRAINED = {"untrained_teacher": False}
+LEARNING = {"teaching_rate": None}
+MUTUAL = {**LEARNING, "teacher_alpha": None, "teacher_objective": None, "zero_classifiers": None}
+# The tangent is exact and in full precision, and nothing is cut, unless somebody asks for less.
+PILOTING = {"pilot_learning_rate": None, "tangent": "jvp", "tangent_precision": "fp32", "feedback_batch_size": None}
+FEEDBACK = {**PILOTING, "pilot_rule": None, "pilot_pieces": 1, "feedback_from": None, "observe": False}
+WORDS = {"untrained_teacher": False}
+UNTUTORED = {**WORDS, "attention": None, "logit_weight": 25.0, "inner_weight": 0.5}  # Tutor-KD: λ₁ = 25, λ₂ = 0.5
+SETTINGS = {
+    "fine_tune": UNLABELLED,
+    "kd": {**IMITATING, **TRAINED, **UNLABELLED},
+    "prokt": {**IMITATING, **MUTUAL, "first": "teacher"},  # LGTM eqs. (3)-(4)
+    "dml": {**IMITATING, **MUTUAL, "temperature": 1.0, "first": "simultaneous"},  # Zhang et al.: both do the same
+    "metadistil": {**IMITATING, **TRAINED, **LEARNING, **FEEDBACK, "pilot_update": True, "inner_steps": 1},
+    "ikd": {
+        **IMITATING,
+        **TRAINED,
+        **UNLABELLED,
+        **LEARNING,
+        **PILOTING,
+        "meta_weight": 0.5,
+        "feedback_at": "before",  # the paper's shortcut
+        "exam": None,
+    },
+    "lgtm": {
+        **IMITATING,
+        **MUTUAL,
+        **FEEDBACK,
+        "influence": "weighted",  # eq. (9)
+        "influence_weight": None,  # 1, as eq. (11) has it
+        "influence_share": None,
+        "feedback_every": 1,
+        "feedback_layers": None,
+        "auxiliary": True,
+    },
+    "mlm": {"trained": "all"},
+    "soft_labels": {**WORDS, "temperature": 1.0},  # as Tutor-KD prints its table's KD
+    "distilbert": {**WORDS, "temperature": 2.0},  # DistilBERT's released code
+    "tinybert": {"attention": None},
+    "minilm": {},
+    "minilm_v2": {"relation_heads": None},  # 12, as the paper's, where that divides the width
+    "untutored": UNTUTORED,
+    # Tutor-KD: λ = 0.5, one word for each position, no baseline.
+    "tutor": {
+        **UNTUTORED,
+        "reward_weight": 0.5,
+        "strategy": "tutor",
+        "temperature": 1.0,
+        "kl_weight": 1.0,
+        "samples": 1,
+        "baseline": "none",
+        "imitated": "modified",
+        "everywhere": False,
+        "order": "together",
+        "tutor_start": "teacher",
+    },
+}
+
+
+@pytest.mark.parametrize("method", [*METHODS, *ON_TEXT])
+def test_the_defaults_of_a_methods_settings_are_those_that_were_decided(method):
+    kind = (METHODS | ON_TEXT)[method]
+    assert {field.name: field.default for field in dataclasses.fields(kind)} == SETTINGS[method]
 
 
 @pytest.mark.parametrize("function", TABLE, ids=lambda function: function.__qualname__)
@@ -135,6 +171,9 @@ def test_the_defaults_are_those_that_were_decided(function):
 
 def test_the_released_codes_presets_are_its_own():
     """LGTM's code: the student learns from its teacher alone, the teacher by six tenths from the labels."""
-    chosen = [dataclasses.asdict(preset) for preset in (lgtm.RELEASED_STUDENT, lgtm.RELEASED_TEACHER)]
-    plain = dataclasses.asdict(imitation.Imitation())
-    assert chosen == [plain | {"alpha": 0.0}, plain | {"alpha": 0.6}]
+    chosen = {"alpha": 0.0, "temperature": 1.0, "teacher_alpha": 0.6}
+    chosen |= {"influence": "released", "pilot_rule": "adamw", "tangent": "finite-difference"}
+    assert lgtm.LGTM(**chosen) == lgtm.RELEASED
+    usual = dataclasses.asdict(lgtm.LGTM())
+    others = {name for name, value in dataclasses.asdict(lgtm.RELEASED).items() if value != usual[name]}
+    assert others == {*chosen, "influence_weight"}

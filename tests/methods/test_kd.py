@@ -82,7 +82,8 @@ def test_a_step_is_that_of_plain_torch_dropout_and_hidden_states_included(rule, 
     student = toy.network(0, classes, 0.5, 2).double().train()
     with torch.no_grad():
         example = models.outputs(toy.network(1, classes, layers=2).double(), data, hidden_states=True)
-    objective = losses.kl_divergence if classes > 1 else losses.logit_mse
+    objective = "kl" if classes > 1 else "logit_mse"
+    settings = KD(alpha=0.3, objective=objective, pkd_weight=0.7)
     who = learner("student", student, accelerator_for("cpu"), 1e-2, 100, 0.0, warmup_ratio=0.0)
     plain = copy.deepcopy(student)
     optimizer = torch.optim.AdamW(plain.parameters(), lr=1e-2, weight_decay=0.0)
@@ -90,7 +91,7 @@ def test_a_step_is_that_of_plain_torch_dropout_and_hidden_states_included(rule, 
     if rule == "labels":
         value = kd.fine_tuning(who)(data)
     else:
-        value = kd.distillation(who, lambda _: example, Imitation(0.3, 2.0, objective, 0.7))(data)
+        value = kd.distillation(who, lambda _: example, settings)(data)
 
     torch.manual_seed(5)
     inputs = {name: data[name] for name in ("input_ids", "attention_mask", "token_type_ids")}
