@@ -92,7 +92,7 @@ TAUGHT = {
 IMITATING = {
     **TAUGHT,
     "alpha": None,  # half from the labels, where there are any
-    "temperature": 2.0,  # of the grids of LGTM and MetaDistil the one that they share with IKD
+    "temperature": 2.0,  # a run softens; the losses alone do not
     "objective": "kl",
     "pkd_weight": 0.0,  # an addition that costs hidden states
     "pkd_layers": None,
@@ -127,18 +127,18 @@ SETTINGS = {
         **MUTUAL,
         **FEEDBACK,
         "influence": "weighted",  # eq. (9)
-        "influence_weight": None,  # 1, as eq. (11) has it
+        "influence_weight": None,  # 1, as in the paper
         "influence_share": None,
         "feedback_every": 1,
         "feedback_layers": None,
         "auxiliary": True,
     },
     "mlm": {"trained": "all"},
-    "soft_labels": {**WORDS, "temperature": 1.0},  # as Tutor-KD prints its table's KD
+    "soft_labels": {**WORDS, "temperature": 1.0},
     "distilbert": {**WORDS, "temperature": 2.0},  # DistilBERT's released code
     "tinybert": {"attention": None},
     "minilm": {},
-    "minilm_v2": {"relation_heads": None},  # 12, as the paper's, where that divides the width
+    "minilm_v2": {"relation_heads": None},  # 12 where that divides the width
     "untutored": UNTUTORED,
     # Tutor-KD: λ = 0.5, one word for each position, no baseline.
     "tutor": {
