@@ -9,7 +9,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal, Protocol
+from typing import Annotated, Any, ClassVar, Literal, Protocol, runtime_checkable
 
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -50,6 +50,7 @@ def suitable_rates(network: str) -> tuple[float, float]:
     return (1e-3, 2e-3) if models.is_tiny(network) else PRETRAINED_RATES.get(network, (3e-5, 5e-5))
 
 
+@runtime_checkable
 class Run(Protocol):
     """What a method may ask of the run that it is part of."""
 

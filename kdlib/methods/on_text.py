@@ -5,7 +5,7 @@ A student is distilled from a masked language model without labels, and fine-tun
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -65,6 +65,7 @@ class TextCast:
         return self.student.module, self.teacher
 
 
+@runtime_checkable
 class TextRun(Protocol):
     """What a method may ask of the run that it is part of."""
 

@@ -410,9 +410,9 @@ def test_the_influence_through_the_last_layers_is_the_part_of_the_inner_product_
 def test_every_rate_is_that_of_its_own_network_and_its_own_schedule():
     """The student's for the pilot and for "student_rate", the teacher's for "teacher_rate"; the student counts."""
     rates = {"student": 0.3, "teacher": 0.02}
-    for chosen, weight in (("student_rate", 0.7 * rates["student"]), ("teacher_rate", rates["teacher"])):
+    for name, weight in (("student_rate", 0.7 * rates["student"]), ("teacher_rate", rates["teacher"])):
         ends = []
-        for options in ({"weight": chosen}, {"weight": weight, "pilot_learning_rate": rates["student"]}):
+        for options in ({"weight": name}, {"weight": weight, "pilot_learning_rate": rates["student"]}):
             learners = start()[0]
             for who in learners:
                 who.optimizer.param_groups[0]["lr"] = rates[who.name]
