@@ -742,7 +742,7 @@ pd.DataFrame(rows)
 # Where would the rewards lead it, if it followed them all the way? Here are their means over all words of some places, for the student before and after the run at $\beta = 1$.
 
 # %%
-taught = copy.deepcopy(LIVE["β = 1, as released"][0].student.module).double()
+taught = copy.deepcopy(LIVE["β = 1, as released"][0].cast.student.module).double()
 after = survey(taught, count=15)
 before = surveyed[surveyed["sentence"] < 15]
 table = pd.DataFrame({"r_T": after["r_T"], "r_S before": before["r_S"].to_numpy(), "r_S after": after["r_S"]})

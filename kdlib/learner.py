@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.scheduler import AcceleratedScheduler
 from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 from transformers import get_linear_schedule_with_warmup
@@ -39,7 +40,7 @@ class Learner:
     module: Any
     """an nn.Module: a network, or what is around one"""
     optimizer: torch.optim.Optimizer
-    schedule: torch.optim.lr_scheduler.LRScheduler
+    schedule: torch.optim.lr_scheduler.LRScheduler | AcceleratedScheduler
     accelerator: Accelerator = field(repr=False)
     max_grad_norm: float = 1.0
     micro_batches: int = 1

@@ -3,6 +3,7 @@
     @settings
     class KD:
         temperature: Positive = 2.0
+        "softens teacher and student"
 
 A settings class stands beside the function that reads it, and a default stands there only.  Outside, where papermill, a
 command line, YAML or a record gives them, settings are flat; `checked` makes an object of those that a class has, and a

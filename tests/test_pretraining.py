@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import shutil
 from concurrent.futures import ThreadPoolExecutor, wait
 
@@ -247,6 +248,17 @@ class TestConfigure:
             config = pretraining.configure(method=method, student="tiny-1x32")
             again = pretraining.configure(**json.loads(json.dumps(config.flat)))
             assert again == config and again.run_id == config.run_id
+
+    @pytest.mark.parametrize("name", [*names(PretrainingConfig), *pretraining.READ_BY])
+    def test_whatever_is_given_the_answer_is_a_configuration_or_says_what_is_wrong_with_it(self, name):
+        method = pretraining.READ_BY.get(name, ["tutor"])[0]
+        given = {"method": method, **({"student": "tiny-1x32"} if method == "mlm" else {})}
+        numbers = True, -1, 0, 0.5, 1, 1.0, math.nan, -math.inf, 10**400, 1e308
+        for value in (*numbers, "", " ", "\0", "x", b"x", [], {"a": 1}, (), object()):
+            try:
+                pretraining.configure(**{**given, name: value})
+            except ConfigurationError as error:
+                assert name in str(error)
 
     def test_the_settings_are_those_of_the_configuration(self):
         config = pretraining.configure(samples=3, baseline="leave one out", order="in turns", attention=False)
