@@ -172,7 +172,10 @@ def described(method: str | None) -> str:
         lines += ["", title]
         for name, hint, default, meaning in rows:
             if name not in ignored:
-                lines += [f"  {name} ({hint}) = {_default(default)}", *(f"      {line}" for line in meaning.split("\n"))]
+                lines += [
+                    f"  {name} ({hint}) = {_default(default)}",
+                    *(f"      {line}" for line in meaning.split("\n")),
+                ]
     return "\n".join(lines)
 
 

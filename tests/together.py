@@ -1,14 +1,21 @@
 """Steps of every method, to be made by one process and by several: what `tests/test_processes.py` compares."""
 
+import copy
+import itertools
 import os
+import sys
+import time
 from collections.abc import Callable, Iterator
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import BertConfig, BertForMaskedLM
 
-from kdlib import corpus, models, processes
-from kdlib.learner import Learner, accelerator_for, learner
+import kdlib.learner
+from kdlib import __main__, corpus, models, processes
+from kdlib.learner import Learner, NonFiniteLossError, accelerator_for, learner
 from kdlib.methods.base import Cast
 from kdlib.methods.ikd import IKD
 from kdlib.methods.kd import KD, FineTune
@@ -60,6 +67,8 @@ ON_TEXT = {
     "tutor, nothing inside": TutorKD(inner_weight=0.0, temperature=2.0),
 }
 CASES = {**ON_TASKS, **ON_TEXT}
+OF_EACH = [*{type(settings): case for case, settings in CASES.items()}.values()]
+"""One case of each method."""
 
 
 def batches(sizes: tuple[int, ...], seed: int) -> Iterator[dict[str, torch.Tensor]]:
@@ -144,17 +153,18 @@ def on_text(settings: OnText) -> tuple[list[Learner], Callable[[], Iterator[dict
 
 
 def made(case: str) -> tuple[dict[str, torch.Tensor], list[dict[str, float]]]:
-    """Everybody's weights after three steps of a case, and what the steps returned."""
+    """How everybody's weights change in the steps of a case, and what the steps returned."""
     learners, steps = (on_task if case in ON_TASKS else on_text)(CASES[case])
     for group in (group for who in learners for group in who.optimizer.param_groups):
         group["eps"] = 1e-2  # AdamW would make steps out of gradients that are zero but for rounding
+    before = {who.name: copy.deepcopy(who.module.state_dict()) for who in learners}
     logged = [*steps()]
-    weights = {
-        f"{who.name}/{name}": value.detach().clone()
+    changes = {
+        f"{who.name}/{name}": value.detach() - before[who.name][name]
         for who in learners
         for name, value in who.module.state_dict().items()
     }
-    return weights, logged
+    return changes, logged
 
 
 def enter(number: int, size: int, port: int) -> None:
@@ -162,12 +172,54 @@ def enter(number: int, size: int, port: int) -> None:
     torch.set_num_threads(1)
     names = {"RANK": number, "LOCAL_RANK": number, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in names.items()}, MASTER_ADDR="127.0.0.1")
-    os.environ["OMP_NUM_THREADS"] = "1"
-    processes.join("cpu")
 
 
-def make_all(number: int, size: int, port: int, folder: str) -> None:
-    """In one of several processes: make all cases, and leave what came of them in a file."""
+def make_all(number: int, size: int, port: int, folder: str, cases: list[str]) -> None:
+    """In one of several processes: make these cases, say a few words, and leave what came of them in a file."""
     enter(number, size, port)
-    torch.save({case: made(case) for case in CASES}, Path(folder) / f"{number}.pt")
+    processes.join("cpu")
+    torch.save({case: made(case) for case in cases} | {"words": words(number)}, Path(folder) / f"{number}.pt")
     processes.leave()
+
+
+def words(number: int) -> dict[str, Any]:
+    """What this process hears of the others."""
+    processes.HEARTBEAT = 0.05
+
+    def fail() -> None:
+        raise NonFiniteLossError("student", float("nan"), 1.0, [number])
+
+    def error_of(work: Callable[[], Any]) -> str:
+        try:
+            return str(work())
+        except (RuntimeError, FloatingPointError) as error:
+            return f"{type(error).__name__}: {error}"
+
+    return {
+        "once": processes.once(lambda: time.sleep(0.3) or f"by {number}"),
+        "failure": error_of(lambda: processes.once(fail)),
+        "first alone": processes.first_alone(lambda: f"by {number}"),
+        "anybody": (processes.anybody(number == 1), processes.anybody(False)),
+        "told": processes.told(number),
+        "equal": error_of(lambda: processes.check_equal({"same": 1, "number": number})),
+        "from first": processes.from_first(torch.tensor([number, 7])).tolist(),
+        "rows": processes.by_rows(lambda rows: (rows, rows > 2), torch.arange(5, dtype=torch.bfloat16)),
+    }
+
+
+def run(number: int, size: int, port: int, folder: str, place: tuple[int, int, int] | None, given: list[str]) -> None:
+    """In one of several processes: the command line, what it prints into a file; `place` is the process that gets a
+    signal, at which of a learner's gradients, before it is added up, and the signal."""
+    enter(number, size, port)
+    if place is not None and place[0] == number:
+        calls, original = itertools.count(1), kdlib.learner.add_up
+
+        def deadly(module: torch.nn.Module) -> None:
+            if next(calls) == place[1]:
+                os.kill(os.getpid(), place[2])
+            original(module)
+
+        kdlib.learner.add_up = deadly
+    with open(Path(folder) / f"{number}.txt", "w") as file, redirect_stderr(file), redirect_stdout(file):
+        status = __main__.main(["run", *given])
+    sys.exit(status)
