@@ -125,6 +125,7 @@ def _run(given: list[str]) -> int:
         return _said(error, WRONG)
     try:
         record = kind.run(config)
+        processes.leave()  # after an error the others may not answer any more
         if processes.is_first():
             print("\n".join(f"{name:<28} {value:.4f}" for name, value in record.metrics.items()))
             print(record.folder)
@@ -137,8 +138,6 @@ def _run(given: list[str]) -> int:
         return _said(error, FAILED, everybody=True)
     except (OSError, ValueError, FloatingPointError) as error:
         return _said(error, FAILED)
-    finally:
-        processes.leave()
 
 
 def _said(error: BaseException, status: int, everybody: bool = False) -> int:

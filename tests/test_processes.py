@@ -82,7 +82,7 @@ def start(server, target, size: int, folder: Path, *arguments: Any) -> list[int]
     for child in children:
         child.start()
     for child in children:
-        child.join(120)
+        child.join(240)
         child.kill()
     return [child.exitcode for child in children]
 

@@ -118,6 +118,9 @@ def sentences(size: int, seed: int) -> dict[str, torch.Tensor]:
     real = torch.arange(10) < lengths
     words = torch.randint(4, WORDS, (size, 10), generator=generator).masked_fill(~real, 0)
     words[:, 0] = 1
+    words[-1, 1:] = words[-1, 1:].clamp(max=0)  # a sentence without words: where it is alone, nothing is masked
+    if size == 1:
+        words[0, 1:5] = torch.randint(4, WORDS, (4,), generator=generator)
     batch = {"input_ids": words, "attention_mask": real.long(), "labels": torch.zeros(size), "rows": torch.arange(size)}
     return corpus.Masking(SPECIAL, MASK, WORDS, 0.4)(batch, seed)
 

@@ -9,6 +9,7 @@ Derived in: chapters/09_tutor_kd.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import ClassVar, Literal
 
 import torch
@@ -136,7 +137,7 @@ def masked_language_model(network: PreTrainedModel) -> Loss:
         logits = models.masked_logits(network, _encoded(network, batch).hidden_states[-1][masked])
         return _by_sentence(losses.cross_entropy(logits, batch["input_ids"][masked], "none"), masked, share)
 
-    return _by_rows(of_rows)
+    return _of_words(of_rows)
 
 
 def soft_labels(student: Student, teacher: PreTrainedModel, temperature: float = 1.0) -> Loss:
@@ -146,7 +147,7 @@ def soft_labels(student: Student, teacher: PreTrainedModel, temperature: float =
         theirs, ours = _both(student, teacher, batch)
         return _soft(student, teacher, ours, theirs, batch["masked"], temperature, share)
 
-    return _by_rows(of_rows)
+    return _of_words(of_rows)
 
 
 def distilbert(
@@ -171,7 +172,7 @@ def distilbert(
             + cosine * inner.hidden_cosine(*states, batch["attention_mask"])
         )
 
-    return _by_rows(of_rows)
+    return _of_words(of_rows)
 
 
 def tinybert(student: Student, teacher: PreTrainedModel, attention: bool = True) -> Loss:
@@ -180,7 +181,7 @@ def tinybert(student: Student, teacher: PreTrainedModel, attention: bool = True)
     Source: TinyBERT (Jiao et al., 2020), general distillation.
     """
 
-    def of_rows(batch: Batch, share: float) -> Tensor:
+    def of_rows(batch: Batch) -> Tensor:
         pairs = inner.layer_map(depth(student.network), depth(teacher))
         theirs, ours = _both(student, teacher, batch, pairs[1:] if attention else ())
         real = batch["attention_mask"]
@@ -190,7 +191,7 @@ def tinybert(student: Student, teacher: PreTrainedModel, attention: bool = True)
             values = values + inner.attention_mse(*heads, real, of="scores")
         return values
 
-    return _by_rows(of_rows)
+    return partial(processes.by_rows, of_rows)
 
 
 def minilm(student: Student, teacher: PreTrainedModel) -> Loss:
@@ -199,13 +200,13 @@ def minilm(student: Student, teacher: PreTrainedModel) -> Loss:
     Source: MiniLM (Wang et al., 2020).
     """
 
-    def of_rows(batch: Batch, share: float) -> Tensor:
+    def of_rows(batch: Batch) -> Tensor:
         last = depth(student.network), depth(teacher)
         (theirs, ours), real = _both(student, teacher, batch, (last,)), batch["attention_mask"]
         heads = ours.queries[0], ours.keys[0], theirs.queries[0], theirs.keys[0]
         return inner.attention_kl(*heads, real) + inner.relation_kl(ours.values[0], theirs.values[0], real)
 
-    return _by_rows(of_rows)
+    return partial(processes.by_rows, of_rows)
 
 
 def minilm_v2(
@@ -218,13 +219,13 @@ def minilm_v2(
     Source: MiniLMv2 (Wang et al., 2021).
     """
 
-    def of_rows(batch: Batch, share: float) -> Tensor:
+    def of_rows(batch: Batch) -> Tensor:
         pair = depth(student.network), teacher_layer or depth(teacher)
         (theirs, ours), real = _both(student, teacher, batch, (pair,)), batch["attention_mask"]
         kinds = ((e.queries[0], e.keys[0], e.values[0]) for e in (ours, theirs))
         return sum(inner.relation_kl(mine, their, real, relation_heads) for mine, their in zip(*kinds, strict=True)) / 3
 
-    return _by_rows(of_rows)
+    return partial(processes.by_rows, of_rows)
 
 
 def _both(
@@ -255,12 +256,18 @@ def _soft(
     return _by_sentence(losses.kl_divergence(own, aim, temperature, reduction="none"), masked, share)
 
 
-def _by_rows(of_rows: Callable[[Batch, float], Tensor]) -> Loss:
-    """A loss whose sentences several processes share; `of_rows` gets some of them, and how many sentences the whole
-    batch has for each of its masked positions."""
+def _of_words(of_rows: Callable[[Batch, float], Tensor]) -> Loss:
+    """A loss at masked positions whose sentences several processes share; `of_rows` gets some of the sentences, and how
+    many the whole batch has for each of its masked positions.
+
+    Raises ValueError if none is masked.
+    """
 
     def loss(batch: Batch) -> Tensor:
-        share = len(batch["masked"]) / max(1, int(batch["masked"].sum()))
+        positions = int(batch["masked"].sum())
+        if positions == 0:
+            raise ValueError("no word of the batch is masked: there is nothing to learn from it")
+        share = len(batch["masked"]) / positions
         return processes.by_rows(lambda rows: of_rows(rows, share), batch)
 
     return loss

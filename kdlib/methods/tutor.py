@@ -345,7 +345,7 @@ def _imitation(
         aim = masked_logits.repeat(samples, 1)
         values = losses.kl_divergence(logits, aim, reduction="none")
         hardness = total_variation(logits.detach(), aim).unflatten(0, (samples, -1))
-        return part.gathered(values, [samples * count for count in counts]).mean(), hardness
+        return _mean(part, values, [samples * count for count in counts]), hardness
     scores, targets = lesson.scores, lesson.targets
     if settings.everywhere:
         words = own["input_ids"]
@@ -354,7 +354,12 @@ def _imitation(
         scores, targets = torch.cat([scores, more], -1), torch.cat([targets, more * 0 + 1], -1)
         counts = processes.told(0 if part.idle else scores.shape[-1])
     values = modified_loss(scores, targets, settings.temperature, "none")
-    return part.gathered(values.flatten(), [samples * count for count in counts]).mean(), lesson.student_reward
+    return _mean(part, values.flatten(), [samples * count for count in counts]), lesson.student_reward
+
+
+def _mean(part: Part, values: Tensor, counts: Sequence[int]) -> Tensor:
+    """The mean over the whole batch, given the values of this process."""
+    return losses.reduce(part.gathered(values, counts), "mean")
 
 
 def inner_loss(
@@ -401,7 +406,7 @@ def untutored(
         ours = models.encode_tokens(student.network, words, attended, [layer for layer, _ in asked])
         guess = models.masked_logits(student.network, ours.hidden_states[-1][masked])
         values = losses.kl_divergence(guess, aim, reduction="none")
-        value = settings.logit_weight * part.gathered(values, part.counts(batch["masked"])).mean()
+        value = settings.logit_weight * _mean(part, values, part.counts(batch["masked"]))
         if layers:
             inner = inner_loss(student, ours, theirs, attended, layers, bool(asked))
             value = value + settings.inner_weight * part.averaged(inner)
