@@ -38,8 +38,9 @@
 # system sends before its limit (SIGTERM, SIGUSR1), and `-p max_seconds` all end a run between two steps, with a checkpoint. Without a
 # terminal a line with loss and metric is logged for every evaluation, through `logging`, to the logger `kdlib`.
 #
-# *Several devices*: one run takes one process and one device. Start several runs, each with its own `CUDA_VISIBLE_DEVICES`. They may share
-# an `output_dir`; those that need the same teacher wait for the one that fine-tunes it.
+# *Several devices*: on the command line one run can take them all, `torchrun --nproc_per_node 4 -m kdlib run configs/lgtm.yml task=rte`,
+# with the numbers of one device but for rounding and dropout's masks; a notebook takes one. Or start several runs, each with its own
+# `CUDA_VISIBLE_DEVICES`. They may share an `output_dir`; those that need the same teacher wait for the one that fine-tunes it.
 
 # %% tags=["setup", "hide-input"]
 # Installs kdlib where it is missing, on Colab for example; otherwise does nothing.

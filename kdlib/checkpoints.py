@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from kdlib import files
+from kdlib import files, processes
 from kdlib.learner import Learner
 
 
@@ -71,7 +71,10 @@ def _digest(tensors: dict[str, Tensor], state: str) -> str:
 
 
 def save(path: Path, learners: Sequence[Learner], state: dict[str, Any]) -> None:
-    """Write learners (weights, optimisers, schedules, loss scaler), the random state and `state` to `path`."""
+    """Write learners (weights, optimisers, schedules, loss scaler), the random state and `state` to `path`.
+
+    Several processes have the same learners, which the first one writes, and each its own random state.
+    """
     tensors: dict[str, Tensor] = {}
     saved: dict[str, Any] = {"training": state, "learners": {}}
     for learner in learners:
@@ -100,7 +103,10 @@ def save(path: Path, learners: Sequence[Learner], state: dict[str, Any]) -> None
     twister = legacy["state"]
     drawn = [legacy["bit_generator"], twister["key"].tolist(), twister["pos"], legacy["has_gauss"], legacy["gauss"]]
     saved["random"] = {"python": random.getstate(), "numpy": drawn}
-    write_tensors(path, tensors, saved)
+    for number, streams in enumerate(processes.told(_streams())):
+        if number > 0:
+            tensors |= {f"random/{number}/{name}": state for name, state in streams.items()}
+    processes.once(lambda: write_tensors(path, tensors, saved))
 
 
 def load(path: Path, learners: Sequence[Learner]) -> dict[str, Any]:
@@ -116,15 +122,27 @@ def load(path: Path, learners: Sequence[Learner]) -> dict[str, Any]:
         learner.schedule.load_state_dict(rest["schedule"])
         if learner.accelerator.scaler is not None and rest["scaler"] is not None:
             learner.accelerator.scaler.load_state_dict(rest["scaler"])
-    torch.set_rng_state(tensors["random/torch"])
     cuda = [tensors[name] for name in sorted(tensors) if name.startswith("random/cuda/")]
-    if cuda and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(cuda)
+    if processes.rank() > 0:
+        own = f"random/{processes.rank()}/"
+        torch.set_rng_state(tensors[f"{own}torch"])
+        if torch.cuda.is_available() and f"{own}cuda" in tensors:
+            torch.cuda.set_rng_state(tensors[f"{own}cuda"])
+    else:
+        torch.set_rng_state(tensors["random/torch"])
+        if cuda and torch.cuda.is_available():
+            torch.cuda.set_rng_state_all(cuda)
     version, numbers, gauss = saved["random"]["python"]
     random.setstate((version, tuple(numbers), gauss))
     kind, keys, *rest = saved["random"]["numpy"]
     np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
     return saved["training"]
+
+
+def _streams() -> dict[str, Tensor]:
+    """The random state of this process and its GPU."""
+    own = {"torch": torch.get_rng_state()}
+    return own | ({"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})
 
 
 def _learner_state(

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from kdlib import files, machine, models, trainer
+from kdlib import files, machine, models, processes, trainer
 from kdlib.folders import alone_in, prepare_folder, writing_to
 from kdlib.records import RECORD, RunRecord, read_record, write_record
 from kdlib.trainer import Result, Training
@@ -88,21 +88,24 @@ def run(config: Config, prepare: Callable[[], Prepared]) -> RunRecord:
     """The record of a run, computed unless it is there.
 
     While it is computed, others who want the same run wait.  What a finished run whose record is gone has left is
-    removed before: it may be of other data.
+    removed before: it may be of other data.  Of several processes that compute the run together the first one writes.
 
     Raises what `prepare` and the trainer raise; CheckpointError if the folder cannot be written.
     """
     folder = config.folder
-    with writing_to(folder):  # a name that is too long for a file is an error here already
-        finished = (folder / RECORD).exists()
-    if finished:
+    if _finished(folder):
         return read_record(folder)  # without a lock, which a folder that is only read could not hold
     with alone_in(folder):
-        if (folder / RECORD).exists():
+        if _finished(folder):
             return read_record(folder)
         prepare_folder(folder)
-        _clear(folder)
+        processes.once(lambda: _clear(folder))
         return _compute(config, prepare)
+
+
+def _finished(folder: Path) -> bool:
+    with writing_to(folder):  # a name that is too long for a file is an error here already
+        return processes.once((folder / RECORD).exists)
 
 
 def _compute(config: Config, prepare: Callable[[], Prepared]) -> RunRecord:
@@ -124,10 +127,15 @@ def _compute(config: Config, prepare: Callable[[], Prepared]) -> RunRecord:
         folder=config.folder,
         **{f.name: getattr(found, f.name) for found in [prepared.finish(result)] for f in dataclasses.fields(found)},
     )
+    processes.once(lambda: _record(record))
+    return record
+
+
+def _record(record: RunRecord) -> None:
+    """Mark the run as finished, and remove what only an interrupted one needs."""
     write_record(record)
     for leftover in (trainer.CHECKPOINT, trainer.BEST):
-        (config.folder / leftover).unlink(missing_ok=True)
-    return record
+        (record.folder / leftover).unlink(missing_ok=True)
 
 
 def forget(folder: Path) -> None:
@@ -135,12 +143,16 @@ def forget(folder: Path) -> None:
 
     Raises CheckpointError if the folder cannot be written.
     """
-    if folder.exists():
+    if processes.once(folder.exists):
         with alone_in(folder):
-            (folder / RECORD).unlink(missing_ok=True)
-            _clear(folder)
-            for state in (trainer.CHECKPOINT, trainer.BEST):
-                (folder / state).unlink(missing_ok=True)
+            processes.once(lambda: _remove(folder))
+
+
+def _remove(folder: Path) -> None:
+    (folder / RECORD).unlink(missing_ok=True)
+    _clear(folder)
+    for state in (trainer.CHECKPOINT, trainer.BEST):
+        (folder / state).unlink(missing_ok=True)
 
 
 def _clear(folder: Path) -> None:
@@ -153,6 +165,10 @@ def _clear(folder: Path) -> None:
 
 def save_pretrained(network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Write model and tokenizer as a folder for `from_pretrained`, complete or not at all."""
-    with files.written(folder) as temporary, models.quiet():
-        network.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
+
+    def write() -> None:
+        with files.written(folder) as temporary, models.quiet():
+            network.save_pretrained(temporary)
+            tokenizer.save_pretrained(temporary)
+
+    processes.once(write)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from kdlib import processes
 from kdlib.checkpoints import CheckpointError
 from kdlib.progress import notice
 
@@ -18,6 +19,10 @@ def prepare_folder(folder: Path) -> None:
 
     Raises CheckpointError that names the folder and the remedy.
     """
+    processes.once(lambda: _prepare(folder))
+
+
+def _prepare(folder: Path) -> None:
     with writing_to(folder):
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / ".writable"
@@ -42,11 +47,20 @@ def writing_to(folder: Path) -> Iterator[None]:
 def alone_in(folder: Path) -> Iterator[None]:
     """Create `folder`; keep others out who compute the same run, or wait until they have left.
 
-    A process that is killed leaves too: its lock is the operating system's.
+    A process that is killed leaves too: its lock is the operating system's.  Of the processes of one run the first one
+    goes in for all.
 
     Raises CheckpointError if `folder` cannot be written.
     """
     lock = FileLock(folder / LOCK)
+    processes.once(lambda: _acquire(lock, folder))
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _acquire(lock: FileLock, folder: Path) -> None:
     with writing_to(folder):
         folder.mkdir(parents=True, exist_ok=True)
         try:
@@ -54,7 +68,3 @@ def alone_in(folder: Path) -> Iterator[None]:
         except Timeout:
             notice(f"{folder.name} is being computed by another process: waiting for it")
             lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()

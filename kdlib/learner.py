@@ -1,7 +1,6 @@
 """A network that learns: the module with its optimiser and schedule, as every method file needs it."""
 
 import math
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,8 +9,11 @@ import torch
 from accelerate import Accelerator
 from accelerate.scheduler import AcceleratedScheduler
 from accelerate.state import AcceleratorState
+from accelerate.utils import DataLoaderConfiguration
 from torch import Tensor, nn
 from transformers import get_linear_schedule_with_warmup
+
+from kdlib import processes
 
 Batch = dict[str, Tensor]
 """What `batches.collate` returns, plus `positions`: where in the encoded training set each sample stands."""
@@ -65,6 +67,9 @@ def minimise_together(
     `loss_function(batch)` returns one tensor `(batch,)` for each learner, computed with the weights from before the
     step.  A loss must not reach into another learner: what it takes from there has to be detached.  Pieces, clipping
     and errors are those of `Learner.minimise`; nobody moves unless all losses and gradients are finite.
+
+    Where several processes share the rows, each calls this with the whole batch and the losses of all samples; the
+    gradients through their own rows are added up.
     """
     accelerator, size = learners[0].accelerator, len(batch["labels"])
     totals = [0.0] * len(learners)
@@ -73,6 +78,8 @@ def minimise_together(
             losses = [values.sum() / size for values in loss_function(piece)]
         accelerator.backward(sum(losses[1:], losses[0]))
         totals = [total + loss.detach() for total, loss in zip(totals, losses, strict=True)]
+    for who in learners:
+        add_up(who.module)
     norms = [accelerator.clip_grad_norm_(who.module.parameters(), who.max_grad_norm) for who in learners]
     numbers = torch.stack([*totals, *(norm.to(totals[0].dtype) for norm in norms)]).tolist()
     values, sizes = numbers[: len(learners)], numbers[len(learners) :]
@@ -90,6 +97,13 @@ def minimise_together(
     return values
 
 
+def add_up(module: nn.Module) -> None:
+    """Make the gradients of a module whole: the sums over all processes."""
+    moving = [parameter for parameter in module.parameters() if parameter.grad is not None]
+    for parameter, whole in zip(moving, processes.summed([parameter.grad for parameter in moving]), strict=True):
+        parameter.grad = whole
+
+
 def split(batch: Batch, pieces: int) -> list[Batch]:
     """Cut a batch into at most `pieces` batches of nearly equal size, in order."""
     if pieces == 1:
@@ -98,33 +112,29 @@ def split(batch: Batch, pieces: int) -> list[Batch]:
     return [{key: parts[i] for key, parts in cuts.items()} for i in range(len(cuts["labels"]))]
 
 
-def refuse_many_processes() -> None:
-    """Raise RuntimeError if torchrun, accelerate or MPI started this process as one of several."""
-    for name in ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"):
-        if (size := os.environ.get(name, "1")) not in ("", "1"):
-            raise RuntimeError(
-                f"this process is one of {size} ({name} is set), but a run is computed by one process only: start it "
-                "without torchrun, or with --nproc_per_node 1 or --num_processes 1. To use several devices, start "
-                "several runs, each with CUDA_VISIBLE_DEVICES set to one of them; a common output_dir is fine"
-            )
-
-
 def accelerator_for(device: str = "auto", precision: str = "fp32") -> Accelerator:
     """The accelerate object for one device ("auto", "cpu", "cuda") and precision ("fp32", "bf16", "fp16").
 
-    Raises ValueError for an unknown value, for "cuda" without a GPU, and for fp16 on a CPU; RuntimeError in a process
-    that is one of several.
+    A process that torchrun or accelerate started as one of several joins the others; each has a GPU of its own.
+
+    Raises ValueError for an unknown value, for "cuda" without a GPU, and for fp16 on a CPU; also what `processes.join`
+    raises.
     """
-    refuse_many_processes()
     if precision not in PRECISIONS:
         raise ValueError(f"precision is {precision!r}; expected one of {', '.join(PRECISIONS)}")
     if device not in ("auto", "cpu", "cuda"):
         raise ValueError(f"device is {device!r}; expected 'auto', 'cpu' or 'cuda'")
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device is 'cuda', but torch sees no GPU; use 'auto' or 'cpu'")
+    processes.join(device)
     # accelerate keeps its state in the process; a notebook that trains in two precisions needs a fresh one.
     AcceleratorState._reset_state(reset_partial_state=True)
-    accelerator = Accelerator(cpu=device == "cpu", mixed_precision=PRECISIONS[precision])
+    accelerator = Accelerator(
+        cpu=device == "cpu" or (processes.size() > 1 and not torch.cuda.is_available()),
+        mixed_precision=PRECISIONS[precision],
+        # All processes take the same step of the schedule, instead of one each.
+        dataloader_config=DataLoaderConfiguration(split_batches=True),
+    )
     if precision == "fp16" and accelerator.device.type == "cpu":
         raise ValueError("precision 'fp16' needs a GPU; on a CPU use 'fp32' or 'bf16'")
     return accelerator

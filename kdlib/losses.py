@@ -24,12 +24,12 @@ Reduction = Literal["none", "mean", "sum"]
 def reduce(values: Float[Tensor, "batch *more"], reduction: Reduction) -> Tensor:
     """Return per-sample `values` as they are ("none"), their mean or their sum; there may be several to a sample.
 
-    Raises ValueError for any other reduction and for an empty batch.
+    Raises ValueError for any other reduction, and for the mean or the sum of an empty batch.
     """
+    if reduction == "none":  # one of several processes may have nothing that counts
+        return values
     if len(values) == 0:
         raise ValueError("a loss over an empty batch is undefined; got 0 samples")
-    if reduction == "none":
-        return values
     if reduction == "mean":
         return values.mean()
     if reduction == "sum":

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 import kdlib
+from kdlib import processes
 
 
 def environment(device: torch.device) -> dict[str, str]:
@@ -21,6 +22,7 @@ def environment(device: torch.device) -> dict[str, str]:
         "cpu": torch.backends.cpu.get_cpu_capability(),
         "processor": processor(),
         "threads": str(torch.get_num_threads()),
+        **({"processes": str(processes.size())} if processes.size() > 1 else {}),
     }
 
 

@@ -52,7 +52,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from kdlib import glue, miniglue, stored
+from kdlib import glue, miniglue, processes, stored
 from kdlib.batches import Encoded, collate, sequential_batches, to_device
 from kdlib.losses import full_precision
 from kdlib.progress import bar, notice
@@ -602,18 +602,21 @@ def check_pair(teacher: PreTrainedModel, student: PreTrainedModel) -> None:
             raise ValueError(f"the student has {ours} {name}, the teacher {theirs}: distillation needs them equal")
 
 
+_READ = ("input_ids", "attention_mask", "token_type_ids")
+
+
 def outputs(model: nn.Module, batch: Mapping[str, Tensor], hidden_states: bool = False) -> Outputs:
     """What a sequence classifier answers to a batch made by `batches.collate`, as its mode and weights are.
 
-    Logits are in float32 at least.
+    Logits are in float32 at least.  Several processes share the rows, see `kdlib.processes`.
     """
-    answer = model(
-        input_ids=batch["input_ids"],
-        attention_mask=batch["attention_mask"],
-        token_type_ids=batch["token_type_ids"],
-        **({"output_hidden_states": True} if hidden_states else {}),
-    )
-    return Outputs(full_precision(answer.logits), tuple(answer.hidden_states) if hidden_states else ())
+    wanted = {"output_hidden_states": True} if hidden_states else {}
+
+    def answers(rows: Mapping[str, Tensor]) -> Outputs:
+        answer = model(**rows, **wanted)
+        return Outputs(full_precision(answer.logits), tuple(answer.hidden_states) if hidden_states else ())
+
+    return processes.by_rows(answers, {name: batch[name] for name in _READ})
 
 
 def logits(model: nn.Module, batch: Mapping[str, Tensor]) -> Float[Tensor, "batch classes"]:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from kdlib import losses, models
+from kdlib import losses, models, processes
 from kdlib.learner import Batch, Learner
 from kdlib.models import Outputs, Parameters, Wanted
 
@@ -49,7 +49,8 @@ def gradient(
     `wanted` is passed on to `models.apply`: `hidden_states=True`, `attentions=True`.
 
     `pieces` cuts the batch into so many, one after the other: the same gradient up to rounding, and the graph of one
-    piece at a time.  The loss then sees one piece of the batch, and each sample must stand alone in it.
+    piece at a time.  The loss then sees one piece of the batch, and each sample must stand alone in it.  Several
+    processes share the rows of a piece, unless there is a graph to be made.
 
     Raises ValueError for fewer pieces than one, and what `models.apply` and the loss raise.
 
@@ -60,13 +61,20 @@ def gradient(
     # Second derivatives need the slower attention, and so do those who ask for its weights.
     slow = create_graph or wanted.get("attentions")
     attention = models.exact_attention(student) if slow else nullcontext()
+
+    def answers(rows: Mapping[str, Tensor]) -> Outputs:
+        def network(own: Mapping[str, Tensor]) -> Outputs:
+            return models.apply(student, values, own, **wanted)
+
+        return network(rows) if create_graph else processes.by_rows(network, rows)
+
     with torch.enable_grad(), models.evaluating(student), attention:
         total: list[Tensor] = []
         for piece, share in cut(batch, pieces):
-            mean = share * loss(models.apply(student, values, piece, **wanted), piece).mean()
+            mean = share * loss(answers(piece), piece).mean()
             slopes = torch.autograd.grad(mean, list(leaves.values()), create_graph=create_graph, materialize_grads=True)
             total = [one + more for one, more in zip(total, slopes, strict=True)] if total else list(slopes)
-    return dict(zip(leaves, total, strict=True))
+    return dict(zip(leaves, total if create_graph else processes.summed(total), strict=True))
 
 
 def cut(batch: Mapping[str, Tensor], pieces: int) -> list[tuple[dict[str, Tensor], float]]:
@@ -285,4 +293,5 @@ def recording(values: list[Tensor]) -> Loss:
 def loss_without_dropout(module: nn.Module, parameters: Parameters, batch: Batch) -> float:
     """The mean task loss on a batch, without dropout, at `parameters`, or at the module's own for an empty dict."""
     with torch.no_grad(), models.evaluating(module):
-        return task_loss(models.apply(module, parameters, batch), batch).mean().item()
+        outputs = processes.by_rows(lambda rows: models.apply(module, parameters, rows), batch)
+    return task_loss(outputs, batch).mean().item()

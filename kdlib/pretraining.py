@@ -23,7 +23,7 @@ from pydantic import Field
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from kdlib import checkpoints, corpus, engine, models, representations, trainer
+from kdlib import checkpoints, corpus, engine, models, processes, representations, trainer
 from kdlib.batches import Encoded, sequential_batches
 from kdlib.engine import STUDENT, Findings, Prepared, forget, name_of, save_pretrained
 from kdlib.learner import (
@@ -34,7 +34,6 @@ from kdlib.learner import (
     Learner,
     accelerator_for,
     learner,
-    refuse_many_processes,
 )
 from kdlib.methods import ON_TEXT
 from kdlib.methods.base import Step
@@ -269,12 +268,13 @@ def run(config: PretrainingConfig) -> RunRecord:
 
     The folder then holds `record.json` and the student as a folder for `from_pretrained`: a masked language model where
     the method has trained its head, else the encoder; with a tutor also its weights.  An interrupted run goes on from
-    its checkpoint and ends as it would have.  A run that another process computes is waited for.
+    its checkpoint and ends as it would have.  A run that another process computes is waited for; started by torchrun or
+    accelerate on several processes, they compute it together, see `kdlib.processes`.
 
     Raises what corpus, models and trainer raise, before any work is done where that is possible;
     `trainer.TrainingInterruptedError` when `max_seconds` are over.
     """
-    refuse_many_processes()
+    processes.join(config.device)
     if not config.resume:
         forget(config.folder)
         notice(f"resume is False: {config.run_id} starts afresh")
@@ -287,7 +287,8 @@ def prepare(config: PretrainingConfig) -> Prepared:
     tokenizer = models.load_tokenizer(config.reader)
     masking = corpus.masking(tokenizer, config.mask_rate, config.seed)
     who = networks(config, tokenizer, masking, accelerator)
-    text, held_out = load_corpus(config, tokenizer)  # after the networks: it may take hours
+    # After the networks: it may take hours.  The first process fills the cache, where the others find the text.
+    text, held_out = processes.first_alone(lambda: load_corpus(config, tokenizer))
     # An epoch's last batch may be small, so the number of epochs is generous and the steps decide.
     epochs = math.ceil(config.steps * config.batch_size / max(1, len(text.encoded))) + 1
     training = trainer.Training(
@@ -474,7 +475,8 @@ def _finish(
     kept.requires_grad_(True)
     save_pretrained(kept, tokenizer, config.folder / STUDENT)
     if cast.tutor is not None:
-        checkpoints.write_tensors(config.folder / TUTOR_WEIGHTS, checkpoints.module_tensors(cast.tutor.module))
+        weights = checkpoints.module_tensors(cast.tutor.module)
+        processes.once(lambda: checkpoints.write_tensors(config.folder / TUTOR_WEIGHTS, weights))
     counts = {f"train/{name}": count for name, count in text.counts.items()}
     return Findings(
         metrics=result.best_metrics,

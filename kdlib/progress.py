@@ -54,14 +54,14 @@ if not log.handlers:  # a module that is loaded again must not show everything t
 
 
 def _silenced() -> bool:
-    """Whether KDLIB_PROGRESS=0 asks for silence."""
-    return os.environ.get("KDLIB_PROGRESS") in ("0", "")
+    """Whether KDLIB_PROGRESS=0 asks for silence, or another process of the same run speaks for all."""
+    return os.environ.get("KDLIB_PROGRESS") in ("0", "") or int(os.environ.get("RANK") or 0) > 0
 
 
 def wanted() -> bool:
     """Whether a person is likely to watch: a terminal or a notebook, unless KDLIB_PROGRESS says otherwise."""
     setting = os.environ.get("KDLIB_PROGRESS")
-    if setting is not None:
+    if setting is not None or _silenced():
         return not _silenced()
     return _terminal() or "ipykernel" in sys.modules
 

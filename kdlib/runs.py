@@ -9,17 +9,18 @@ again.  The teacher is a run too, so runs that need the same teacher share it.
 
 import dataclasses
 from collections.abc import Mapping
+from functools import partial
 
 import numpy as np
 from accelerate import Accelerator
 from scipy.special import log_softmax
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from kdlib import engine, glue, metrics, models, trainer
+from kdlib import engine, glue, metrics, models, processes, trainer
 from kdlib.batches import Encoded
 from kdlib.configuration import RunConfig, configure, load_data, readable, teachers_config
 from kdlib.engine import STUDENT, TEACHER_FOLDER, Findings, Prepared, forget, save_pretrained
-from kdlib.learner import Batch, Learner, accelerator_for, learner, refuse_many_processes
+from kdlib.learner import Batch, Learner, accelerator_for, learner
 from kdlib.methods.base import Cast, Learning, Trained, untrained
 from kdlib.models import Outputs
 from kdlib.progress import notice
@@ -35,10 +36,13 @@ def run(config: RunConfig) -> RunRecord:
     The folder then holds `record.json`, the student as a folder for `from_pretrained`, and GLUE-format predictions of
     the test split.  An interrupted run goes on from its checkpoint.  A run that another process computes is waited for.
 
+    Started by torchrun or accelerate on several processes, they compute it together: the numbers of one process but for
+    rounding and dropout's masks, see `kdlib.processes`.
+
     Raises what data, models and trainer raise; before any work is done where that is possible.  Raises
     `trainer.TrainingInterruptedError` when `max_seconds` are over or somebody asked the process to end.
     """
-    refuse_many_processes()
+    processes.join(config.device)
     config = afresh(config)
     return engine.run(config, lambda: prepare(config))
 
@@ -143,7 +147,7 @@ def teacher_of(config: RunConfig) -> tuple[str, RunRecord | None]:
     if own is None:
         return config.reader, None
     record = run(own)
-    if not (record.folder / STUDENT / "config.json").exists():
+    if not processes.once((record.folder / STUDENT / "config.json").exists):
         notice(f"the network of the finished run {record.run_id} is gone: it is computed again")
         forget(record.folder)
         record = run(own)
@@ -262,7 +266,7 @@ def _finish(
     of_teacher = [n for n in result.history if n.startswith("teacher/") and not n.endswith(f"/{trainer.LOSS}")]
     values |= {name: float(last[name]) for name in of_teacher}
     for name in data.test if config.predict_test else ():
-        glue.write_predictions(config.folder, data.task, outputs[name], name)
+        processes.once(partial(glue.write_predictions, config.folder, data.task, outputs[name], name))
     save_pretrained(network, tokenizer, config.folder / STUDENT)
     return Findings(
         metrics=values,

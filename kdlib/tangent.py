@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.func import grad, jvp
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
-from kdlib import models, pilot
+from kdlib import models, pilot, processes
 from kdlib.models import Outputs, Parameters, Wanted
 from kdlib.pilot import Loss, task_loss
 
@@ -62,6 +62,7 @@ def student_tangent(
     * "double-backward": two reverse passes; exact, and keeps a graph of the first.
 
     Dropout is off.  The module, its mode and its attention are as before afterwards, and no number in it is touched.
+    Several processes share the rows of the batch.
 
     Raises ValueError for an unknown method, a direction that has other names or shapes than the parameters or is not
     finite, and a radius that is not positive; also what `models.apply` raises.
@@ -73,17 +74,20 @@ def student_tangent(
         raise ValueError(f"radius is {radius}; expected a positive, finite number")
     here, along = _at_and_along(parameters, direction)
 
-    def network(values: Parameters) -> Outputs:
-        return models.apply(student, values, batch, **wanted)
+    def of_rows(rows: Batch, known: Outputs | None) -> tuple[Outputs, Outputs]:
+        def network(values: Parameters) -> Outputs:
+            return models.apply(student, values, rows, **wanted)
 
-    with torch.no_grad(), models.evaluating(student), _attention(student, method, wanted):
         if method == "jvp":
             return jvp(network, (here,), (along,))[:2]
         if method.endswith("difference"):
-            known = network(here) if outputs is None else outputs
+            known = network(here) if known is None else known
             behind = None if method == "finite-difference" else known
             return known, _difference(network, here, along, radius, behind)
         return _double_backward(network, here, along)
+
+    with torch.no_grad(), models.evaluating(student), _attention(student, method, wanted):
+        return processes.by_rows(of_rows, dict(batch), outputs)
 
 
 def _attention(student: nn.Module, method: str, wanted: Wanted) -> AbstractContextManager[None]:
@@ -272,6 +276,8 @@ def hessian_vector_product(
 
     with torch.enable_grad(), models.evaluating(student), models.exact_attention(student):
         if method == "forward-over-reverse":
+            if processes.size() > 1:
+                return _product_by_rows(student, here, along, batch, loss, **wanted)
             product = jvp(grad(mean), (here,), (along,))[1]
             return {name: value.detach() for name, value in product.items()}
         leaves = {name: value.requires_grad_() for name, value in here.items()}
@@ -279,6 +285,35 @@ def hessian_vector_product(
         first = torch.autograd.grad(mean(leaves), tensors, create_graph=True, materialize_grads=True)
         paired = _added((value * along[name]).sum() for name, value in zip(leaves, first, strict=True))
         return dict(zip(leaves, torch.autograd.grad(paired, tensors, materialize_grads=True), strict=True))
+
+
+def _product_by_rows(
+    student: nn.Module, here: Parameters, along: Parameters, batch: Batch, loss: Loss, **wanted: Unpack[Wanted]
+) -> Parameters:
+    """∇²L · v where each process runs its own rows: the derivative along v of Jᵀu, u = ∂L/∂z of the whole batch.
+
+    u needs all outputs z, and its own derivative all tangents ż; both are gathered first, which takes a pass more.
+    """
+    own = processes.part(dict(batch))
+    rows = own.own(dict(batch))
+
+    def network(values: Parameters) -> Outputs:
+        return models.apply(student, values, rows, **wanted)
+
+    moving = own.gathered(jvp(network, (here,), (along,)))
+    outputs, tangents = tree_map(Tensor.detach, moving)
+    slopes = jvp(grad(lambda values: loss(values, batch).mean()), (outputs,), (tangents,))
+    # An idle process runs a row that is another's.
+    u, du = tree_map(torch.zeros_like if own.idle else Tensor.detach, own.own(slopes))
+
+    def pulled_back(values: Parameters, weights: Outputs) -> Parameters:
+        def paired(place: Parameters) -> Tensor:
+            answers = zip(tree_leaves(network(place)), tree_leaves(weights), strict=True)
+            return sum((one * weight).sum() for one, weight in answers)
+
+        return grad(paired)(values)
+
+    return processes.summed(tree_map(Tensor.detach, jvp(pulled_back, (here, u), (along, du))[1]))
 
 
 def _derivative(function: Callable[[Any], Tensor], outputs: Any, tangents: Any) -> Float[Tensor, "batch"]:

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 from accelerate import Accelerator
@@ -20,7 +21,7 @@ from accelerate.utils import set_seed
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from kdlib import checkpoints, glue, losses, metrics, models
+from kdlib import checkpoints, glue, losses, metrics, models, processes
 from kdlib.batches import Encoded, collate, length_grouped_batches, to_device
 from kdlib.folders import prepare_folder
 from kdlib.interrupts import asked_to_stop
@@ -32,6 +33,8 @@ from kdlib.progress import bar, line, notice
 CHECKPOINT, BEST = "checkpoint.safetensors", "best.safetensors"
 LOGITS = "logits-"
 """How the files begin that keep a fixed teacher's logits."""
+PROCESSES = "processes"
+"""Under which name a checkpoint's identity says how many wrote it, where it was not one."""
 LOSS = "loss"
 """What the mean of the task's own loss on a split is called beside the task's metrics."""
 
@@ -122,13 +125,18 @@ def teacher_logits(
         weights, tokens = models.fingerprint(teacher), fingerprint(encoded)
         path = cache / f"{LOGITS}{weights}-{tokens}-{accelerator.mixed_precision}.safetensors"
         table = _kept_logits(path, len(encoded))
-    if table is None:
+    if processes.anybody(table is None):
         teacher.to(accelerator.device)
         table = torch.from_numpy(predict(teacher, encoded, batch_size, "teacher logits", accelerator.autocast))
         if path is not None:
-            checkpoints.write_tensors(path, {"logits": table})
+            _write(path, {"logits": table})
     table = table.to(accelerator.device)
     return lambda batch: table[batch["positions"]]
+
+
+def _write(path: Path, tensors: dict[str, Tensor]) -> None:
+    """`checkpoints.write_tensors`, by the process that writes."""
+    processes.once(lambda: checkpoints.write_tensors(path, tensors))
 
 
 def _kept_logits(path: Path, samples: int) -> Tensor | None:
@@ -254,12 +262,16 @@ def train(
     Ctrl-C, SIGTERM and SIGUSR1 finish the step under way, save and raise TrainingInterruptedError, which says how to
     resume.  So it ends after `max_seconds` of this call, too, if there are steps left.
 
+    Several processes take the same steps together, see `kdlib.processes`; all of them stop if one is asked to.  A
+    checkpoint belongs to as many processes as wrote it.  Dropout's masks differ from those of a single process.
+
     Raises NonFiniteLossError for a NaN or infinite loss (with the step, the rows and the last good checkpoint),
     CheckpointError if the folder cannot be written or holds a checkpoint of another run or a damaged one, ValueError
-    for no data and for other feedback data that are also trained on.
+    for no data and for other feedback data that are also trained on, RuntimeError for processes that do not start with
+    the same networks and data, `processes.ProcessLostError` when one of them ends.
     """
     schedule, kept, total = training.schedule, training.kept, training.total
-    set_seed(schedule.seed)
+    _seed(schedule.seed)
     state, best_weights = _begin(training, folder, identity or {}, resume)
     before, started = state.seconds, time.perf_counter()
 
@@ -281,7 +293,7 @@ def train(
                 if state.judge(row, training.select) and training.select is not None:
                     best_weights = checkpoints.module_tensors(kept.module)
                     if folder is not None:
-                        checkpoints.write_tensors(folder / BEST, best_weights)
+                        _write(folder / BEST, best_weights)
                 if schedule.checkpoint_every is None:
                     save()
                 chosen = "" if training.select is None else f", {training.select} {row[training.select]:.4f}"
@@ -289,7 +301,7 @@ def train(
             if schedule.checkpoint_every is not None and state.step % schedule.checkpoint_every == 0:
                 save()
             late = max_seconds is not None and time.perf_counter() - started > max_seconds and state.step < total
-            if stopping() or late:
+            if processes.anybody(stopping() or late):
                 save()
                 raise TrainingInterruptedError(_how_to_resume(state.step, total, folder))
     if training.select is not None:
@@ -300,19 +312,30 @@ def train(
     return Result(pd.DataFrame(state.history), state.best_step, state.best_metrics, seconds)
 
 
+def _seed(seed: int) -> None:
+    """The first process draws as a single one does, each other one, for dropout, from a stream of its own."""
+    set_seed(seed)
+    if processes.rank() > 0:
+        own = np.random.SeedSequence([seed, processes.rank()]).generate_state(1, np.uint64)
+        torch.manual_seed(int(own[0]))
+
+
 def _begin(
     training: Training, folder: Path | None, identity: dict[str, Any], resume: bool
 ) -> tuple[_State, dict[str, Tensor]]:
     """Where the training stands, its learners put back to there, and the best weights so far."""
     state = _State(training.identity() | identity)
+    if processes.size() > 1:
+        weights = {f"the weights of the {who.name}": models.fingerprint(who.module) for who in training.learners}
+        processes.check_equal({**state.identity, **weights})
+        state.identity[PROCESSES] = processes.size()
     if folder is None:
         return state, {}
     prepare_folder(folder)
     path = folder / CHECKPOINT
     if not resume:
-        for stale in (path, folder / BEST):
-            stale.unlink(missing_ok=True)
-    if not path.exists():
+        processes.once(lambda: [stale.unlink(missing_ok=True) for stale in (path, folder / BEST)])
+    if not processes.once(path.exists):
         return state, {}
     state = _State(**_resume(path, training.learners, state.identity))
     chosen = training.select is not None and state.best_step >= 0
@@ -387,6 +410,12 @@ def _due(step: int, schedule: Schedule, samples: int, total: int) -> bool:
 def _resume(path: Path, learners: Sequence[Learner], identity: dict[str, Any]) -> dict[str, Any]:
     _, saved = checkpoints.read_tensors(path)
     found = saved["training"]["identity"]
+    before, now = (one.get(PROCESSES, 1) for one in (found, identity))
+    if before != now:
+        raise checkpoints.CheckpointError(
+            f"{path} was written by a run on {before} process{'es' if before > 1 else ''}, and now there "
+            f"{'are' if now > 1 else 'is'} {now}: start as many, which goes on from it, or run with resume=False"
+        )
     differing = sorted(key for key in found.keys() | identity.keys() if found.get(key) != identity.get(key))
     if differing:
         changes = "; ".join(f"{key}: {found.get(key)!r} there, {identity.get(key)!r} now" for key in differing)

@@ -9,7 +9,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from kdlib import losses, pretraining, runs
+from kdlib import losses
 from kdlib.learner import NonFiniteLossError, accelerator_for, learner, minimise_together, split, weight_decay_groups
 from kdlib.models import logits
 from kdlib.trainer import training_batch
@@ -227,20 +227,6 @@ def test_two_precisions_in_one_process():
 def test_impossible_devices_and_precisions_are_named(arguments, message):
     with pytest.raises(ValueError, match=message):
         accelerator_for(*arguments)
-
-
-@pytest.mark.parametrize("name", ["WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"])
-def test_one_of_several_processes_is_refused_at_once(name, monkeypatch, tmp_path):
-    """Else each would wait for the other, or train on its own with a learning rate that falls twice as fast."""
-    monkeypatch.setenv(name, "1")
-    accelerator_for("cpu")
-    monkeypatch.setenv(name, "2")
-    with pytest.raises(RuntimeError, match=rf"one of 2 \({name} is set\).*one process only.*--num_processes 1"):
-        accelerator_for("cpu")
-    for kind in (runs, pretraining):
-        with pytest.raises(RuntimeError, match="one process only"):
-            kind.run(kind.configure(output_dir=str(tmp_path)))
-    assert not list(tmp_path.iterdir())
 
 
 def test_cuda_without_a_gpu_is_refused(monkeypatch):

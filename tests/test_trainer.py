@@ -417,7 +417,9 @@ class TestFeedback:
         assert sorted(shown) == sorted(asked) == training.rows.tolist() and shown != asked
 
     def test_an_empty_feedback_set_is_refused(self):
-        empty = dataclasses.replace(self.feedback(), offsets=torch.zeros(1, dtype=torch.int64), rows=torch.zeros(0))
+        empty = dataclasses.replace(
+            self.feedback(), offsets=torch.zeros(1, dtype=torch.int64), rows=torch.zeros(0).long()
+        )
         empty = dataclasses.replace(empty, labels=torch.zeros(0, dtype=torch.int64))
         with pytest.raises(ValueError, match="the feedback set is empty: raise feedback_fraction, or max_train"):
             self.train(lambda *_: pytest.fail("trained"), empty)

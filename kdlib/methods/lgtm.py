@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from kdlib import models, pilot
+from kdlib import models, pilot, processes
 from kdlib.learner import Batch, Learner
 from kdlib.methods.base import Cast, Feedback, Mutual, Step, check_whole_batch, mean_entropy
 from kdlib.models import Outputs
@@ -242,7 +242,7 @@ def _gradient(values: Tensor, learner: Learner) -> Float[Tensor, "weights"]:
     """The gradient of a mean in all weights of a learner, as one vector; the graph is kept."""
     weights = [parameter for parameter in learner.module.parameters() if parameter.requires_grad]
     gradients = torch.autograd.grad(values.mean(), weights, retain_graph=True, materialize_grads=True)
-    return torch.cat([gradient.flatten() for gradient in gradients])
+    return processes.summed(torch.cat([gradient.flatten() for gradient in gradients]))
 
 
 def _statistics(influences: Float[Tensor, "batch"]) -> dict[str, float]:

@@ -8,14 +8,15 @@ A batch has `input_ids`, `corrupted` (some words masked or replaced), `masked` (
 Derived in: chapters/09_tutor_kd.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from kdlib import losses, models
+from kdlib import losses, models, processes
 from kdlib import representations as inner
 from kdlib.learner import Batch
 from kdlib.methods.on_text import (
@@ -137,22 +138,22 @@ def masked_language_model(network: PreTrainedModel) -> Loss:
     Source: BERT (Devlin et al., 2019).
     """
 
-    def loss(batch: Batch) -> Tensor:
+    def of_rows(batch: Batch, share: float) -> Tensor:
         masked = batch["masked"]
         logits = models.masked_logits(network, _encoded(network, batch).hidden_states[-1][masked])
-        return _by_sentence(losses.cross_entropy(logits, batch["input_ids"][masked], "none"), masked)
+        return _by_sentence(losses.cross_entropy(logits, batch["input_ids"][masked], "none"), masked, share)
 
-    return loss
+    return _of_words(of_rows)
 
 
 def soft_labels(student: Student, teacher: PreTrainedModel, temperature: float = 1.0) -> Loss:
     """KD in Tutor-KD's Table 2: T² · KL(teacher ‖ student) of the distributions at the masked positions."""
 
-    def loss(batch: Batch) -> Tensor:
+    def of_rows(batch: Batch, share: float) -> Tensor:
         theirs, ours = _both(student, teacher, batch)
-        return _soft(student, teacher, ours, theirs, batch["masked"], temperature)
+        return _soft(student, teacher, ours, theirs, batch["masked"], temperature, share)
 
-    return loss
+    return _of_words(of_rows)
 
 
 def distilbert(
@@ -167,17 +168,17 @@ def distilbert(
     """
     soft, hard, cosine = weights
 
-    def loss(batch: Batch) -> Tensor:
+    def of_rows(batch: Batch, share: float) -> Tensor:
         masked, (theirs, ours) = batch["masked"], _both(student, teacher, batch)
         own = models.masked_logits(student.network, ours.hidden_states[-1][masked])
         states = student.projected(ours.hidden_states[-1]), theirs.hidden_states[-1]
         return (
-            soft * _soft(student, teacher, ours, theirs, masked, temperature)
-            + hard * _by_sentence(losses.cross_entropy(own, batch["input_ids"][masked], "none"), masked)
+            soft * _soft(student, teacher, ours, theirs, masked, temperature, share)
+            + hard * _by_sentence(losses.cross_entropy(own, batch["input_ids"][masked], "none"), masked, share)
             + cosine * inner.hidden_cosine(*states, batch["attention_mask"])
         )
 
-    return loss
+    return _of_words(of_rows)
 
 
 def tinybert(student: Student, teacher: PreTrainedModel, attention: bool = True) -> Loss:
@@ -186,7 +187,7 @@ def tinybert(student: Student, teacher: PreTrainedModel, attention: bool = True)
     Source: TinyBERT (Jiao et al., 2020), general distillation.
     """
 
-    def loss(batch: Batch) -> Tensor:
+    def of_rows(batch: Batch) -> Tensor:
         pairs = inner.layer_map(depth(student.network), depth(teacher))
         theirs, ours = _both(student, teacher, batch, pairs[1:] if attention else ())
         real = batch["attention_mask"]
@@ -196,7 +197,7 @@ def tinybert(student: Student, teacher: PreTrainedModel, attention: bool = True)
             values = values + inner.attention_mse(*heads, real, of="scores")
         return values
 
-    return loss
+    return partial(processes.by_rows, of_rows)
 
 
 def minilm(student: Student, teacher: PreTrainedModel) -> Loss:
@@ -205,13 +206,13 @@ def minilm(student: Student, teacher: PreTrainedModel) -> Loss:
     Source: MiniLM (Wang et al., 2020).
     """
 
-    def loss(batch: Batch) -> Tensor:
+    def of_rows(batch: Batch) -> Tensor:
         last = depth(student.network), depth(teacher)
         (theirs, ours), real = _both(student, teacher, batch, (last,)), batch["attention_mask"]
         heads = ours.queries[0], ours.keys[0], theirs.queries[0], theirs.keys[0]
         return inner.attention_kl(*heads, real) + inner.relation_kl(ours.values[0], theirs.values[0], real)
 
-    return loss
+    return partial(processes.by_rows, of_rows)
 
 
 def minilm_v2(
@@ -224,14 +225,14 @@ def minilm_v2(
     Source: MiniLMv2 (Wang et al., 2021).
     """
 
-    def loss(batch: Batch) -> Tensor:
+    def of_rows(batch: Batch) -> Tensor:
         pair = depth(student.network), teacher_layer or depth(teacher)
         (theirs, ours), real = _both(student, teacher, batch, (pair,)), batch["attention_mask"]
         kinds = ((e.queries[0], e.keys[0], e.values[0]) for e in (ours, theirs))
         values = [inner.relation_kl(mine, their, real, relation_heads) for mine, their in zip(*kinds, strict=True)]
         return sum(values[1:], values[0]) / len(values)
 
-    return loss
+    return partial(processes.by_rows, of_rows)
 
 
 def _both(
@@ -248,14 +249,37 @@ def _encoded(network: PreTrainedModel, batch: Batch, layers: Sequence[int] = ())
 
 
 def _soft(
-    student: Student, teacher: PreTrainedModel, ours: Encoding, theirs: Encoding, masked: Tensor, temperature: float
+    student: Student,
+    teacher: PreTrainedModel,
+    ours: Encoding,
+    theirs: Encoding,
+    masked: Tensor,
+    temperature: float,
+    share: float,
 ) -> Tensor:
     with torch.no_grad():
         aim = models.masked_logits(teacher, theirs.hidden_states[-1][masked])
     own = models.masked_logits(student.network, ours.hidden_states[-1][masked])
-    return _by_sentence(losses.kl_divergence(own, aim, temperature, reduction="none"), masked)
+    return _by_sentence(losses.kl_divergence(own, aim, temperature, reduction="none"), masked, share)
 
 
-def _by_sentence(values: Tensor, masked: Tensor) -> Tensor:
+def _of_words(of_rows: Callable[[Batch, float], Tensor]) -> Loss:
+    """A loss at masked positions whose sentences several processes share; `of_rows` gets some of the sentences, and how
+    many the whole batch has for each of its masked positions.
+
+    Raises ValueError if none is masked.
+    """
+
+    def loss(batch: Batch) -> Tensor:
+        positions = int(batch["masked"].sum())
+        if positions == 0:
+            raise ValueError("no word of the batch is masked: there is nothing to learn from it")
+        share = len(batch["masked"]) / positions
+        return processes.by_rows(lambda rows: of_rows(rows, share), batch)
+
+    return loss
+
+
+def _by_sentence(values: Tensor, masked: Tensor, share: float) -> Tensor:
     """Values at masked positions as one for each sentence, so that their mean is the mean over the positions."""
-    return per_sentence(values, masked) * (len(masked) / len(values))
+    return per_sentence(values, masked) * share

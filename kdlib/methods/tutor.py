@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from kdlib import losses, models, policy, representations
+from kdlib import losses, models, policy, processes, representations
 from kdlib.learner import Batch, Learner, minimise_together
 from kdlib.methods.base import Step
 from kdlib.methods.on_text import AskingForWords, ComparingAttention, Loss, Student, TextCast, TextRun, depth
@@ -34,6 +34,7 @@ from kdlib.methods.tutor_words import (
     tutor_loss,
 )
 from kdlib.models import Encoding
+from kdlib.processes import Part
 from kdlib.settings import Positive, Share, Size, Weight, among, settings
 
 SIGNS: dict[str, tuple[int, int]] = {
@@ -188,6 +189,8 @@ class Turn:
     """What one pass through tutor, teacher and student gives.
 
     `student` is eq. (8), a scalar with its graph; the rest is what `tutor_loss` takes; `log` holds numbers to look at.
+    Where several processes share the sentences, `student` and `log` are of the whole batch, all else of the sentences
+    of this process.
     """
 
     student: Tensor
@@ -197,11 +200,14 @@ class Turn:
     rewards: Tensor
     baseline: Tensor | float
     log: dict[str, Tensor]
+    gathered: Callable[[Tensor], Tensor]
+    """one entry for each masked position of the whole batch, given those of this process; the last dimension"""
 
     def tutor(self, kl_weight: float, paid: bool = True) -> Tensor:
         """The mean of `tutor_loss`, a scalar with its graph; not `paid`, it is the KL alone."""
         rewards, baseline = (self.rewards, self.baseline) if paid else (torch.zeros_like(self.rewards), 0.0)
-        return tutor_loss(self.tutor_logits, self.teacher_logits, self.drawn, rewards, baseline, kl_weight).mean()
+        values = tutor_loss(self.tutor_logits, self.teacher_logits, self.drawn, rewards, baseline, kl_weight)
+        return self.gathered(values).mean()
 
 
 def tutor_kd(
@@ -232,7 +238,7 @@ def tutor_kd(
             return [_spread(turns[0].student, piece), _spread(turns[0].tutor(settings.kl_weight), piece)]
 
         loss, tutor_loss = minimise_together([student, tutor], both, batch)
-        tutor.module.remember(turns[0].rewards)
+        tutor.module.remember(turns[0].gathered(turns[0].rewards))
         return {"loss": loss, "tutor_loss": tutor_loss, **_numbers(turns[0].log)}
 
     def in_turns(batch: Batch) -> dict[str, float]:
@@ -247,7 +253,7 @@ def tutor_kd(
             return [_spread(turn.student, piece), _spread(turn.tutor(settings.kl_weight, paid=False), piece)]
 
         tutor_loss = tutor.minimise(maximised, batch)
-        tutor.module.remember(turns[0].rewards)
+        tutor.module.remember(turns[0].gathered(turns[0].rewards))
         loss, kl = minimise_together([student, tutor], minimised, batch)
         return {"loss": loss, "tutor_loss": tutor_loss + kl, **_numbers(turns[0].log)}
 
@@ -270,14 +276,22 @@ def take_turn(
 
     Source: Tutor-KD eqs. (1)-(14).  Derived in: chapters/09_tutor_kd.
     """
-    words, masked, attended = batch["input_ids"], batch["masked"], batch["attention_mask"]
+    part = processes.part(batch["masked"])
+    counts, own = part.counts(batch["masked"]), part.own(batch)
+
+    def gathered(values: Tensor) -> Tensor:
+        return part.gathered(values.movedim(-1, 0), counts).movedim(0, -1)
+
+    words, masked, attended = own["input_ids"], own["masked"], own["attention_mask"]
     originals, real = words[masked], attended.repeat(settings.samples, 1)
     layers, with_attention = _layers(student.network, teacher, settings)
     with torch.no_grad():
         states = models.encode_tokens(teacher, hide(words, masked, mask, special), attended).hidden_states[-1][masked]
         masked_logits = models.masked_logits(teacher, states)
     tutor_logits = tutor(states)
-    drawn = policy.draw_actions(tutor_logits, settings.samples)
+    # One draw for the whole batch, whoever has its rows.
+    drawn = policy.draw_actions(part.gathered(tutor_logits.detach(), counts), settings.samples)
+    drawn = processes.from_first(drawn)[:, part.chosen(batch["masked"])]
 
     inside: dict[str, Encoding] = {}
     filled_logits: list[Tensor] = []
@@ -292,47 +306,64 @@ def take_turn(
         return student.scores(inside["student"].hidden_states[-1][positions])
 
     lesson = make_lesson(words, masked, drawn, masked_logits, ask_teacher, ask_student)
-    imitation, hardness = _imitation(student, batch, lesson, inside["student"], masked_logits, special, settings)
+    imitation, hardness = _imitation(
+        student, own, lesson, inside["student"], masked_logits, special, settings, part, counts
+    )
     of_teacher, of_student = SIGNS[settings.strategy]
     rewards = mixed_reward(of_teacher * lesson.teacher_reward, of_student * hardness, settings.reward_weight)
     loss = settings.logit_weight * imitation
     if layers:
         inner = inner_loss(student, inside["student"], inside["teacher"], real, layers, bool(with_attention))
-        loss = loss + settings.inner_weight * inner
+        loss = loss + settings.inner_weight * part.averaged(inner)
     with torch.no_grad():
         log = {
-            "teacher_reward": lesson.teacher_reward.mean(),
-            "student_reward": hardness.mean(),
-            "teacher_nll": F.cross_entropy(filled_logits[0], originals.repeat(settings.samples)),
+            "teacher_reward": gathered(lesson.teacher_reward).mean(),
+            "student_reward": gathered(hardness).mean(),
+            "teacher_nll": part.averaged(F.cross_entropy(filled_logits[0], originals.repeat(settings.samples)), counts),
             "student_nll": imitation.detach(),
-            "copied": (drawn == originals).float().mean(),
+            "copied": gathered((drawn == originals).float()).mean(),
         }
     baseline = tutor.baseline(rewards, settings.baseline)
-    return Turn(loss, tutor_logits, masked_logits, drawn, rewards, baseline, log)
+    return Turn(loss, tutor_logits, masked_logits, drawn, rewards, baseline, log, gathered)
 
 
 def _imitation(
     student: Student,
-    batch: Batch,
+    own: Batch,
     lesson: Lesson,
     encoding: Encoding,
     masked_logits: Tensor,
     special: Sequence[int],
     settings: TutorKD,
+    part: Part,
+    counts: list[int],
 ) -> tuple[Tensor, Tensor]:
-    """L_logit, a scalar, and how far the student is from what it should say, `(samples, positions)`."""
-    masked, samples = batch["masked"], settings.samples
+    """L_logit, a scalar of the whole batch, and how far the student is from what it should say, `(samples, positions)`
+    of the `own` sentences.
+
+    `counts` are the masked positions of each process.
+    """
+    masked, samples = own["masked"], settings.samples
     if settings.imitated == "distribution":
         logits = models.masked_logits(student.network, encoding.hidden_states[-1][masked.repeat(samples, 1)])
         aim = masked_logits.repeat(samples, 1)
-        return losses.kl_divergence(logits, aim), total_variation(logits.detach(), aim).unflatten(0, (samples, -1))
+        values = losses.kl_divergence(logits, aim, reduction="none")
+        hardness = total_variation(logits.detach(), aim).unflatten(0, (samples, -1))
+        return _mean(part, values, [samples * count for count in counts]), hardness
     scores, targets = lesson.scores, lesson.targets
     if settings.everywhere:
-        words = batch["input_ids"]
-        others = batch["attention_mask"].bool() & ~masked & ~torch.isin(words, words.new_tensor(special))
+        words = own["input_ids"]
+        others = own["attention_mask"].bool() & ~masked & ~torch.isin(words, words.new_tensor(special))
         more = student.scores(encoding.hidden_states[-1].unflatten(0, (samples, -1))[:, others])
         scores, targets = torch.cat([scores, more], -1), torch.cat([targets, more * 0 + 1], -1)
-    return modified_loss(scores, targets, settings.temperature), lesson.student_reward
+        counts = processes.told(0 if part.idle else scores.shape[-1])
+    values = modified_loss(scores, targets, settings.temperature, "none")
+    return _mean(part, values.flatten(), [samples * count for count in counts]), lesson.student_reward
+
+
+def _mean(part: Part, values: Tensor, counts: Sequence[int]) -> Tensor:
+    """The mean over the whole batch, given the values of this process."""
+    return losses.reduce(part.gathered(values, counts), "mean")
 
 
 def inner_loss(
@@ -369,16 +400,20 @@ def untutored(
     layers, asked = _layers(student.network, teacher, settings)
 
     def loss(batch: Batch) -> Tensor:
-        masked, attended = batch["masked"], batch["attention_mask"]
-        words = hide(batch["input_ids"], masked, mask, special)
+        part = processes.part(batch["masked"])
+        own = part.own(batch)
+        masked, attended = own["masked"], own["attention_mask"]
+        words = hide(own["input_ids"], masked, mask, special)
         with torch.no_grad():
             theirs = models.encode_tokens(teacher, words, attended, [layer for _, layer in asked])
             aim = models.masked_logits(teacher, theirs.hidden_states[-1][masked])
         ours = models.encode_tokens(student.network, words, attended, [layer for layer, _ in asked])
         guess = models.masked_logits(student.network, ours.hidden_states[-1][masked])
-        value = settings.logit_weight * losses.kl_divergence(guess, aim)
+        values = losses.kl_divergence(guess, aim, reduction="none")
+        value = settings.logit_weight * _mean(part, values, part.counts(batch["masked"]))
         if layers:
-            value = value + settings.inner_weight * inner_loss(student, ours, theirs, attended, layers, bool(asked))
+            inner = inner_loss(student, ours, theirs, attended, layers, bool(asked))
+            value = value + settings.inner_weight * part.averaged(inner)
         return _spread(value, batch)
 
     return loss

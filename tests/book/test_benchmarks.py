@@ -4,6 +4,7 @@ import pandas as pd
 import pytest
 
 from benchmarks import step, tutor
+from kdlib.methods import METHODS, ON_TEXT
 
 CASE = ["layers", "hidden", "batch", "tokens", "precision"]
 REFERENCES = {"first": step.FLOOR, "at once": step.AT_ONCE, "double": step.DOUBLE}
@@ -67,3 +68,11 @@ def test_every_way_of_tutor_kd_makes_a_step():
     assert (batch["input_ids"][batch["attention_mask"] == 0] == 0).all() and batch["masked"].any()
     for step_of in calls.values():
         assert step_of(batch)["loss"] > 0
+
+
+def test_every_method_says_what_a_second_process_is_worth(root):
+    table = pd.read_csv(root / "data" / "benchmarks" / "processes.csv")
+    assert [*table["method"]] == [*METHODS, *ON_TEXT] and (table["processes"] == 2).all()
+    quotients = table["seconds alone"] / table["seconds"]
+    assert ((table["speed-up"] - quotients).abs() < 0.006 + 1e-4 / table["seconds"] * quotients).all()
+    assert table["talking"].between(0, 1).all()

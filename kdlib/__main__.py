@@ -1,0 +1,188 @@
+"""The command line: `python -m kdlib run`, `results`, `describe` and `doctor`.
+
+    python -m kdlib run configs/lgtm.yml task=rte device=cuda
+    torchrun --nproc_per_node 2 -m kdlib run task=mini-sst2 method=lgtm
+    accelerate launch --multi_gpu --num_processes 2 -m kdlib run corpus=mini-corpus method=tutor steps=300
+
+Parameters, defaults and files are those of chapters 11 and 12, see `kdlib.pretraining` and `kdlib.runs`.  The exit
+status is 0 for a run that is finished, 1 for one that failed, 2 for parameters that are wrong, and 130 for a run that
+somebody asked to end, or whose `max_seconds` were over: the same command goes on from its checkpoint.
+"""
+
+import argparse
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import yaml
+
+FAILED, WRONG, INTERRUPTED = 1, 2, 130
+TEXT = ("corpus", "steps")
+"""Parameters that a run on plain text has and one on a task has not."""
+ELSEWHERE = {"downstream": None}
+"""What the forms of the chapters ask beside the run, with the value that asks for nothing."""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Do what the command line says; return the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m kdlib", description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    run = commands.add_parser("run", help="compute a run, or go on with it")
+    run.add_argument("given", nargs="*", metavar="[FILE.yml] name=value", help="corpus or steps: a run on plain text")
+    table = commands.add_parser("results", help="a table over the records in a folder")
+    table.add_argument("folder", type=Path)
+    one = commands.add_parser("describe", help="the parameters of a method")
+    one.add_argument("method", nargs="?", help="without it, the methods")
+    commands.add_parser("doctor", help="versions, device, memory and data; see --help", add_help=False)
+    options, rest = parser.parse_known_args(arguments)
+    if options.command == "doctor":
+        from kdlib import doctor  # alone, since the others need packages that may be missing
+
+        return doctor.main(rest)
+    if rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if options.command == "run":
+        return _run(options.given)
+    return _shown(options)
+
+
+def _shown(options: argparse.Namespace) -> int:
+    from kdlib.records import results
+
+    try:
+        if options.command == "describe":
+            print(described(options.method))
+        else:
+            if not options.folder.is_dir():
+                raise ValueError(f"there is no folder {options.folder}")
+            print(results(options.folder).to_string(index=False))
+    except ValueError as error:
+        return _said(error, WRONG if options.command == "describe" else FAILED)
+    return 0
+
+
+def parameters(given: list[str]) -> dict[str, Any]:
+    """What YAML files and `name=value` say, later ones before earlier ones.
+
+    A value is None, True, False, a number or else a text, in words that YAML and Python know; "1e-3" is a number.
+
+    Raises ValueError for anything else and for a file that cannot be read.
+    """
+    found: dict[str, Any] = {}
+    for word in given:
+        name, equals, value = word.partition("=")
+        if equals and name.isidentifier():
+            found[name] = _value(value)
+        elif word.endswith((".yml", ".yaml")):
+            found |= _from_file(Path(word))
+        else:
+            raise ValueError(f"{word!r} is neither name=value nor a file that ends in .yml")
+    return {name: value for name, value in found.items() if not (name in ELSEWHERE and value == ELSEWHERE[name])}
+
+
+def _from_file(path: Path) -> dict[str, Any]:
+    try:
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"cannot read {path}: {error}") from error
+    if not isinstance(found, dict) or not all(isinstance(name, str) for name in found):
+        raise ValueError(f"{path} should hold one parameter a line, name: value")
+    return found
+
+
+def _value(text: str) -> Any:
+    known = {"none": None, "null": None, "true": True, "false": False}
+    if text.lower() in known:
+        return known[text.lower()]
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            pass
+    return text
+
+
+def kind_of(given: Mapping[str, Any]) -> ModuleType:
+    """The module that computes such a run: `pretraining` for plain text, else `runs`."""
+    from kdlib import pretraining, runs
+    from kdlib.methods import ON_TEXT
+
+    return pretraining if given.get("method") in ON_TEXT or any(name in given for name in TEXT) else runs
+
+
+def _run(given: list[str]) -> int:
+    from kdlib import processes
+    from kdlib.settings import ConfigurationError
+    from kdlib.trainer import TrainingInterruptedError
+
+    try:
+        asked = parameters(given)
+        kind = kind_of(asked)
+        config = kind.configure(**asked)
+    except ValueError as error:
+        return _said(error, WRONG)
+    try:
+        record = kind.run(config)
+        processes.leave()  # after an error the others may not answer any more
+        if processes.is_first():
+            print("\n".join(f"{name:<28} {value:.4f}" for name, value in record.metrics.items()))
+            print(record.folder)
+        return 0
+    except TrainingInterruptedError as error:
+        return _said(error, INTERRUPTED)
+    except ConfigurationError as error:
+        return _said(error, WRONG)
+    except processes.ProcessLostError as error:
+        return _said(error, FAILED, everybody=True)
+    except (OSError, ValueError, FloatingPointError) as error:
+        return _said(error, FAILED)
+
+
+def _said(error: BaseException, status: int, everybody: bool = False) -> int:
+    """Print what went wrong, once where all processes found it; return the status."""
+    from kdlib import processes
+
+    if processes.is_first() or everybody:
+        print(error, file=sys.stderr)
+    return status
+
+
+def described(method: str | None) -> str:
+    """The parameters of a method: type, default and meaning, first its own, then what all runs have.
+
+    Without a method, a line on each of them.  Raises ValueError for a name that is none.
+    """
+    from kdlib import settings
+    from kdlib.configuration import RunConfig
+    from kdlib.methods import METHODS, ON_TEXT
+    from kdlib.pretraining import PretrainingConfig
+
+    kinds = {**METHODS, **ON_TEXT}
+    if method is None:
+        return "\n".join(f"{name:<12} {kind.__doc__.splitlines()[0]}" for name, kind in kinds.items())
+    if method not in kinds:
+        raise ValueError(f"there is no method {method!r}; expected one of {', '.join(kinds)}")
+    kind, shared = kinds[method], RunConfig if method in METHODS else PretrainingConfig
+    ignored = {"settings", *getattr(kind, "ignores", ())}
+    lines = [f"{method}: {kind.__doc__.splitlines()[0]}"]
+    for title, rows in (("of this method", settings.describe(kind)), ("of all runs", settings.describe(shared))):
+        lines += ["", title]
+        for name, hint, default, meaning in rows:
+            if name not in ignored:
+                lines += [
+                    f"  {name} ({hint}) = {_default(default)}",
+                    *(f"      {line}" for line in meaning.split("\n")),
+                ]
+    return "\n".join(lines)
+
+
+def _default(value: Any) -> str:
+    from dataclasses import MISSING
+
+    return "required" if value is MISSING else str(value)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
