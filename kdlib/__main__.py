@@ -149,6 +149,10 @@ def _said(error: BaseException, status: int, everybody: bool = False) -> int:
     return status
 
 
+def _first_line(kind: type) -> str:
+    return (kind.__doc__ or "").split("\n", 1)[0]
+
+
 def described(method: str | None) -> str:
     """The parameters of a method: type, default and meaning, first its own, then what all runs have.
 
@@ -161,12 +165,12 @@ def described(method: str | None) -> str:
 
     kinds = {**METHODS, **ON_TEXT}
     if method is None:
-        return "\n".join(f"{name:<12} {kind.__doc__.splitlines()[0]}" for name, kind in kinds.items())
+        return "\n".join(f"{name:<12} {_first_line(kind)}" for name, kind in kinds.items())
     if method not in kinds:
         raise ValueError(f"there is no method {method!r}; expected one of {', '.join(kinds)}")
     kind, shared = kinds[method], RunConfig if method in METHODS else PretrainingConfig
     ignored = {"settings", *getattr(kind, "ignores", ())}
-    lines = [f"{method}: {kind.__doc__.splitlines()[0]}"]
+    lines = [f"{method}: {_first_line(kind)}"]
     for title, rows in (("of this method", settings.describe(kind)), ("of all runs", settings.describe(shared))):
         lines += ["", title]
         for name, hint, default, meaning in rows:

@@ -72,7 +72,7 @@ def minimise_together(
     gradients through their own rows are added up.
     """
     accelerator, size = learners[0].accelerator, len(batch["labels"])
-    totals = [0.0] * len(learners)
+    totals = [torch.zeros((), device=accelerator.device)] * len(learners)
     for piece in split(batch, learners[0].micro_batches):
         with accelerator.autocast():
             losses = [values.sum() / size for values in loss_function(piece)]
@@ -162,7 +162,7 @@ def learner(
     return Learner(name, module, optimizer, schedule, accelerator, max_grad_norm, micro_batches)
 
 
-def weight_decay_groups(module: nn.Module, weight_decay: float) -> list[dict]:
+def weight_decay_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Two parameter groups for AdamW: matrices with weight decay, vectors (biases, LayerNorms) without."""
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
     return [

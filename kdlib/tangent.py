@@ -302,7 +302,11 @@ def _product_by_rows(
 
     moving = own.gathered(jvp(network, (here,), (along,)))
     outputs, tangents = tree_map(Tensor.detach, moving)
-    slopes = jvp(grad(lambda values: loss(values, batch).mean()), (outputs,), (tangents,))
+
+    def mean(values: Outputs) -> Tensor:
+        return loss(values, batch).mean()
+
+    slopes = jvp(grad(mean), (outputs,), (tangents,))
     # An idle process runs a row that is another's.
     u, du = tree_map(torch.zeros_like if own.idle else Tensor.detach, own.own(slopes))
 

@@ -125,7 +125,7 @@ def teacher_logits(
         weights, tokens = models.fingerprint(teacher), fingerprint(encoded)
         path = cache / f"{LOGITS}{weights}-{tokens}-{accelerator.mixed_precision}.safetensors"
         table = _kept_logits(path, len(encoded))
-    if processes.anybody(table is None):
+    if processes.anybody(table is None) or table is None:
         teacher.to(accelerator.device)
         table = torch.from_numpy(predict(teacher, encoded, batch_size, "teacher logits", accelerator.autocast))
         if path is not None:
@@ -334,12 +334,17 @@ def _begin(
     prepare_folder(folder)
     path = folder / CHECKPOINT
     if not resume:
-        processes.once(lambda: [stale.unlink(missing_ok=True) for stale in (path, folder / BEST)])
+        processes.once(lambda: _remove(path, folder / BEST))
     if not processes.once(path.exists):
         return state, {}
     state = _State(**_resume(path, training.learners, state.identity))
     chosen = training.select is not None and state.best_step >= 0
     return state, _best(folder / BEST, training.kept) if chosen else {}  # now, not after all the work that is left
+
+
+def _remove(*paths: Path) -> None:
+    for path in paths:
+        path.unlink(missing_ok=True)
 
 
 def _row(training: Training, state: _State) -> dict[str, float]:
