@@ -313,6 +313,7 @@ def test_padding_changes_nothing(fixed_draws):
         assert torch.allclose(turns[0].rewards, turns[1].rewards, rtol=1e-9)
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_a_tutor_starts_as_its_teacher_or_at_random():
     states = TEACHER(WORDS, output_hidden_states=True).hidden_states[-1][MASKED]
     aim = TEACHER.cls(states)
