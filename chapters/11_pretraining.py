@@ -69,7 +69,7 @@ names_before = set(globals()) | {"names_before"}
 # %% [markdown]
 # ## The form
 #
-# `None` means: choose what suits method and networks. `kdlib.pretraining.PretrainingConfig` explains each parameter in a sentence.
+# `None` means: choose what suits method and networks. `python -m kdlib describe tutor` explains each parameter of a method in a sentence.
 
 # %% tags=["parameters"]
 # What to read

@@ -82,7 +82,7 @@ names_before = set(globals()) | {"names_before"}
 # %% [markdown]
 # ## The form
 #
-# `None` means: choose what suits the networks. `kdlib.runs.RunConfig` explains each parameter in a sentence.
+# `None` means: choose what suits the networks. `python -m kdlib describe lgtm` explains each parameter of a method in a sentence.
 
 # %% tags=["parameters"]
 # What to learn

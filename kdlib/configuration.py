@@ -147,7 +147,7 @@ class RunConfig:
         own = {name: value for name, value in vars(self).items() if name not in (*NOT_IDENTITY, "settings")}
         later = {name for name in _LATER if own[name] is None}
         # Fields that the first records had for all methods are there for all.
-        found = {**dict.fromkeys(_FIRST), "teacher_seed": 0, **own, **self.settings.identity}
+        found = {**own, **dict.fromkeys(_FIRST), "teacher_seed": 0, **self.settings.identity}
         if isinstance(self.settings, Imitating) and self.settings.teacher_epochs:
             theirs = {name: getattr(self.settings, f"teacher_{name}") for name in TRAINING}
             found |= {f"teacher_{n}": v for n, v in theirs.items() if n not in _FIRST and v != getattr(self, n)}

@@ -142,7 +142,7 @@ class PretrainingConfig:
     def flat(self) -> dict[str, Any]:
         """All fields of all methods as one dict, None for those that this method does not read; see `configure`."""
         own = {name: value for name, value in vars(self).items() if name != "settings"}
-        return {**dict.fromkeys(READ_BY), **own, **self.settings.flat}
+        return {**own, **{name: None for name in READ_BY if name not in own}, **self.settings.flat}
 
     @property
     def identity(self) -> dict[str, Any]:
