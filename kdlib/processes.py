@@ -13,6 +13,7 @@ import itertools
 import math
 import os
 import pickle
+import re
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -102,9 +103,10 @@ def _talking() -> Iterator[None]:
     try:
         yield
     except (RuntimeError, ConnectionError) as error:
-        lines = str(error).splitlines() or [type(error).__name__]
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = re.sub(r"^\[[^]]*\] ?", "", first).split(". ")[0]  # without the place in gloo's source, and its advice
         raise ProcessLostError(
-            f"another process of this run is gone ({lines[0]}): start the same command again, it goes on from the "
+            f"another process of this run is gone ({reason}): start the same command again, it goes on from the "
             "checkpoint"
         ) from error
 
