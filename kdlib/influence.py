@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_map
 from transformers import PreTrainedModel
 
 from kdlib import models, pilot
-from kdlib.models import Outputs, Parameters, Wanted
+from kdlib.models import Outputs, Parameters, WantedOutputs
 from kdlib.pilot import Loss, task_loss
 from kdlib.tangent import Batch, TangentMethod, feedback_gradient, influence_along
 
@@ -28,7 +28,7 @@ def per_sample_gradients(
     loss: Loss = task_loss,
     method: Literal["loop", "vmap"] = "loop",
     chunk_size: int | None = None,
-    **wanted: Unpack[Wanted],
+    **wanted: Unpack[WantedOutputs],
 ) -> Parameters:
     """∇ℓ_i for every sample i: by name, `(batch, *shape of the parameter)`.  Needs batch × parameters of memory.
 

@@ -110,7 +110,7 @@ class WantedStates(TypedDict, total=False):
     hidden_states: bool
 
 
-class Wanted(WantedStates, total=False):
+class WantedOutputs(WantedStates, total=False):
     """What `apply` shall return beside the logits."""
 
     attentions: bool

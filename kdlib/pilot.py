@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_map
 
 from kdlib import losses, models, processes
 from kdlib.learner import Batch, Learner
-from kdlib.models import Outputs, Parameters, Wanted
+from kdlib.models import Outputs, Parameters, WantedOutputs
 
 Loss = Callable[[Outputs, Mapping[str, Tensor]], Tensor]
 """`loss(outputs, batch)`: one value per sample, `(batch,)`, from the student's outputs and whatever the batch holds
@@ -39,7 +39,7 @@ def gradient(
     create_graph: bool = False,
     among: Collection[str] | None = None,
     pieces: int = 1,
-    **wanted: Unpack[Wanted],
+    **wanted: Unpack[WantedOutputs],
 ) -> Parameters:
     """The gradient of the mean loss at `parameters`, by name; zero for a parameter that plays no part.
 
@@ -109,7 +109,7 @@ def sgd_step(
     loss: Loss,
     learning_rate: float,
     create_graph: bool = False,
-    **wanted: Unpack[Wanted],
+    **wanted: Unpack[WantedOutputs],
 ) -> Parameters:
     """The pilot student θ_s' = θ_s − η_s ∇ mean_i ℓ_i: new parameters; `student` and `parameters` stay as they are.
 
@@ -236,7 +236,7 @@ def teaching_experiment(
     rule: Literal["sgd", "adamw"] = "sgd",
     steps: int = 1,
     pieces: int = 1,
-    **wanted: Unpack[Wanted],
+    **wanted: Unpack[WantedOutputs],
 ) -> Experiment:
     """A copy of the student learns the batch, without dropout; the student and its optimiser stay as they are.
 
@@ -265,7 +265,7 @@ def _gradient_and_outputs(
     targets: Outputs,
     loss: Callable[[Outputs, Outputs, Tensor], Tensor],
     pieces: int,
-    **wanted: Unpack[Wanted],
+    **wanted: Unpack[WantedOutputs],
 ) -> tuple[Parameters, Outputs]:
     """The gradient of the student's loss at `parameters`, without dropout, and the outputs on the way."""
     outputs: list[Outputs] = []

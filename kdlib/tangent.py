@@ -27,7 +27,7 @@ from torch.func import grad, jvp
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from kdlib import models, pilot, processes
-from kdlib.models import Outputs, Parameters, Wanted
+from kdlib.models import Outputs, Parameters, WantedOutputs
 from kdlib.pilot import Loss, task_loss
 
 Batch = Mapping[str, Tensor]
@@ -48,7 +48,7 @@ def student_tangent(
     method: TangentMethod = "jvp",
     radius: float = RADIUS,
     outputs: Outputs | None = None,
-    **wanted: Unpack[Wanted],
+    **wanted: Unpack[WantedOutputs],
 ) -> tuple[Outputs, Outputs]:
     """The student's outputs at `parameters` and their derivative along `direction`: logits `(batch, classes)` each.
 
@@ -90,7 +90,7 @@ def student_tangent(
         return processes.by_rows(of_rows, dict(batch), outputs)
 
 
-def _attention(student: nn.Module, method: str, wanted: Wanted) -> AbstractContextManager[None]:
+def _attention(student: nn.Module, method: str, wanted: WantedOutputs) -> AbstractContextManager[None]:
     """Plain passes, as a finite difference takes, can use the fast attention, unless its weights are asked for."""
     fast = method.endswith("difference") and not wanted.get("attentions")
     return nullcontext() if fast else models.exact_attention(student)
@@ -171,7 +171,7 @@ def feedback_gradient(
     loss: Loss = task_loss,
     among: Collection[str] | None = None,
     pieces: int = 1,
-    **wanted: Unpack[Wanted],
+    **wanted: Unpack[WantedOutputs],
 ) -> Parameters:
     """g = ∇L(e; θ), the gradient of the mean feedback loss at the parameters given: those of the *pilot* student.
 
@@ -230,7 +230,7 @@ def influence_along(
     loss: Loss,
     direction: Parameters,
     method: TangentMethod = "jvp",
-    **wanted: Unpack[Wanted],
+    **wanted: Unpack[WantedOutputs],
 ) -> Float[Tensor, "batch"]:
     """⟨∇ℓ_i, v⟩ for every sample of the batch and any direction v, by one tangent of the student.
 
@@ -257,7 +257,7 @@ def hessian_vector_product(
     loss: Loss,
     vector: Parameters,
     method: Literal["forward-over-reverse", "reverse-over-reverse"] = "forward-over-reverse",
-    **wanted: Unpack[Wanted],
+    **wanted: Unpack[WantedOutputs],
 ) -> Parameters:
     """∇²L · v of the mean loss, by name.
 
@@ -288,7 +288,7 @@ def hessian_vector_product(
 
 
 def _product_by_rows(
-    student: nn.Module, here: Parameters, along: Parameters, batch: Batch, loss: Loss, **wanted: Unpack[Wanted]
+    student: nn.Module, here: Parameters, along: Parameters, batch: Batch, loss: Loss, **wanted: Unpack[WantedOutputs]
 ) -> Parameters:
     """∇²L · v where each process runs its own rows: the derivative along v of Jᵀu, u = ∂L/∂z of the whole batch.
 

@@ -262,9 +262,11 @@ class TestConfigure:
         follow = {name.removeprefix("teacher_"): value for name, value in values.items()}
         assert not set(new) & set(configure(**values, **follow).identity)
         assert set(new) <= set(configure(**follow).identity)  # here they are not the student's
-        taken = {"teacher": "book-teacher"}
-        assert configure(**taken, **values).run_id == configure(**taken).run_id
-        assert configure(method="prokt", **values).run_id == configure(method="prokt").run_id
+        for taken in ({"teacher": "book-teacher"}, {"method": "prokt"}):
+            assert not set(new) & set(configure(**taken, **follow).identity)
+            for name, value in values.items():
+                with pytest.raises(ConfigurationError, match=f"{name} is .*, but teacher_epochs is 0: the teacher is"):
+                    configure(**taken, **{name: value})
         assert (
             configure(method="prokt", teacher_epochs=1, **values).run_id
             != configure(method="prokt", teacher_epochs=1).run_id

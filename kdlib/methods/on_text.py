@@ -17,7 +17,7 @@ from kdlib.learner import Batch, Learner
 from kdlib.methods.base import Method, Step
 from kdlib.settings import settings
 
-Loss = Callable[[Batch], Tensor]
+TextLoss = Callable[[Batch], Tensor]
 """One value for each sentence of a batch, whose mean is the loss."""
 
 
@@ -103,7 +103,7 @@ class OnText(Method):
         """Whether the student's layers imitate the teacher's."""
         return False
 
-    def loss(self, cast: TextCast) -> Loss:
+    def loss(self, cast: TextCast) -> TextLoss:
         """What the student minimises, unless there is more than that."""
         raise NotImplementedError
 

@@ -22,10 +22,10 @@ from kdlib.learner import Batch
 from kdlib.methods.on_text import (
     AskingForWords,
     ComparingAttention,
-    Loss,
     OnText,
     Student,
     TextCast,
+    TextLoss,
     TextRun,
     check_heads,
     depth,
@@ -52,7 +52,7 @@ class MLM(OnText):
         found = super().problems(run)
         return found if run.student else [*found, f"method {run.method!r} trains a network of its own: give student"]
 
-    def loss(self, cast: TextCast) -> Loss:
+    def loss(self, cast: TextCast) -> TextLoss:
         return masked_language_model(cast.student.module)
 
 
@@ -67,7 +67,7 @@ class SoftLabels(AskingForWords):
     def trains_head(self) -> bool:
         return True
 
-    def loss(self, cast: TextCast) -> Loss:
+    def loss(self, cast: TextCast) -> TextLoss:
         return soft_labels(*cast.pair, self.temperature)
 
 
@@ -82,7 +82,7 @@ class DistilBERT(AskingForWords):
     def trains_head(self) -> bool:
         return True
 
-    def loss(self, cast: TextCast) -> Loss:
+    def loss(self, cast: TextCast) -> TextLoss:
         return distilbert(*cast.pair, self.temperature)
 
 
@@ -90,7 +90,7 @@ class DistilBERT(AskingForWords):
 class TinyBERT(ComparingAttention):
     """Hidden states of all layers, and attention."""
 
-    def loss(self, cast: TextCast) -> Loss:
+    def loss(self, cast: TextCast) -> TextLoss:
         student, teacher = cast.pair
         return tinybert(student, teacher, self.compares(student.network, teacher))
 
@@ -102,7 +102,7 @@ class MiniLM(OnText):
     def check(self, student: PreTrainedModel, teacher: PreTrainedModel) -> None:
         check_heads(student, teacher, "take minilm_v2, or such a student")
 
-    def loss(self, cast: TextCast) -> Loss:
+    def loss(self, cast: TextCast) -> TextLoss:
         return minilm(*cast.pair)
 
 
@@ -127,12 +127,12 @@ class MiniLMv2(OnText):
                     "that divides both"
                 )
 
-    def loss(self, cast: TextCast) -> Loss:
+    def loss(self, cast: TextCast) -> TextLoss:
         student, teacher = cast.pair
         return minilm_v2(student, teacher, self.heads(student.network))
 
 
-def masked_language_model(network: PreTrainedModel) -> Loss:
+def masked_language_model(network: PreTrainedModel) -> TextLoss:
     """BERT's own objective: cross entropy of the original words at the masked positions.
 
     Source: BERT (Devlin et al., 2019).
@@ -146,7 +146,7 @@ def masked_language_model(network: PreTrainedModel) -> Loss:
     return _of_words(of_rows)
 
 
-def soft_labels(student: Student, teacher: PreTrainedModel, temperature: float = 1.0) -> Loss:
+def soft_labels(student: Student, teacher: PreTrainedModel, temperature: float = 1.0) -> TextLoss:
     """KD in Tutor-KD's Table 2: T² · KL(teacher ‖ student) of the distributions at the masked positions."""
 
     def of_rows(batch: Batch, share: float) -> Tensor:
@@ -161,7 +161,7 @@ def distilbert(
     teacher: PreTrainedModel,
     temperature: float = 2.0,
     weights: tuple[float, float, float] = (5.0, 2.0, 1.0),
-) -> Loss:
+) -> TextLoss:
     """Soft labels, hard labels, and the cosine of the last hidden states; the weights are those of the released code.
 
     Source: DistilBERT (Sanh et al., 2019).
@@ -181,7 +181,7 @@ def distilbert(
     return _of_words(of_rows)
 
 
-def tinybert(student: Student, teacher: PreTrainedModel, attention: bool = True) -> Loss:
+def tinybert(student: Student, teacher: PreTrainedModel, attention: bool = True) -> TextLoss:
     """Hidden states of the embeddings and of all layers, and attention scores before the softmax; no predictions.
 
     Source: TinyBERT (Jiao et al., 2020), general distillation.
@@ -200,7 +200,7 @@ def tinybert(student: Student, teacher: PreTrainedModel, attention: bool = True)
     return partial(processes.by_rows, of_rows)
 
 
-def minilm(student: Student, teacher: PreTrainedModel) -> Loss:
+def minilm(student: Student, teacher: PreTrainedModel) -> TextLoss:
     """The last layer's attention distributions and relations between its values.
 
     Source: MiniLM (Wang et al., 2020).
@@ -217,7 +217,7 @@ def minilm(student: Student, teacher: PreTrainedModel) -> Loss:
 
 def minilm_v2(
     student: Student, teacher: PreTrainedModel, relation_heads: int = 12, teacher_layer: int | None = None
-) -> Loss:
+) -> TextLoss:
     """Relations among the queries, among the keys and among the values of the last layer, split into so many heads.
 
     `teacher_layer` is counted from 1; None: the last one.
@@ -263,7 +263,7 @@ def _soft(
     return _by_sentence(losses.kl_divergence(own, aim, temperature, reduction="none"), masked, share)
 
 
-def _of_words(of_rows: Callable[[Batch, float], Tensor]) -> Loss:
+def _of_words(of_rows: Callable[[Batch, float], Tensor]) -> TextLoss:
     """A loss at masked positions whose sentences several processes share; `of_rows` gets some of the sentences, and how
     many the whole batch has for each of its masked positions.
 

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 from kdlib import losses, models, policy, processes, representations
 from kdlib.learner import Batch, Learner, minimise_together
 from kdlib.methods.base import Step
-from kdlib.methods.on_text import AskingForWords, ComparingAttention, Loss, Student, TextCast, TextRun, depth
+from kdlib.methods.on_text import AskingForWords, ComparingAttention, Student, TextCast, TextLoss, TextRun, depth
 from kdlib.methods.tutor_words import (
     Lesson,
     hide,
@@ -74,7 +74,7 @@ class Untutored(AskingForWords, ComparingAttention):
             found.append(f"attention is {self.attention}, but inner_weight is 0, which leaves it out")
         return found
 
-    def loss(self, cast: TextCast) -> Loss:
+    def loss(self, cast: TextCast) -> TextLoss:
         return untutored(*cast.pair, cast.special, cast.mask, self)
 
 
@@ -390,7 +390,7 @@ def inner_loss(
 
 def untutored(
     student: Student, teacher: PreTrainedModel, special: Sequence[int], mask: int, settings: Untutored
-) -> Loss:
+) -> TextLoss:
     """The loss of the same student without a tutor, one value for each sentence, whose mean is the loss.
 
     It learns the teacher's distributions, and L_inter, on the masked sentences.

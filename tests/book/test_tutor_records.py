@@ -61,6 +61,7 @@ def test_the_records_are_small_and_name_no_machine():
     assert not any(map(records.is_record, tutor_records.FOLDER.iterdir())), "the README would take them for runs"
 
 
+@pytest.mark.usefixtures("unchecked")  # the cast is an extra
 def test_the_stored_teacher_scores_what_its_record_says():
     """Halving the precision of its weights changes little."""
     record = json.loads((tutor_records.FOLDER / "teacher.json").read_text())
