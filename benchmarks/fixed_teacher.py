@@ -1,13 +1,13 @@
 """What does a teacher cost that does not learn?  kdlib, which asks it once, against transformers' Trainer.
 
-    python benchmarks/fixed_teacher.py [--epochs 1 3] [--samples 160] [--batch 16] [--source FOLDER --task sst2]
+    python benchmarks/fixed_teacher.py [--epochs 1 3] [--samples 320] [--batch 16] [--source FOLDER --task sst2]
 
 Vanilla distillation of a teacher of six layers into a student of its first three, MiniLM's where its package is
 installed and else random ones of that shape.  kdlib computes the teacher's logits of all texts first, on batches sorted
 by length, and looks them up afterwards.  Trainer has a `compute_loss` that asks the teacher at every step, as is usual:
 with dynamic padding, in its own random order or grouped by length as kdlib's batches are.  The rest is the same: texts,
 batch size, number of steps, loss, fused AdamW with the same schedule and clipping, no evaluation, no checkpoint, no
-logging.  Texts are tokenised before the clock starts.
+logging.  The clock starts where the texts are tokenised and networks, optimiser and Trainer are made.
 
 The texts are some of MiniGLUE's sentences, one to `--sentences` joined at random, so that lengths vary as they do
 elsewhere; with --source and --task they are those of a data set as they are.
@@ -123,16 +123,21 @@ def networks(task: glue.Task, teacher: str = "") -> tuple[PreTrainedModel, PreTr
     return models.first_layers(network, min(LAYERS, network.config.num_hidden_layers)), network, tokenizer
 
 
-def with_kdlib(student: PreTrainedModel, teacher: PreTrainedModel, encoded: Encoded, epochs: int, batch: int) -> None:
-    """Ask the teacher once, then train."""
+Run = Callable[[], object]
+
+
+def with_kdlib(student: PreTrainedModel, teacher: PreTrainedModel, encoded: Encoded, epochs: int, batch: int) -> Run:
+    """A training that asks the teacher once, and then begins."""
     schedule = trainer.Schedule(epochs, batch, seed=SEED)
     accelerator = accelerator_for("cpu")
-    looked_up = trainer.teacher_logits(teacher, encoded, accelerator)
     who = learner("student", student, accelerator, RATE, schedule.total_steps(len(encoded)))
-    step = distillation(who, lambda piece: Outputs(looked_up(piece)), SETTINGS)
-    trainer.train(
-        trainer.Training(step=step, learners=[who], data=encoded, schedule=schedule, evaluate=dict),
-    )
+
+    def run() -> None:
+        looked_up = trainer.teacher_logits(teacher, encoded, accelerator)
+        step = distillation(who, lambda piece: Outputs(looked_up(piece)), SETTINGS)
+        trainer.train(trainer.Training(step=step, learners=[who], data=encoded, schedule=schedule, evaluate=dict))
+
+    return run
 
 
 def with_trainer(
@@ -143,31 +148,29 @@ def with_trainer(
     epochs: int,
     batch: int,
     order: str,
-) -> None:
-    """Ask the teacher at every step."""
-    with tempfile.TemporaryDirectory() as folder:
-        arguments = TrainingArguments(
-            folder,
-            use_cpu=True,
-            num_train_epochs=epochs,
-            per_device_train_batch_size=batch,
-            train_sampling_strategy=order,
-            learning_rate=RATE,
-            weight_decay=WEIGHT_DECAY,
-            warmup_steps=WARMUP_RATIO,  # below 1 it is a share
-            seed=SEED,
-            eval_strategy="no",
-            save_strategy="no",
-            logging_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
-            dataloader_pin_memory=False,
-        )
-        collator = DataCollatorWithPadding(tokenizer)
-        run = Distilling(student, arguments, collator, rows, processing_class=tokenizer, teacher=teacher)
-        run.remove_callback(PrinterCallback)
-        run.train()
-        assert run.state.global_step == -(-len(rows) // batch) * epochs
+) -> Run:
+    """A training that asks the teacher at every step."""
+    arguments = TrainingArguments(
+        tempfile.gettempdir(),  # nothing is written
+        use_cpu=True,
+        num_train_epochs=epochs,
+        per_device_train_batch_size=batch,
+        train_sampling_strategy=order,
+        learning_rate=RATE,
+        weight_decay=WEIGHT_DECAY,
+        warmup_steps=WARMUP_RATIO,  # below 1 it is a share
+        seed=SEED,
+        eval_strategy="no",
+        save_strategy="no",
+        logging_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        dataloader_pin_memory=False,
+    )
+    collator = DataCollatorWithPadding(tokenizer)
+    run = Distilling(student, arguments, collator, rows, processing_class=tokenizer, teacher=teacher)
+    run.remove_callback(PrinterCallback)
+    return run.train
 
 
 def as_rows(encoded: Encoded) -> datasets.Dataset:
@@ -182,16 +185,17 @@ def as_rows(encoded: Encoded) -> datasets.Dataset:
 def costs(encoded: Encoded, pair: tuple, tokenizer: PreTrainedTokenizerBase, epochs: list[int], batch: int, turns: int):
     """The rows of the table."""
     (student, teacher), rows = pair, as_rows(encoded)
-    run: dict[str, Callable[[PreTrainedModel, int], None]] = {
+    made: dict[str, Callable[[PreTrainedModel, int], Run]] = {
         KDLIB: lambda fresh, count: with_kdlib(fresh, teacher, encoded, count, batch),
         GROUPED: lambda fresh, count: with_trainer(fresh, teacher, rows, tokenizer, count, batch, "group_by_length"),
         RANDOM: lambda fresh, count: with_trainer(fresh, teacher, rows, tokenizer, count, batch, "random"),
     }
     table = {}
-    for _, count, way in product(range(turns), epochs, run):
+    for _, count, way in product(range(turns), epochs, made):
         fresh = copy.deepcopy(student).train()
+        run = made[way](fresh, count)
         with Shown(student=fresh, teacher=teacher) as shown:
-            took = seconds(partial(run[way], fresh, count), "cpu")
+            took = seconds(run, "cpu")
         row = table.setdefault((count, way), {"seconds": took})
         row["seconds"] = min(row["seconds"], took)
         row |= {f"{name}'s tokens": shown.tokens[name] for name in ("student", "teacher")}
@@ -217,10 +221,10 @@ def main() -> None:
     parser.add_argument("--task", default="sst2", help="the task of --source")
     parser.add_argument("--teacher", default="", help="another network than MiniLM, by a name that `models` knows")
     parser.add_argument("--epochs", type=int, nargs="+", default=[1, 3])
-    parser.add_argument("--samples", type=int, default=160)
+    parser.add_argument("--samples", type=int, default=320)
     parser.add_argument("--sentences", type=int, default=6, help="joined at most")
     parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--turns", type=int, default=2)
     parser.add_argument("--write", action="store_true")
     arguments = parser.parse_args()
     if arguments.source is None:
