@@ -1,8 +1,9 @@
 """GLUE's metrics over a whole split, named as GLUE names them.
 
-scikit-learn and scipy do the arithmetic.  What they leave undefined is defined here, so that the first evaluation of an
-untrained student is a number and not a NaN: a correlation with something constant is 0.0, F1 without any true or
-predicted positive is 0.0, Matthews correlation with a single class on either side is 0.0.
+scikit-learn and scipy do the arithmetic beyond accuracy, and only functions that need them import them: a second that a
+run on most tasks does without.  What they leave undefined is defined here, so that the first evaluation of an untrained
+student is a number and not a NaN: a correlation with something constant is 0.0, F1 without any true or predicted
+positive is 0.0, Matthews correlation with a single class on either side is 0.0.
 
 Beside GLUE's there are micro and macro F1, which data sets with more than two classes are measured by.
 """
@@ -12,8 +13,6 @@ from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import Float, Int, Shaped
-from scipy import stats
-from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
 
 def accuracy(predictions: Int[np.ndarray, "samples"], labels: Int[np.ndarray, "samples"]) -> float:
@@ -22,7 +21,7 @@ def accuracy(predictions: Int[np.ndarray, "samples"], labels: Int[np.ndarray, "s
     Raises ValueError for arrays that are empty, differ in length or hold NaN; so do all functions here.
     """
     predictions, labels = _checked(predictions, labels)
-    return float(accuracy_score(labels, predictions))
+    return float((predictions == labels).mean())
 
 
 def f1(predictions: Int[np.ndarray, "samples"], labels: Int[np.ndarray, "samples"]) -> float:
@@ -30,6 +29,8 @@ def f1(predictions: Int[np.ndarray, "samples"], labels: Int[np.ndarray, "samples
 
     Raises ValueError for a class other than 0 and 1.
     """
+    from sklearn.metrics import f1_score
+
     predictions, labels = _checked(predictions, labels)
     for what, values in (("predictions", predictions), ("labels", labels)):
         if not np.isin(values, (0, 1)).all():
@@ -43,6 +44,8 @@ def micro_f1(predictions: Int[np.ndarray, "samples"], labels: Int[np.ndarray, "s
     Where each sample has one class, as here, every false alarm is a miss of another class, and this is the accuracy.
     Raises ValueError as `accuracy` does.
     """
+    from sklearn.metrics import f1_score
+
     predictions, labels = _checked(predictions, labels)
     return float(f1_score(labels, predictions, average="micro", zero_division=0.0))
 
@@ -53,6 +56,8 @@ def macro_f1(predictions: Int[np.ndarray, "samples"], labels: Int[np.ndarray, "s
     The classes are those that occur among the labels or the predictions of the split; the F1 of one that is never hit
     is 0.0, and one that occurs on neither side is left out.  Raises ValueError as `accuracy` does.
     """
+    from sklearn.metrics import f1_score
+
     predictions, labels = _checked(predictions, labels)
     return float(f1_score(labels, predictions, average="macro", zero_division=0.0))
 
@@ -62,6 +67,8 @@ def matthews_correlation(predictions: Int[np.ndarray, "samples"], labels: Int[np
 
     Raises ValueError as `accuracy` does.
     """
+    from sklearn.metrics import matthews_corrcoef
+
     predictions, labels = _checked(predictions, labels)
     if _constant(predictions) or _constant(labels):
         return 0.0
@@ -73,6 +80,8 @@ def pearson(predictions: Float[np.ndarray, "samples"], labels: Float[np.ndarray,
 
     Raises ValueError as `accuracy` does.
     """
+    from scipy import stats
+
     predictions, labels = _centred(predictions, labels)
     if not predictions.any() or not labels.any():
         return 0.0
@@ -84,6 +93,8 @@ def spearmanr(predictions: Float[np.ndarray, "samples"], labels: Float[np.ndarra
 
     Raises ValueError as `accuracy` does.
     """
+    from scipy import stats
+
     predictions, labels = _checked(predictions, labels)
     if _constant(predictions) or _constant(labels):
         return 0.0

@@ -1,12 +1,16 @@
-"""The stored costs of a step: the ways that the book speaks of are there, and the ratios are those of the columns."""
+"""The stored costs: the ways that the book speaks of are there, and the ratios are those of the columns."""
 
 import argparse
+import copy
 
 import pandas as pd
 import pytest
+import torch
 
-from benchmarks import processes, step, tutor
+from benchmarks import first_batch, fixed_teacher, precision, processes, step, tutor
+from kdlib import glue
 from kdlib.methods import METHODS, ON_TEXT
+from kdlib.methods.base import Piloting
 
 CASE = ["layers", "hidden", "batch", "tokens", "precision"]
 REFERENCES = {"first": step.FLOOR, "at once": step.AT_ONCE, "double": step.DOUBLE}
@@ -76,3 +80,78 @@ def test_every_way_of_tutor_kd_makes_a_step():
 def test_every_method_makes_a_step_in_the_benchmark_of_processes(method):
     size = argparse.Namespace(layers=(2, 1), hidden=32, batch=3, tokens=8)
     assert processes.call_of(method, size)()["loss"] > 0
+
+
+@pytest.fixture(scope="module")
+def fixed(root) -> pd.DataFrame:
+    return pd.read_csv(root / "data" / "benchmarks" / "fixed_teacher.csv")
+
+
+def check_fixed(table: pd.DataFrame) -> None:
+    """Everybody makes the same steps; kdlib asks the teacher once and Trainer at every step."""
+    for epochs, ways in table.groupby("epochs"):
+        assert set(ways["way"]) == {fixed_teacher.KDLIB, fixed_teacher.GROUPED, fixed_teacher.RANDOM}
+        assert ways["way"].is_unique and ways["steps"].nunique() == 1
+        floor = ways.loc[ways["way"] == fixed_teacher.KDLIB, "seconds"].item()
+        slack = 0.006 + (1 + ways["seconds"] / floor) * 1e-3 / floor
+        assert ((ways["seconds / kdlib"] - ways["seconds"] / floor).abs() < slack).all()
+        asked = ways["way"] != fixed_teacher.KDLIB
+        assert (ways.loc[asked, "teacher's tokens"] == ways.loc[asked, "student's tokens"]).all(), epochs
+    once = table[table["way"] == fixed_teacher.KDLIB]
+    assert once["teacher's tokens"].nunique() == 1 and once["student's tokens"].is_unique
+
+
+def test_a_fixed_teacher_is_asked_once_by_kdlib_and_at_every_step_by_trainer(fixed):
+    assert {1, 3} == set(fixed["epochs"])
+    check_fixed(fixed)
+
+
+def test_kdlib_and_trainer_distil_a_fixed_teacher():
+    """With few words and tiny networks, so that it is quick."""
+    texts, task = fixed_teacher.joined_sentences(8, 2)
+    student, teacher, tokenizer = fixed_teacher.networks(task, "tiny-4x32")
+    encoded = glue.encode(texts, task, tokenizer)
+    before = copy.deepcopy(student.state_dict())
+    check_fixed(fixed_teacher.tidy(fixed_teacher.costs(encoded, (student, teacher), tokenizer, [1, 2], 4, 1)))
+    assert all(torch.equal(value, before[name]) for name, value in student.state_dict().items())
+
+
+@pytest.fixture(scope="module")
+def precise(root) -> pd.DataFrame:
+    return pd.read_csv(root / "data" / "benchmarks" / "precision.csv", keep_default_na=False, na_values=[])
+
+
+def test_every_method_has_its_error_and_seconds_in_bf16(precise):
+    assert set(precise["method"]) == set(METHODS)
+    for method, rows in precise.groupby("method"):
+        tangents = ["fp32", "autocast"] if issubclass(METHODS[method], Piloting) else [""]
+        assert list(rows["precision"]) == ["fp32"] + ["bf16"] * len(tangents)
+        assert list(rows["tangent"]) == ["", *tangents]
+        floor = rows["seconds"].iloc[0]
+        slack = 0.006 + 1e-4 / floor
+        assert ((rows["seconds / fp32"] - rows["seconds"] / floor).abs() < slack).all()
+        learning = METHODS[method].teaches == "learning"
+        errors = rows["teacher gradient error"].iloc[1:]
+        assert (errors != "").all() if learning else (errors == "").all()
+        assert (rows["student gradient error"].iloc[1:].astype(float) < 0.05).all()
+
+
+def test_the_error_of_a_step_is_that_of_its_precision_alone():
+    """The same step from the same state is the same, dropout or not; one in autocast is another."""
+    both, data = precision.pairs((2, 1), 32), precision.batches(4, 8)
+    start = precision.state_of(both["fp32"])
+    found = []
+    for name in ("fp32", "fp32", "bf16"):
+        precision.put_back(both[name], start)
+        found.append(precision.moves(precision.step_of("metadistil", both[name], "fp32"), both[name], data))
+    assert set(found[0]) == {f"{who} {what}" for who in ("student", "teacher") for what in ("gradient", "update")}
+    for what, value in found[0].items():
+        assert torch.equal(value, found[1][what]) and 0 < (found[2][what] - value).norm() < 0.2 * value.norm()
+    assert all(layer.p == 0.1 for layer in both["fp32"][0].module.modules() if isinstance(layer, torch.nn.Dropout))
+
+
+def test_the_parts_of_the_way_to_the_first_step_add_up(root):
+    parts = pd.read_csv(root / "data" / "benchmarks" / "first_batch.csv").set_index("part")
+    assert list(parts.index) == [*first_batch.PARTS, first_batch.TOTAL]
+    assert parts["seconds"].iloc[:-1].sum() == pytest.approx(parts["seconds"].iloc[-1], abs=0.06)
+    assert ((parts["share"] - parts["seconds"] / parts["seconds"].iloc[-1]).abs() < 0.006).all()
