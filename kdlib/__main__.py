@@ -54,7 +54,7 @@ def _shown(options: argparse.Namespace) -> int:
 
     try:
         if options.command == "describe":
-            print(described(options.method))
+            print(explanation(options.method))
         else:
             if not options.folder.is_dir():
                 raise ValueError(f"there is no folder {options.folder}")
@@ -154,7 +154,7 @@ def _first_line(kind: type) -> str:
     return (kind.__doc__ or "").split("\n", 1)[0]
 
 
-def described(method: str | None) -> str:
+def explanation(method: str | None) -> str:
     """The parameters of a method: type, default and meaning, first its own, then what all runs have.
 
     Without a method, a line on each of them.  Raises ValueError for a name that is none.

@@ -130,7 +130,7 @@ def accelerator_for(device: str = "auto", precision: str = "fp32") -> Accelerato
     # accelerate keeps its state in the process; a notebook that trains in two precisions needs a fresh one.
     AcceleratorState._reset_state(reset_partial_state=True)
     accelerator = Accelerator(
-        cpu=device == "cpu" or (processes.size() > 1 and not torch.cuda.is_available()),
+        cpu=device == "cpu" or (processes.world_size() > 1 and not torch.cuda.is_available()),
         mixed_precision=PRECISIONS[precision],
         # All processes take the same step of the schedule, instead of one each.
         dataloader_config=DataLoaderConfiguration(split_batches=True),

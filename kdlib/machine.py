@@ -22,7 +22,7 @@ def environment(device: torch.device) -> dict[str, str]:
         "cpu": torch.backends.cpu.get_cpu_capability(),
         "processor": processor(),
         "threads": str(torch.get_num_threads()),
-        **({"processes": str(processes.size())} if processes.size() > 1 else {}),
+        **({"processes": str(processes.world_size())} if processes.world_size() > 1 else {}),
     }
 
 

@@ -82,7 +82,7 @@ def leave() -> None:
         PartialState._reset_state()
 
 
-def size() -> int:
+def world_size() -> int:
     """How many processes compute this run."""
     return 1 if _words is None else dist.get_world_size()
 
@@ -128,7 +128,7 @@ class Part:
     @property
     def sizes(self) -> list[int]:
         """How many rows each process has."""
-        return [self.samples // size() + (number < self.samples % size()) for number in range(size())]
+        return [self.samples // world_size() + (number < self.samples % world_size()) for number in range(world_size())]
 
     @property
     def idle(self) -> bool:
@@ -143,7 +143,7 @@ class Part:
 
     def own(self, tree: T) -> T:
         """The rows of this process, of all tensors of a tree."""
-        if size() == 1:
+        if world_size() == 1:
             return tree
         return tree_map(lambda value: value[self.rows] if isinstance(value, Tensor) else value, tree)
 
@@ -152,7 +152,7 @@ class Part:
 
         `counts` says how many entries each process has, if not one a row.
         """
-        if size() == 1:
+        if world_size() == 1:
             return tree
         counts = counts or self.sizes
         leaves, structure = tree_flatten(tree)
@@ -166,12 +166,12 @@ class Part:
 
     def averaged(self, mean: Tensor, counts: Sequence[int] | None = None) -> Tensor:
         """The mean of all entries, given the mean of those of this process, a scalar; see `gathered`."""
-        if size() == 1:
+        if world_size() == 1:
             return mean
         counts = counts or self.sizes
         if counts[rank()] == 0:
             mean = 0 * mean.nan_to_num()  # still with a graph
-        means = Part(size()).gathered(mean.view(1))
+        means = Part(world_size()).gathered(mean.view(1))
         return (means * means.new_tensor(counts)).sum() / sum(counts)
 
     def counts(self, chosen: Tensor) -> list[int]:
@@ -191,7 +191,7 @@ def part(tree: Any) -> Part:
 
 def by_rows(function: Callable[..., T], *trees: Any) -> T:
     """`function(*trees)`, whose answer has an entry for each row of the trees; each process computes its own rows."""
-    if size() == 1:
+    if world_size() == 1:
         return function(*trees)
     own = part(trees)
     return own.gathered(function(*own.own(trees)))
@@ -223,7 +223,7 @@ def _speaking(tensor: Tensor) -> dist.ProcessGroup | None:
 
 def summed(tree: T) -> T:
     """The sums of the tensors of a tree over all processes: whole gradients, given the parts through the own rows."""
-    if size() == 1:
+    if world_size() == 1:
         return tree
     leaves, structure = tree_flatten(tree)
     found: dict[int, Tensor] = {}
@@ -239,7 +239,7 @@ def summed(tree: T) -> T:
 
 def from_first(value: Tensor) -> Tensor:
     """The first process's tensor, everywhere: what is drawn must be one draw."""
-    if size() == 1:
+    if world_size() == 1:
         return value
     value = value.contiguous()
     with _talking():
@@ -253,7 +253,7 @@ def from_first(value: Tensor) -> Tensor:
 
 def anybody(flag: bool) -> bool:
     """Whether the flag is up in any process."""
-    if size() == 1:
+    if world_size() == 1:
         return flag
     word = torch.tensor(int(flag))
     with _talking():
@@ -263,9 +263,9 @@ def anybody(flag: bool) -> bool:
 
 def told(value: T) -> list[T]:
     """What each process says, by its number."""
-    if size() == 1:
+    if world_size() == 1:
         return [value]
-    found: list[Any] = [None] * size()
+    found: list[Any] = [None] * world_size()
     with _talking():
         dist.all_gather_object(found, value, group=_words)
     return found
@@ -287,7 +287,7 @@ def once(work: Callable[[], T]) -> T:
 
     What it raises is raised everywhere.  `work` must not talk to the other processes.
     """
-    if size() == 1:
+    if world_size() == 1:
         return work()
     outcome: tuple[Any, BaseException | None] | None = None
     if rank() > 0:
@@ -309,7 +309,7 @@ def once(work: Callable[[], T]) -> T:
 
 def first_alone(work: Callable[[], T]) -> T:
     """`work` by the first process, then by all others: what the first one puts into a cache the others find there."""
-    if size() == 1:
+    if world_size() == 1:
         return work()
     kept: list[T] = []
     once(lambda: kept.append(work()))

@@ -276,7 +276,7 @@ def hessian_vector_product(
 
     with torch.enable_grad(), models.evaluating(student), models.exact_attention(student):
         if method == "forward-over-reverse":
-            if processes.size() > 1:
+            if processes.world_size() > 1:
                 return _product_by_rows(student, here, along, batch, loss, **wanted)
             product = jvp(grad(mean), (here,), (along,))[1]
             return {name: value.detach() for name, value in product.items()}

@@ -325,10 +325,10 @@ def _begin(
 ) -> tuple[_State, dict[str, Tensor]]:
     """Where the training stands, its learners put back to there, and the best weights so far."""
     state = _State(training.identity() | identity)
-    if processes.size() > 1:
+    if processes.world_size() > 1:
         weights = {f"the weights of the {who.name}": models.fingerprint(who.module) for who in training.learners}
         processes.check_equal({**state.identity, **weights})
-        state.identity[PROCESSES] = processes.size()
+        state.identity[PROCESSES] = processes.world_size()
     if folder is None:
         return state, {}
     prepare_folder(folder)

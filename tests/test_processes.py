@@ -155,7 +155,7 @@ def test_mpi_is_told_what_to_start_instead(name, monkeypatch):
         processes.join()
     monkeypatch.setenv(name, "1")
     processes.join()
-    assert processes.size() == 1
+    assert processes.world_size() == 1
 
 
 def words_of(parameters: dict, folder: Path) -> list[str]:

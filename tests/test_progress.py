@@ -10,7 +10,6 @@ import time
 import pytest
 
 from kdlib import progress, trainer
-from kdlib.methods import kd
 from tests import toy
 
 
@@ -146,10 +145,9 @@ def test_training_writes_a_line_an_epoch_into_a_log_file(show):
     screen = show(terminal=False)
     data, who = toy.encoded(), toy.student()
     schedule = trainer.Schedule(epochs=2, batch_size=16)
-    evaluate, metric = toy.evaluate(who, data), "validation/accuracy"
-    result = trainer.train(kd.fine_tuning(who), [who], data, schedule, evaluate, metric, who)
+    result = trainer.train(toy.training(who, data, schedule))
     assert screen.getvalue().splitlines() == [
-        f"student: epoch {row.epoch:.2f}, loss {row.train_loss:.4f}, {metric} {row._5:.4f}"
+        f"student: epoch {row.epoch:.2f}, loss {row.train_loss:.4f}, validation/accuracy {row._5:.4f}"
         for row in result.history.itertuples()
     ]
 
