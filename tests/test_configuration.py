@@ -450,3 +450,10 @@ class TestMethods:
         with pytest.raises(ConfigurationError, match=message) as caught:
             configure(**parameters)
         assert str(caught.value).count("\n  - ") == 1
+
+
+def test_a_table_puts_records_together_whose_teachers_were_trained_as_ever():
+    """Records from before a teacher had a batch size of its own lack the field; None is what they are taken for."""
+    flat = configure(seed=1).flat
+    assert {flat[name] for name in TEACHERS_OWN if name not in NAMED_ALWAYS} == {None}
+    assert configure(**configure(teacher_batch_size=8).flat).settings.teacher_batch_size == 8

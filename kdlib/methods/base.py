@@ -117,6 +117,9 @@ class Method:
     def flat(self) -> dict[str, Any]:
         """All fields, None for those that add nothing to a run's name."""
         silent = {n: value for kind in type(self).__mro__ for n, value in vars(kind).get("silent", {}).items()}
+        for field in dataclasses.fields(type(self)):
+            if field.name in TEACHERS_OWN and field.name not in NAMED_ALWAYS:
+                silent[field.name] = field.default
         return {n: None if n in silent and value == silent[n] else value for n, value in vars(self).items()}
 
     @property
