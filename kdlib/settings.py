@@ -77,6 +77,7 @@ def among(names: Collection[str]) -> AfterValidator:
             raise PydanticCustomError("among", "one of {names}", {"names": ", ".join(names)})
         return value
 
+    check.__doc__ = " or ".join(names)  # for `describe`
     return AfterValidator(check)
 
 
@@ -226,15 +227,21 @@ def said(given: Mapping[str, Any], kind: type) -> dict[str, Any]:
 
 
 def describe(kind: type) -> list[tuple[str, str, Any, str]]:
-    """The fields of a settings class: name, type in words, default, what it says of itself in the source."""
+    """The fields of a settings class, its own first: name, type in words, default, what the source says of it."""
     hints, told = typing.get_type_hints(kind, include_extras=True), _field_docs(kind)
     rows = []
-    for field in dataclasses.fields(kind):
-        options = _options(hints[field.name])
+    for field in sorted(dataclasses.fields(kind), key=lambda field: _nearness(kind, field.name)):
+        options, extra = _options(hints[field.name]), getattr(hints[field.name], "__metadata__", ())
         choices = [str(choice) for option, _ in options for choice in typing.get_args(option)]
+        names = [one.func.__doc__ for one in extra if isinstance(one, AfterValidator) and one.func.__doc__]
         kinds = [getattr(option, "__name__", "") for option, _ in options if not typing.get_args(option)]
-        rows.append((field.name, " or ".join([*kinds, *choices]), field.default, told.get(field.name, "")))
+        rows.append((field.name, " or ".join(names or [*kinds, *choices]), field.default, told.get(field.name, "")))
     return rows
+
+
+def _nearness(kind: type, name: str) -> int:
+    """How far above `kind` among its parts a field is defined."""
+    return next(i for i, part in enumerate(kind.__mro__) if name in vars(part).get("__annotations__", {}))
 
 
 def _field_docs(kind: type) -> dict[str, str]:

@@ -177,7 +177,7 @@ def test_none_says_nothing_where_it_is_the_default():
 
 def test_a_class_describes_its_fields_and_those_that_it_is_made_of():
     rows = {name: rest for name, *rest in describe(Layered)}
-    assert list(rows) == [*module.names(Cake), "layers"]
+    assert list(rows) == ["eggs", "layers", *(name for name in module.names(Cake) if name != "eggs")]  # its own first
     assert rows["flour"] == ["float", 2.0, "in cups"]
     assert rows["sugar"] == ["float", None, "of the flour;\nNone: half, with honey none"]
     assert rows["honey"] == ["float or some or much", 0.0, ""]

@@ -182,21 +182,21 @@ class Taught(Method):
     """epochs of fine-tuning before the teacher teaches; 0: take it as it is, fine-tuned elsewhere or not at all;
     None: 0 for prokt, dml and lgtm, else 12 if tiny, else as the student's"""
     teacher_learning_rate: Rate = by_rule()
-    """of that; None: 1e-3 for tiny networks, 1e-4 for minilm, 3e-5 for other pretrained ones"""
+    """of the teacher's fine-tuning; None: 1e-3 for tiny networks, 1e-4 for minilm, 3e-5 for other pretrained ones"""
     teacher_batch_size: Size = BATCH_SIZE
-    """of that"""
+    """of the teacher's fine-tuning, whatever the student's is"""
     teacher_micro_batches: Size = 1
-    """of that"""
+    """of the teacher's fine-tuning: cut each batch into so many pieces to save memory"""
     teacher_weight_decay: Weight = WEIGHT_DECAY
-    """of that"""
+    """of the teacher's fine-tuning"""
     teacher_warmup_ratio: Share = WARMUP_RATIO
-    """of that"""
+    """of the teacher's fine-tuning"""
     teacher_max_grad_norm: Positive | None = None
-    """of that; None: 1"""
+    """of the teacher's fine-tuning: longer gradients are scaled down; None: 1"""
     teacher_evaluate_every: Steps | None = None
-    """of that; None: an epoch"""
+    """of the teacher's fine-tuning: steps between evaluations, of which the best is kept; None: an epoch"""
     teacher_seed: Seed = 0
-    """of that: a new head's weights, order of the data, dropout"""
+    """of the teacher: a new head's weights, and order of the data and dropout of its fine-tuning"""
 
     @classmethod
     def defaults(cls, run: Run) -> dict[str, Any]:
