@@ -182,5 +182,5 @@ def test_a_class_describes_its_fields_and_those_that_it_is_made_of():
     assert rows["sugar"] == ["float", None, "of the flour;\nNone: half, with honey none"]
     assert rows["honey"] == ["float or some or much", 0.0, ""]
     assert rows["pans"] == ["int", None, ""] and rows["eggs"] == ["int", 5, ""]
-    assert rows["shape"] == ["round or square", "round", ""]
+    assert rows["shape"] == ["round or square", "round", ""] and rows["topping"] == ["cherry or cream", "cream", ""]
     assert rows["layers"] == ["int", 2, "on top of each other"]
