@@ -40,7 +40,7 @@ class Encoded:
         return self.offsets.diff()
 
 
-def collate(encoded: Encoded, indices: Sequence[int]) -> dict[str, Tensor]:
+def collate(encoded: Encoded, indices: Sequence[int] | Int[Tensor, "batch"]) -> dict[str, Tensor]:
     """The samples at `indices`, padded to the longest of them.
 
     Returns input_ids, attention_mask and token_type_ids `(batch, tokens)`, labels and rows `(batch,)`; int64 except

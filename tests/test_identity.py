@@ -140,6 +140,7 @@ class TestRuns:
         assert record.contents == config.contents and set(record.contents) == {"source", "teacher"}
         assert all(value.startswith("sha256:") for value in record.contents.values())
 
+    @pytest.mark.usefixtures("unchecked")  # a stand-in for the record
     def test_a_damaged_record_leaves_no_stale_neighbours_behind(self, done, monkeypatch):
         config, record = done
         monkeypatch.setattr(engine, "_compute", lambda config, _: sorted(path.name for path in config.folder.iterdir()))

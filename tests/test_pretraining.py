@@ -466,6 +466,7 @@ class TestErrorsBeforeAnyWork:
         with pytest.raises(OSError, match="cannot load"):
             self.run(quick, tmp_path, teacher=str(tmp_path / "absent"))
 
+    @pytest.mark.usefixtures("unchecked")  # a stand-in for the record
     def test_a_run_that_another_process_computes_is_waited_for(self, quick, tmp_path, monkeypatch):
         config = pretraining.configure(**{**quick, "output_dir": str(tmp_path)})
         monkeypatch.setattr(engine, "_compute", lambda *_: pytest.fail("computed a second time"))

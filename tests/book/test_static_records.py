@@ -63,6 +63,7 @@ def test_they_agree_with_the_records_of_the_chapter():
     assert compared == 10, "two methods, five seeds"
 
 
+@pytest.mark.usefixtures("unchecked")  # stand-ins for records
 def test_each_static_student_has_the_teacher_that_the_table_says(monkeypatch, tmp_path):
     """Without training: what would be run, and from whose folder."""
     asked = []
