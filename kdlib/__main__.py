@@ -1,6 +1,7 @@
-"""The command line: `python -m kdlib run`, `results`, `describe` and `doctor`.
+"""The command line: `python -m kdlib run`, `study`, `results`, `describe` and `doctor`.
 
     python -m kdlib run configs/lgtm.yml task=rte device=cuda
+    python -m kdlib study experiments/05_pilot_updates.yml --dry-run
     torchrun --nproc_per_node 2 -m kdlib run task=mini-sst2 method=lgtm
     accelerate launch --multi_gpu --num_processes 2 -m kdlib run corpus=mini-corpus method=tutor steps=300
 
@@ -20,8 +21,6 @@ from typing import Any
 import yaml
 
 FAILED, WRONG, INTERRUPTED = 1, 2, 130
-TEXT = ("corpus", "steps")
-"""Parameters that a run on plain text has and one on a task has not."""
 ELSEWHERE = {"downstream": None}
 """What the forms of the chapters ask beside the run, with the value that asks for nothing."""
 
@@ -32,6 +31,7 @@ def main(arguments: list[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     run = commands.add_parser("run", help="compute a run, or go on with it")
     run.add_argument("given", nargs="*", metavar="[FILE.yml] name=value", help="corpus or steps: a run on plain text")
+    _study_options(commands.add_parser("study", help="compute the runs of a study file, and decide its claims"))
     table = commands.add_parser("results", help="a table over the records in a folder")
     table.add_argument("folder", type=Path)
     one = commands.add_parser("describe", help="the parameters of a method")
@@ -46,7 +46,7 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if options.command == "run":
         return _run(options.given)
-    return _shown(options)
+    return _study(options) if options.command == "study" else _shown(options)
 
 
 def _shown(options: argparse.Namespace) -> int:
@@ -108,9 +108,8 @@ def _value(text: str) -> Any:
 def kind_of(given: Mapping[str, Any]) -> ModuleType:
     """The module that computes such a run: `pretraining` for plain text, else `runs`."""
     from kdlib import pretraining, runs
-    from kdlib.methods import ON_TEXT
 
-    return pretraining if given.get("method") in ON_TEXT or any(name in given for name in TEXT) else runs
+    return pretraining if pretraining.is_text(given) else runs
 
 
 def _run(given: list[str]) -> int:
@@ -139,6 +138,54 @@ def _run(given: list[str]) -> int:
         return _said(error, FAILED, everybody=True)
     except (OSError, ValueError, FloatingPointError) as error:
         return _said(error, FAILED)
+
+
+def _study_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("files", nargs="+", type=Path, metavar="FILE.yml")
+    parser.add_argument("--dry-run", action="store_true", help="list what is there, what is to do, and about how long")
+    parser.add_argument("--choose", action="store_true", help="try the settings of `choose` and write their table")
+    parser.add_argument("--workers", type=int, help="runs side by side on this machine; by default as many as fit")
+    parser.add_argument("--dashboard", action="store_true", help="Dask's dashboard on http://localhost:8787")
+    parser.add_argument("--scheduler", metavar="tcp://…", help="a Dask scheduler that is running, with its workers")
+    parser.add_argument("--queue", choices=("slurm", "pbs", "lsf", "sge", "local"), help="jobs of a batch system")
+    parser.add_argument("--jobs", type=int, default=1, help="how many jobs to ask the batch system for")
+    parser.add_argument("--resources", nargs="*", default=[], metavar="GPU=1", help="what a run takes of a worker's")
+    parser.add_argument("--data", nargs="*", default=[], metavar="NAME=FOLDER", help="local copies of a hub's data")
+
+
+def _study(options: argparse.Namespace) -> int:
+    from kdlib import cluster
+    from kdlib.study import Study
+
+    try:
+        studies = [Study(path) for path in options.files]
+        resources = {name: float(amount) for name, _, amount in (one.partition("=") for one in options.resources)}
+        folders = {name: folder for name, _, folder in (one.partition("=") for one in options.data)}
+        if options.dry_run:
+            print("\n\n".join(cluster.plan(study, options.choose) for study in studies))
+            return 0
+        for study in studies:
+            study.trials if options.choose else study.units  # noqa: B018  (all mistakes before any work)
+    except ValueError as error:
+        return _said(error, WRONG)
+    try:
+        if options.scheduler:
+            workers = cluster.connected(options.scheduler)
+        elif options.queue:
+            workers = cluster.queued(options.queue, options.jobs)
+        else:
+            workers = cluster.local(options.workers, options.dashboard)
+        with workers as client:
+            work = cluster.choose if options.choose else cluster.conduct_all
+            failed = [one for study in studies for one in work(study, client, folders=folders, resources=resources)]
+    except KeyboardInterrupt:
+        return _said(RuntimeError("stopped: the same command goes on with what is missing"), INTERRUPTED)
+    except (OSError, ImportError, ValueError) as error:
+        return _said(error, FAILED)
+    if failed:
+        return _said(RuntimeError("\n".join([f"{len(failed)} failed:", *map(str, failed)])), FAILED)
+    print("\n\n".join(cluster.plan(study, options.choose) for study in studies))
+    return 0
 
 
 def _said(error: BaseException, status: int, everybody: bool = False) -> int:

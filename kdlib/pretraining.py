@@ -228,6 +228,15 @@ def configure(**parameters: Any) -> PretrainingConfig:
     )
 
 
+ALONE = ("corpus", "steps")
+"""Parameters that a run on plain text has and one on a task has not."""
+
+
+def is_text(parameters: Mapping[str, Any]) -> bool:
+    """Whether these are the parameters of a run on plain text, by their method or by what only such a run has."""
+    return parameters.get("method") in ON_TEXT or any(name in parameters for name in ALONE)
+
+
 def readable(parameters: Mapping[str, Any], method: str) -> dict[str, Any]:
     """Those of the parameters that `method` reads: for a grid whose methods share settings."""
     return {name: value for name, value in parameters.items() if method in READ_BY.get(name, (method,))}

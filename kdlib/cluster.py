@@ -1,0 +1,281 @@
+"""The runs of a study, side by side: on the cores of one machine or on a cluster, by dask.distributed.
+
+A worker computes a run with one thread (or on one device) and hands its record back; this process alone writes it to
+the study's folder.  What has a record is not computed again; a run that was interrupted goes on from its checkpoint,
+which it finds in `output_dir`, a folder that all workers must see.  So whatever is killed, the same command goes on.
+"""
+
+import contextlib
+import dataclasses
+import importlib
+import json
+import logging
+import math
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from statistics import median
+from typing import Any
+
+import pandas as pd
+import psutil
+import torch
+from dask.distributed import Client, Future, LocalCluster, as_completed
+from distributed.security import Security
+
+from kdlib import configuration, files, pretraining, progress, runs
+from kdlib.configuration import RunConfig
+from kdlib.engine import STUDENT
+from kdlib.pretraining import PretrainingConfig
+from kdlib.records import RunRecord, read_record
+from kdlib.study import Study, Unit
+
+MEMORY_OF_A_RUN = 2 * 2**30
+"""Bytes that a worker of this machine counts on; BERT-base with a batch of 32 takes more, see --workers."""
+
+Config = RunConfig | PretrainingConfig
+
+
+@dataclass(frozen=True)
+class Job:
+    """A unit as a worker needs it: where it is computed, and which folders stand for the sources that it names."""
+
+    unit: Unit
+    folders: Mapping[str, str] = field(default_factory=dict)
+
+    @cached_property
+    def config(self) -> Config:
+        """The run as it is computed here."""
+        return _here(self.unit.config, self.folders)
+
+    @property
+    def teachers(self) -> list[RunConfig]:
+        """The runs that make the teacher, the first of a chain first."""
+        found: list[RunConfig] = []
+        following = None if self.unit.measure else self.config
+        while isinstance(following, RunConfig) and (following := configuration.teachers_config(following)) is not None:
+            found.insert(0, following)
+        return found
+
+
+def _here(config: Config, folders: Mapping[str, str]) -> Config:
+    """With the folders of this machine in the place of a hub's names."""
+    name = "corpus" if isinstance(config, PretrainingConfig) else "source"
+    return dataclasses.replace(config, **{name: folders.get(getattr(config, name), getattr(config, name))})
+
+
+@contextlib.contextmanager
+def local(count: int | None = None, dashboard: bool = False) -> Iterator[Client]:
+    """Workers on this machine, a process and a thread each: as many as it has cores, and memory for.
+
+    What they say to each other is encrypted, so that no other user of the machine can give them work.
+    """
+    fitting = max(1, min(len(os.sched_getaffinity(0)), psutil.virtual_memory().available // MEMORY_OF_A_RUN))
+    made = {"n_workers": count or fitting, "threads_per_worker": 1, "memory_limit": 0, "silence_logs": logging.CRITICAL}
+    made |= {"dashboard_address": ":8787" if dashboard else None, "security": Security.temporary()}
+    with LocalCluster(**made) as cluster, Client(cluster) as client:
+        yield client
+
+
+@contextlib.contextmanager
+def connected(address: str) -> Iterator[Client]:
+    """The workers of a scheduler that is running.  Raises OSError if nobody answers."""
+    with Client(address, timeout="30s") as client:
+        yield client
+
+
+@contextlib.contextmanager
+def queued(system: str, jobs: int) -> Iterator[Client]:
+    """Workers that are jobs of a batch system, as dask-jobqueue's own configuration describes them.
+
+    Raises ImportError that says what to install.
+    """
+    try:
+        import dask_jobqueue
+    except ImportError as error:
+        raise ImportError("a batch system needs dask-jobqueue: pip install 'kdlib[cluster]'") from error
+    if system == "local":
+        from dask_jobqueue.local import LocalCluster as Jobs
+    else:
+        Jobs = getattr(dask_jobqueue, f"{system.upper()}Cluster")
+    with Jobs() as cluster, Client(cluster) as client:
+        cluster.scale(jobs=jobs)
+        yield client
+
+
+def computed(job: Job, *teachers: object) -> str:
+    """On a worker: the record of a unit as JSON; `teachers` only have to be there."""
+    _alone()
+    unit = job.unit
+    if unit.measure is not None:
+        module, name = unit.measure.split(":")
+        return json.dumps(getattr(importlib.import_module(module), name)(unit), indent=1)
+    record = _run(job.config)
+    metrics = dict(record.metrics)
+    for settings in unit.then:
+        after = runs.configure(**{"student": str(record.folder / STUDENT), "method": "fine_tune", **settings})
+        metrics |= {f"{after.task}/{name}": value for name, value in _run(_here(after, job.folders)).metrics.items()}
+    # In the name of what was asked, not of this machine's folders.
+    config = {**unit.config.flat, "output_dir": "_runs"} | ({"cache_dir": None} if "cache_dir" in unit.config.flat else {})
+    told = {"run_id": unit.name, "config": config, "metrics": metrics}
+    fields = {name: value for name, value in vars(dataclasses.replace(record, **told)).items() if name != "folder"}
+    return json.dumps(fields, indent=1)
+
+
+def fine_tuned(config: RunConfig, *teachers: object) -> str:
+    """On a worker: a teacher's run; its name."""
+    _alone()
+    return _run(config).run_id
+
+
+def _alone() -> None:
+    os.environ["KDLIB_PROGRESS"] = "0"
+    torch.set_num_threads(1)
+
+
+def _run(config: Config) -> RunRecord:
+    return pretraining.run(config) if isinstance(config, PretrainingConfig) else runs.run(config)
+
+
+@dataclass(frozen=True)
+class Failed:
+    """A unit that has no record, and why."""
+
+    unit: Unit
+    error: BaseException
+
+    def __str__(self) -> str:
+        return f"{self.unit.name} ({self.unit.arm}, seed {self.unit.seed}): {type(self.error).__name__}: {self.error}"
+
+
+def missing(study: Study, units: Iterable[Unit], trying: bool = False) -> list[Unit]:
+    """Those of the units that have no record, each once though several arms may ask for it, in their order."""
+    wanted = {unit.name: unit for unit in units}
+    return [unit for unit in wanted.values() if not study.record(unit, trying).exists()]
+
+
+def conduct(
+    study: Study,
+    units: Sequence[Unit],
+    client: Client,
+    folders: Mapping[str, str] | None = None,
+    resources: Mapping[str, float] | None = None,
+    trying: bool = False,
+) -> list[Failed]:
+    """Compute the units that have no record, and write their records; what failed, when all others are done.
+
+    A teacher is computed once, before the first of its students.  Runs start in the order of the units.
+    `resources` are what each run takes of a worker's, {"GPU": 1} for instance.  What is tried before a study has its
+    records elsewhere (`trying`).
+
+    Raises ConnectionError if the scheduler is gone: the same call goes on with what is there.
+    """
+    waiting: dict[Future, Job] = {}
+    teachers: dict[str, Future] = {}
+    options: dict[str, Any] = {"pure": False, "resources": dict(resources or {})}
+    for place, unit in enumerate(missing(study, units, trying)):
+        job = Job(unit, folders or {})
+        needed: list[Future] = []
+        for config in job.teachers:
+            name = config.asked_id
+            if name not in teachers:
+                teachers[name] = client.submit(fine_tuned, config, *needed, key=f"{name}-teaches", priority=-place, **options)
+            needed = [teachers[name]]
+        future = client.submit(computed, job, *needed, key=unit.name, priority=-place, **options)
+        waiting[future] = job
+    failed = []
+    for future in progress.bar(as_completed(waiting), study.name, total=len(waiting)):
+        job = waiting.pop(future)
+        error = future.exception()
+        if error is None:
+            _keep(study, job, future.result(), trying)
+        else:
+            failed.append(Failed(job.unit, error))
+    return failed
+
+
+def _keep(study: Study, job: Job, record: str, trying: bool) -> None:
+    """Write a record, then remove what the run has left, if nobody wants it."""
+    path = study.record(job.unit, trying)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    files.write_text(path, record + "\n")
+    if not study.sheet.keep_folders and job.unit.measure is None:
+        shutil.rmtree(job.config.folder, ignore_errors=True)
+
+
+def choose(study: Study, client: Client, **how: Any) -> list[Failed]:
+    """Compute what is tried before the study and write the table of choices, unless something failed."""
+    failed = conduct(study, study.trials, client, trying=True, **how)
+    if not failed and study.trials:
+        study.choices.parent.mkdir(parents=True, exist_ok=True)
+        files.write_text(study.choices, tried(study).round(5).to_csv(index=False))
+    return failed
+
+
+def tried(study: Study) -> pd.DataFrame:
+    """A row for each setting that was tried: mean, standard deviation, worst seed and number of seeds of the metric.
+
+    For teachers that learn also the mean of the teacher's own metric.
+    """
+    choosing = study.sheet.choose
+    assert choosing is not None
+    rows = []
+    for unit in study.trials:
+        record = read_record(study.record(unit, trying=True))
+        teacher = record.metrics.get(f"teacher/{choosing.metric}", math.nan)
+        told = {name: record.config.get(name) for name in choosing.by}
+        rows.append({**told, "value": record.metrics[choosing.metric], "teacher": teacher})
+    grouped = pd.DataFrame(rows).groupby(choosing.by, dropna=False)
+    table = grouped["value"].agg(mean="mean", std="std", count="count", worst="min" if choosing.higher_is_better else "max")
+    return table.join(grouped["teacher"].mean()).reset_index()
+
+
+def estimate(study: Study, units: Sequence[Unit], trying: bool = False) -> tuple[float, int]:
+    """Seconds that those without a record will take one after the other, and how many are like none that has one.
+
+    Alike are runs of one arm, else of one method and task.
+    """
+    known: dict[str, list[float]] = {}
+    for unit in units:
+        path = study.record(unit, trying)
+        if path.exists():
+            for kind in _kinds(unit):
+                known.setdefault(kind, []).append(json.loads(path.read_text())["seconds"])
+    todo = missing(study, units, trying)
+    found = [next((median(known[kind]) for kind in _kinds(unit) if kind in known), None) for unit in todo]
+    return sum(seconds for seconds in found if seconds is not None), found.count(None)
+
+
+def _kinds(unit: Unit) -> list[str]:
+    return [unit.arm, f"{unit.parameters.get('task')} {unit.parameters.get('method')}"]
+
+
+def plan(study: Study, choosing: bool = False) -> str:
+    """For people: what there is of a study, what is to do and about how long that takes."""
+    units = study.trials if choosing else study.units
+    todo = missing(study, units, choosing)
+    rows = [
+        {
+            "arm": arm,
+            "cells": len({str(unit.axes) for unit in mine}),
+            "seeds": len({unit.seed for unit in mine}),
+            "done": sum(study.record(unit, choosing).exists() for unit in mine),
+            "to do": sum(not study.record(unit, choosing).exists() for unit in mine),
+        }
+        for arm in dict.fromkeys(unit.arm for unit in units)
+        for mine in [[unit for unit in units if unit.arm == arm]]
+    ]
+    lines = [f"{study.name}: {study.sheet.question}".strip(), pd.DataFrame(rows).to_string(index=False)]
+    if todo:
+        seconds, unlike = estimate(study, units, choosing)
+        known = f"about {seconds / 60:.0f} minutes one after the other" if unlike < len(todo) else ""
+        guess = f"{unlike} are like no run that has a record" if unlike else ""
+        lines.append(f"{len(todo)} runs to do: " + "; ".join(filter(None, (known, guess))))
+    return "\n".join(lines)
+
+
+def conduct_all(study: Study, client: Client, **how: Any) -> list[Failed]:
+    """Everything that the study file asks for."""
+    return conduct(study, study.units, client, **how)

@@ -1,0 +1,358 @@
+"""A study: one small file that says which runs, with which seeds, and what they are to decide.
+
+    question: Does a teacher that learns teach better than one that stays as it is?
+    common: {teacher: tiny-2x64, student: tiny-2x32, epochs: 6}
+    rules:
+      - {where: {task: mini-sst2}, learning_rate: 4.0e-3}
+    arms:
+      fixed: {method: kd, task: [mini-sst2, mini-mnli]}
+      meta: {like: fixed, method: metadistil, teaching_rate: chosen}
+    seeds: 0-29
+    looks: [5, 10, 20, 30]
+    claims:
+      - {arm: meta, against: fixed, where: {task: mini-mnli}, metric: test/accuracy, margin: 0.005}
+
+A list in an arm is an axis: the arm has a *cell* for each combination.  The parameters of a cell are those of `common`,
+as far as its method reads them, then those of every rule that holds for it, then its own.  `seed` and `seed + 50` are
+numbers that follow the seed.  A unit is a cell with a seed: usually a run, as in chapters 11 and 12, or a run and what
+comes after it (`then`), or a function of one's own (`measure`).
+
+This room reads such files; `kdlib.cluster` computes what they ask for.
+"""
+
+import dataclasses
+import itertools
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import pandas as pd
+import yaml
+
+from kdlib import pretraining, runs
+from kdlib.configuration import RunConfig
+from kdlib.pretraining import PretrainingConfig
+from kdlib.records import RunRecord, read_record
+from kdlib.settings import ConfigurationError, Name, Positive, Seed, Size, checked, names, nearest, settings
+
+CHOSEN = "chosen"
+"""The value of a parameter that the table of choices decides."""
+NOTES = ("like", "seeds", "then", "measure", "note")
+"""What an arm says besides parameters."""
+
+
+@settings
+class Claim:
+    """Two cells of a study that are compared, seed by seed."""
+
+    arm: Name
+    against: Name
+    where: dict[str, Any] | None = None
+    """which cells of the arms, by the values of their axes; without it, all that both have"""
+    metric: Name
+    """as in a record: "test/accuracy", "validation/loss", …"""
+    margin: Positive
+    """differences below it count as none"""
+    lower_is_better: bool = False
+
+
+@settings
+class Choosing:
+    """Settings that are tried before anything else, with seeds of their own."""
+
+    arms: dict[str, dict[str, Any]]
+    """what is tried, in the form of the study's arms"""
+    seeds: str | int
+    by: list[str]
+    """the parameters that tell the trials apart: the columns of the table"""
+    metric: Name = "validation/accuracy"
+    rule: Literal["best mean", "best worst seed"] = "best worst seed"
+    higher_is_better: bool = True
+
+
+@settings
+class Sheet:
+    """A study file, as it is written."""
+
+    question: str = ""
+    """what is asked, for readers"""
+    common: dict[str, Any]
+    """parameters of all runs"""
+    rules: list[dict[str, Any]] | None = None
+    """more parameters, each with `where`: the values of others for which they hold; later ones go before earlier ones"""
+    arms: dict[str, dict[str, Any]]
+    """what is compared, by names of one's own"""
+    seeds: str | int
+    """a range such as 0-9, or one seed"""
+    looks: list[Size] | None = None
+    """after how many seeds the claims are looked at; None: once, after all"""
+    choose: Choosing | None = None
+    claims: list[dict[str, Any]] | None = None
+    records: Name | None = None
+    """the folder of the records, from the file's own; None: the file's name without its ending"""
+    keep_folders: bool = True
+    """whether networks and predictions of finished runs stay where they are"""
+    choices: Name | None = None
+    """the table of what was tried; None: choices.csv among the records"""
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One thing that is computed: a cell of a study, with a seed."""
+
+    arm: str
+    seed: int
+    axes: dict[str, Any]
+    """the values that tell the cell from the others of its arm"""
+    parameters: dict[str, Any]
+    then: tuple[dict[str, Any], ...] = ()
+    """runs on tasks whose student is the one that this run leaves"""
+    measure: str | None = None
+    """module:function(parameters, folder) that returns a record of its own form, in place of a run"""
+
+    @cached_property
+    def config(self) -> RunConfig | PretrainingConfig:
+        """The run's configuration.  Raises ConfigurationError for parameters that are wrong."""
+        kind = pretraining if pretraining.is_text(self.parameters) else runs
+        return kind.configure(**self.parameters)
+
+    @property
+    def name(self) -> str:
+        """The name of its record: the run's own, or arm and seed where there is more to it than one run."""
+        if self.measure is None and not self.then:
+            return self.config.asked_id
+        told = [self.arm, *(f"{name}-{value}" for name, value in self.axes.items()), f"seed{self.seed}"]
+        return "-".join(re.sub(r"[^\w.]+", "-", word) for word in told)
+
+
+class Study:
+    """A study file, read and checked as a whole.
+
+    Raises ConfigurationError that lists the problems of all arms, with the file's name; nothing is computed.
+    """
+
+    def __init__(self, path: Path | str):
+        self.path = Path(path)
+        self.name = self.path.stem
+        self.sheet = _sheet(self.path)
+        self.records = self._beside(self.sheet.records or self.name)
+        self.choices = self._beside(self.sheet.choices) if self.sheet.choices else self.records / "choices.csv"
+        self.seeds = _seeds(self.sheet.seeds)
+        self.claims = [_claim(one, self.sheet) for one in self.sheet.claims or []]
+
+    def _beside(self, name: str) -> Path:
+        return (self.path.parent / Path(name).expanduser()).resolve()
+
+    @cached_property
+    def units(self) -> list[Unit]:
+        """Everything that the file asks for, seed by seed, so that what is there at any moment can be compared."""
+        return _by_seed(self._units(self.sheet.arms, self.seeds, self._chosen))
+
+    @cached_property
+    def trials(self) -> list[Unit]:
+        """What is tried before."""
+        choosing = self.sheet.choose
+        return [] if choosing is None else _by_seed(self._units(choosing.arms, _seeds(choosing.seeds), None))
+
+    @property
+    def looks(self) -> list[int]:
+        """After how many seeds there is a decision."""
+        return [look for look in self.sheet.looks or () if look < len(self.seeds)] + [len(self.seeds)]
+
+    def _units(self, arms: Mapping[str, Any], seeds: list[int], table: pd.DataFrame | None) -> list[Unit]:
+        found, problems = [], []
+        for arm in arms:
+            try:
+                notes, own = _apart(_with_its_model(arm, arms, self.sheet.arms))
+                mine = _seeds(notes["seeds"]) if "seeds" in notes else seeds
+                for axes, point in _cells(own):
+                    parameters = self._parameters(point, table)
+                    for seed in mine:
+                        found.append(_unit(arm, seed, axes, parameters, notes))
+            except ValueError as error:
+                problems.append(f"arm {arm!r}: {error}")
+        problems += [f"arm {unit.arm!r}{_at(unit)}: {said}" for unit, said in _wrong(found)]
+        if problems:
+            raise ConfigurationError(f"the study {self.path} is wrong:\n" + "\n".join(f"  - {p}" for p in problems))
+        return found
+
+    def _parameters(self, point: Mapping[str, Any], table: pd.DataFrame | None) -> dict[str, Any]:
+        """Of a cell: common, rules, its own; what is to be chosen is looked up last."""
+        found = {**self.sheet.common, **point}
+        ruled: dict[str, Any] = {}
+        for rule in self.sheet.rules or ():
+            if all(found.get(name) == value for name, value in rule["where"].items()):
+                ruled |= {name: value for name, value in rule.items() if name != "where"}
+                found = {**self.sheet.common, **ruled, **point}
+        method = found.get("method", "")
+        reading = pretraining.readable if pretraining.is_text(found) else runs.readable
+        shared = reading(self.sheet.common, method)
+        found = {**shared, **ruled, **point}
+        for name in [name for name, value in found.items() if value == CHOSEN]:
+            found[name] = self._best(name, found, table)
+        return found
+
+    @cached_property
+    def _chosen(self) -> pd.DataFrame:
+        if self.sheet.choose is None or not self.choices.exists():
+            return pd.DataFrame()
+        return pd.read_csv(self.choices)
+
+    def _best(self, name: str, found: Mapping[str, Any], table: pd.DataFrame | None) -> Any:
+        """The value of `name` that did best among the trials that agree with this cell in everything else."""
+        choosing = self.sheet.choose
+        if choosing is None or name not in choosing.by:
+            raise ValueError(f"{name} is {CHOSEN!r}, but no trial tells its values apart: name it in choose: by")
+        if table is None:
+            raise ValueError(f"{name} is {CHOSEN!r} in a trial: a trial gives the values that are tried")
+        if table.empty:
+            raise ValueError(f"{name} is {CHOSEN!r}, and there is no {self.choices} yet: run the study with --choose")
+        told = {one: found[one] for one in choosing.by if one != name and found.get(one, CHOSEN) != CHOSEN}
+        rows = table[[all(row.get(one) == value for one, value in told.items()) for _, row in table.iterrows()]]
+        rows = rows.dropna(subset=[name])
+        if rows.empty:
+            raise ValueError(f"{name} is {CHOSEN!r}, but {self.choices} has no trial with {told}: add one to choose")
+        grouped = rows.groupby(name)[["mean", "worst"]].mean()
+        score = grouped["mean" if choosing.rule == "best mean" else "worst"]
+        best = score.idxmax() if choosing.higher_is_better else score.idxmin()
+        return best.item() if hasattr(best, "item") else best
+
+    def record(self, unit: Unit, trying: bool = False) -> Path:
+        """Where the record of a unit is; those of trials are with the runs, apart from what the study reports."""
+        tried = Path(self.sheet.common.get("output_dir", "_runs")).expanduser() / f"{self.name}-trials"
+        return (tried if trying else self.records) / f"{unit.name}.json"
+
+    def results(self) -> dict[tuple[str, tuple[tuple[str, Any], ...], int], RunRecord]:
+        """The records of runs that are there, by arm, axes and seed."""
+        return {
+            (unit.arm, tuple(unit.axes.items()), unit.seed): read_record(self.record(unit))
+            for unit in self.units
+            if unit.measure is None and self.record(unit).exists()
+        }
+
+    def table(self, *metrics: str) -> pd.DataFrame:
+        """A row for each finished run: arm, the axes of all arms, seed, and a column for each metric.
+
+        Raises KeyError that names the metrics there are, where a record has not the one asked for.
+        """
+        rows = []
+        for (arm, axes, seed), record in self.results().items():
+            missing = [metric for metric in metrics if metric not in record.metrics]
+            if missing:
+                raise KeyError(f"{record.run_id} has no {missing[0]}: it has {', '.join(record.metrics)}")
+            rows.append({"arm": arm, **dict(axes), "seed": seed, **{metric: record.metrics[metric] for metric in metrics}})
+        axes_of_all = dict.fromkeys(name for unit in self.units for name in unit.axes)
+        return pd.DataFrame(rows, columns=["arm", *axes_of_all, "seed", *metrics])
+
+
+def _sheet(path: Path) -> Sheet:
+    try:
+        given = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigurationError(f"cannot read {path}: {error}") from error
+    if not isinstance(given, dict):
+        raise ConfigurationError(f"{path} should hold a study: common, arms, seeds")
+    return _made(Sheet, {**given, **_choosing(path, given)}, f"the study {path}")
+
+
+def _choosing(path: Path, given: Mapping[str, Any]) -> dict[str, Any]:
+    if not isinstance(given.get("choose"), dict):
+        return {}
+    return {"choose": _made(Choosing, given["choose"], f"choose of the study {path}")}
+
+
+def _made(kind: type, given: Mapping[str, Any], what: str) -> Any:
+    """An object of a settings class; every problem in one message."""
+    valid = names(kind)
+    problems = [f"unknown field {name!r}{nearest(str(name), valid)}" for name in given if name not in valid]
+    one, wrong = checked(kind, {name: value for name, value in given.items() if name in valid})
+    if problems := problems + wrong:
+        raise ConfigurationError(f"{what} is wrong:\n" + "\n".join(f"  - {problem}" for problem in problems))
+    return one
+
+
+def _seeds(given: str | int) -> list[int]:
+    """A range "0-9" or one seed."""
+    found = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", str(given))
+    seeds = [] if found is None else [*range(int(found[1]), int(found[2] or found[1]) + 1)]
+    if not seeds:
+        raise ConfigurationError(f"seeds are {given!r}; expected a range such as 0-9, or one number")
+    return seeds
+
+
+def _claim(given: Mapping[str, Any], sheet: Sheet) -> Claim:
+    claim = _made(Claim, given, f"the claim {dict(given)}")
+    for name in (claim.arm, claim.against):
+        if name not in sheet.arms:
+            raise ConfigurationError(f"a claim is about arm {name!r}, which there is not{nearest(name, sheet.arms)}")
+    return claim
+
+
+def _with_its_model(name: str, *places: Mapping[str, Any]) -> dict[str, Any]:
+    """An arm with what it takes from the one that it is `like`, and so on."""
+    found: dict[str, Any] = {}
+    seen: list[str] = []
+    following: str | None = name
+    while following is not None:
+        if following in seen:
+            raise ValueError(f"is like itself: {' → '.join([*seen, following])}")
+        seen.append(following)
+        own = next((arms[following] for arms in places if following in arms), None)
+        if own is None:
+            raise ValueError(f"is like {following!r}, which is no arm{nearest(following, places[-1])}")
+        found = {**own, **found}
+        following = own.get("like")
+    return found
+
+
+def _apart(arm: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What an arm says besides parameters, and its parameters."""
+    return {n: v for n, v in arm.items() if n in NOTES}, {n: v for n, v in arm.items() if n not in NOTES}
+
+
+def _cells(parameters: Mapping[str, Any]) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+    """The combinations of an arm's lists: the values on its axes, and all of its parameters."""
+    axes = {name: value for name, value in parameters.items() if isinstance(value, list)}
+    for values in itertools.product(*axes.values()):
+        place = dict(zip(axes, values, strict=True))
+        yield place, {**parameters, **place}
+
+
+def _unit(arm: str, seed: int, axes: dict[str, Any], parameters: Mapping[str, Any], notes: Mapping[str, Any]) -> Unit:
+    own = {name: _with_seed(value, seed) for name, value in parameters.items()}
+    then = tuple({name: _with_seed(value, seed) for name, value in one.items()} for one in notes.get("then", ()))
+    return Unit(arm, seed, axes, {**own, "seed": seed}, then, notes.get("measure"))
+
+
+def _with_seed(value: Any, seed: int) -> Any:
+    """`seed`, `seed + 50` as numbers; 1e-3, which YAML takes for a text, too."""
+    if not isinstance(value, str):
+        return value
+    if related := re.fullmatch(r"\s*seed\s*(?:\+\s*(\d+)\s*)?", value):
+        return seed + int(related[1] or 0)
+    return float(value) if re.fullmatch(r"[+-]?\d+(\.\d*)?e[+-]?\d+", value, re.IGNORECASE) else value
+
+
+def _by_seed(units: Iterable[Unit]) -> list[Unit]:
+    return sorted(units, key=lambda unit: unit.seed)  # stable: the order of the file within a seed
+
+
+def _wrong(units: Iterable[Unit]) -> Iterator[tuple[Unit, str]]:
+    """What is wrong with the cells, each said once: their first seed stands for all."""
+    seen: set[str] = set()
+    for unit in units:
+        cell = f"{unit.arm} {unit.axes}"
+        if cell not in seen:
+            seen.add(cell)
+            try:
+                unit.measure or unit.config
+            except ValueError as error:
+                yield unit, str(error).replace("\n", "\n    ")
+
+
+def _at(unit: Unit) -> str:
+    return "".join(f", {name} {value}" for name, value in unit.axes.items())
