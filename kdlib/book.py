@@ -5,16 +5,16 @@ from pathlib import Path
 import pandas as pd
 
 import kdlib
-from kdlib.records import RunRecord, read_record
+from kdlib.records import RunRecord, is_record, read_record
 
 
 def read_records(chapter: str) -> list[RunRecord]:
-    """The committed records that a chapter reads, `data/runs/<chapter>/*.json`, in the order of their names.
+    """The committed records of runs that a chapter reads, `data/runs/<chapter>/*.json`, in the order of their names.
 
     Raises FileNotFoundError in an installation without the repository's data.
     """
     folder = Path(kdlib.__file__).resolve().parents[1] / "data" / "runs" / chapter
-    paths = sorted(folder.glob("*.json"))
+    paths = [path for path in sorted(folder.glob("*.json")) if is_record(path)]
     if not paths:
         raise FileNotFoundError(f"no run records in {folder}: `make experiments` writes them")
     return [read_record(path) for path in paths]

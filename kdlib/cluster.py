@@ -16,6 +16,7 @@ import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -40,9 +41,10 @@ Config = RunConfig | PretrainingConfig
 
 @dataclass(frozen=True)
 class Job:
-    """A unit as a worker needs it: where it is computed, and which folders stand for the sources that it names."""
+    """A unit as a worker needs it: a folder for a measurement, and those that stand for the sources it names."""
 
     unit: Unit
+    folder: Path
     folders: Mapping[str, str] = field(default_factory=dict)
 
     @cached_property
@@ -110,18 +112,33 @@ def computed(job: Job, *teachers: object) -> str:
     _alone()
     unit = job.unit
     if unit.measure is not None:
-        module, name = unit.measure.split(":")
-        return json.dumps(getattr(importlib.import_module(module), name)(unit), indent=1)
+        module, _, name = unit.measure.partition(":")
+        return json.dumps(getattr(importlib.import_module(module), name)(job), indent=1)
     record = _run(job.config)
-    metrics = dict(record.metrics)
+    later = {}
     for settings in unit.then:
         after = runs.configure(**{"student": str(record.folder / STUDENT), "method": "fine_tune", **settings})
-        metrics |= {f"{after.task}/{name}": value for name, value in _run(_here(after, job.folders)).metrics.items()}
-    # In the name of what was asked, not of this machine's folders.
-    config = {**unit.config.flat, "output_dir": "_runs"} | ({"cache_dir": None} if "cache_dir" in unit.config.flat else {})
-    told = {"run_id": unit.name, "config": config, "metrics": metrics}
-    fields = {name: value for name, value in vars(dataclasses.replace(record, **told)).items() if name != "folder"}
-    return json.dumps(fields, indent=1)
+        later |= {f"{after.task}/{name}": value for name, value in _run(_here(after, job.folders)).metrics.items()}
+    # What was asked, in the place of what it is called here.
+    names = {name: unit.config.flat[name] for name in ("source", "corpus") if name in unit.config.flat}
+    told = flat_record(record, run_id=unit.name, names=names, metrics=later)
+    if record.teacher is not None and isinstance(unit.config, RunConfig):
+        teacher = configuration.teachers_config(unit.config)
+        told["teacher"] = teacher and teacher.asked_id
+    return json.dumps(told, indent=1)
+
+
+def flat_record(
+    record: RunRecord,
+    run_id: str | None = None,
+    names: Mapping[str, Any] | None = None,
+    metrics: Mapping[str, float] | None = None,
+) -> dict[str, Any]:
+    """A run's record without this machine's folders: `names` stand in their place, `metrics` are added."""
+    here = {"output_dir": "_runs"} | ({"cache_dir": None} if "cache_dir" in record.config else {})
+    told = {"run_id": run_id or record.run_id, "metrics": {**record.metrics, **(metrics or {})}}
+    told["config"] = {**record.config, **here, **(names or {})}
+    return {name: value for name, value in {**vars(record), **told}.items() if name != "folder"}
 
 
 def fine_tuned(config: RunConfig, *teachers: object) -> str:
@@ -176,12 +193,14 @@ def conduct(
     teachers: dict[str, Future] = {}
     options: dict[str, Any] = {"pure": False, "resources": dict(resources or {})}
     for place, unit in enumerate(missing(study, units, trying)):
-        job = Job(unit, folders or {})
+        job = Job(unit, study.work / unit.name, folders or {})
         needed: list[Future] = []
         for config in job.teachers:
             name = config.asked_id
             if name not in teachers:
-                teachers[name] = client.submit(fine_tuned, config, *needed, key=f"{name}-teaches", priority=-place, **options)
+                teachers[name] = client.submit(
+                    fine_tuned, config, *needed, key=f"{name}-teaches", priority=-place, **options
+                )
             needed = [teachers[name]]
         future = client.submit(computed, job, *needed, key=unit.name, priority=-place, **options)
         waiting[future] = job
@@ -201,8 +220,8 @@ def _keep(study: Study, job: Job, record: str, trying: bool) -> None:
     path = study.record(job.unit, trying)
     path.parent.mkdir(parents=True, exist_ok=True)
     files.write_text(path, record + "\n")
-    if not study.sheet.keep_folders and job.unit.measure is None:
-        shutil.rmtree(job.config.folder, ignore_errors=True)
+    if not study.sheet.keep_folders:
+        shutil.rmtree(job.folder if job.unit.measure else job.config.folder, ignore_errors=True)
 
 
 def choose(study: Study, client: Client, **how: Any) -> list[Failed]:
@@ -228,7 +247,9 @@ def tried(study: Study) -> pd.DataFrame:
         told = {name: record.config.get(name) for name in choosing.by}
         rows.append({**told, "value": record.metrics[choosing.metric], "teacher": teacher})
     grouped = pd.DataFrame(rows).groupby(choosing.by, dropna=False)
-    table = grouped["value"].agg(mean="mean", std="std", count="count", worst="min" if choosing.higher_is_better else "max")
+    table = grouped["value"].agg(
+        mean="mean", std="std", count="count", worst="min" if choosing.higher_is_better else "max"
+    )
     return table.join(grouped["teacher"].mean()).reset_index()
 
 

@@ -20,9 +20,7 @@ comes after it (`then`), or a function of one's own (`measure`).
 This room reads such files; `kdlib.cluster` computes what they ask for.
 """
 
-import dataclasses
 import itertools
-import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -37,7 +35,7 @@ from kdlib import pretraining, runs
 from kdlib.configuration import RunConfig
 from kdlib.pretraining import PretrainingConfig
 from kdlib.records import RunRecord, read_record
-from kdlib.settings import ConfigurationError, Name, Positive, Seed, Size, checked, names, nearest, settings
+from kdlib.settings import ConfigurationError, Name, Positive, Size, checked, names, nearest, settings
 
 CHOSEN = "chosen"
 """The value of a parameter that the table of choices decides."""
@@ -112,7 +110,7 @@ class Unit:
     then: tuple[dict[str, Any], ...] = ()
     """runs on tasks whose student is the one that this run leaves"""
     measure: str | None = None
-    """module:function(parameters, folder) that returns a record of its own form, in place of a run"""
+    """module:function(job) that returns a record of its own form, in place of a run"""
 
     @cached_property
     def config(self) -> RunConfig | PretrainingConfig:
@@ -185,13 +183,12 @@ class Study:
         found = {**self.sheet.common, **point}
         ruled: dict[str, Any] = {}
         for rule in self.sheet.rules or ():
-            if all(found.get(name) == value for name, value in rule["where"].items()):
+            if all(_is(found.get(name), value) for name, value in rule["where"].items()):
                 ruled |= {name: value for name, value in rule.items() if name != "where"}
                 found = {**self.sheet.common, **ruled, **point}
-        method = found.get("method", "")
         reading = pretraining.readable if pretraining.is_text(found) else runs.readable
-        shared = reading(self.sheet.common, method)
-        found = {**shared, **ruled, **point}
+        read = reading(found, found.get("method", ""))
+        found = {**{name: value for name, value in self.sheet.common.items() if name in read}, **ruled, **point}
         for name in [name for name, value in found.items() if value == CHOSEN]:
             found[name] = self._best(name, found, table)
         return found
@@ -216,15 +213,18 @@ class Study:
         rows = rows.dropna(subset=[name])
         if rows.empty:
             raise ValueError(f"{name} is {CHOSEN!r}, but {self.choices} has no trial with {told}: add one to choose")
-        grouped = rows.groupby(name)[["mean", "worst"]].mean()
-        score = grouped["mean" if choosing.rule == "best mean" else "worst"]
+        score = rows.groupby(name)["mean" if choosing.rule == "best mean" else "worst"].mean()
         best = score.idxmax() if choosing.higher_is_better else score.idxmin()
         return best.item() if hasattr(best, "item") else best
 
     def record(self, unit: Unit, trying: bool = False) -> Path:
         """Where the record of a unit is; those of trials are with the runs, apart from what the study reports."""
-        tried = Path(self.sheet.common.get("output_dir", "_runs")).expanduser() / f"{self.name}-trials"
-        return (tried if trying else self.records) / f"{unit.name}.json"
+        return (self.work / "trials" if trying else self.records) / f"{unit.name}.json"
+
+    @property
+    def work(self) -> Path:
+        """Where trials have their records, and measurements their folders: beside the runs."""
+        return Path(self.sheet.common.get("output_dir", "_runs")).expanduser() / self.name
 
     def results(self) -> dict[tuple[str, tuple[tuple[str, Any], ...], int], RunRecord]:
         """The records of runs that are there, by arm, axes and seed."""
@@ -244,7 +244,9 @@ class Study:
             missing = [metric for metric in metrics if metric not in record.metrics]
             if missing:
                 raise KeyError(f"{record.run_id} has no {missing[0]}: it has {', '.join(record.metrics)}")
-            rows.append({"arm": arm, **dict(axes), "seed": seed, **{metric: record.metrics[metric] for metric in metrics}})
+            rows.append(
+                {"arm": arm, **dict(axes), "seed": seed, **{metric: record.metrics[metric] for metric in metrics}}
+            )
         axes_of_all = dict.fromkeys(name for unit in self.units for name in unit.axes)
         return pd.DataFrame(rows, columns=["arm", *axes_of_all, "seed", *metrics])
 
@@ -314,6 +316,11 @@ def _apart(arm: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     return {n: v for n, v in arm.items() if n in NOTES}, {n: v for n, v in arm.items() if n not in NOTES}
 
 
+def _is(value: Any, wanted: Any) -> bool:
+    """Whether a parameter has the value that a rule names, or one of several."""
+    return value in wanted if isinstance(wanted, list) else value == wanted
+
+
 def _cells(parameters: Mapping[str, Any]) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
     """The combinations of an arm's lists: the values on its axes, and all of its parameters."""
     axes = {name: value for name, value in parameters.items() if isinstance(value, list)}
@@ -349,7 +356,7 @@ def _wrong(units: Iterable[Unit]) -> Iterator[tuple[Unit, str]]:
         if cell not in seen:
             seen.add(cell)
             try:
-                unit.measure or unit.config
+                _ = None if unit.measure else unit.config
             except ValueError as error:
                 yield unit, str(error).replace("\n", "\n    ")
 
