@@ -87,6 +87,7 @@ class TestPaired:
         assert (shifted.mean, shifted.low, shifted.high, shifted.p) == (0.5, 0.5, 0.5, 0)
         assert (same.p_equal(0.1), same.p_equal(0), shifted.p_equal(0.4)) == (0, 1, 1)
         assert (verdict(same, 0.1), verdict(shifted, 0.1), verdict(shifted, 0.6)) == ("equal", "better", "equal")
+        assert verdict(shifted, 0.5) == "better"  # the margin itself is no longer equal
         tiny = Difference(mean=0.5, error=1e-12, freedom=1, seeds=2)
         assert tiny.p == pytest.approx(0, abs=1e-9) and tiny.p_equal(0.4) == pytest.approx(1)
 
