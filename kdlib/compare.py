@@ -86,7 +86,7 @@ class Difference:
 
 
 def paired(a: BySeed, b: BySeed, level: float = 0.95, shared: bool = False) -> Difference:
-    """The mean of a − b over seeds with its Student-t interval.
+    """The mean of a − b over seeds with its Student-t interval, which takes the differences for normal.
 
     `shared` takes the seeds that both have and leaves out the others.
 
@@ -187,8 +187,8 @@ class Plan:
     def __post_init__(self) -> None:
         if not self.looks or self.looks[0] < 2 or any(b <= a for a, b in itertools.pairwise(self.looks)):
             raise ValueError(f"looks are {self.looks}; expected increasing numbers of seeds, from two on")
-        if not 0 <= self.margin < math.inf or not 0 < self.level < 1:
-            raise ValueError(f"margin {self.margin} and level {self.level}; expected 0 or more, and between 0 and 1")
+        if not 0 <= self.margin < math.inf or not 0 < self.level <= 0.9999:
+            raise ValueError(f"margin {self.margin}, level {self.level}; expected 0 or more, and above 0 up to 0.9999")
 
     @property
     def at_most(self) -> int:
@@ -309,13 +309,16 @@ def family(decisions: Mapping[str, Decision], level: float = 0.95) -> pd.DataFra
 
     "equal" takes what `verdict` takes, with Holm's correction among all claims of equality; else "better" and "worse"
     likewise among all claims of a difference; p-values are corrected for the looks of their plan first.  So with
-    probability `level` no two arms without a difference are told apart, whatever the claims have in common, and with
-    (1 + level) / 2 none that differ by their margin are called equal.  The two kinds are corrected apart, because
-    Holm's steps would not be honest for the smaller one of a claim's two values.  The interval is the one of the claim
-    alone; a family of m whose plans say level 1 − 0.05 / m goes on until its claims are decided together.
+    probability `level` no two arms without a difference are told apart, and with probability `level` no two that differ
+    by their margin are called equal, whatever the claims have in common.  (That no difference gets the wrong sign is
+    proven for independent claims only.)  The two kinds are corrected apart, because Holm's steps would not be honest
+    for the smaller one of a claim's two values.  The interval is the one of the claim alone; a family of m whose plans
+    say level 1 − 0.05 / m goes on until its claims are decided together.
 
     Columns: mean, low, high, seeds, p, p_equal, holm, holm_equal (both corrected), alone (the claim's own verdict),
     verdict.
+
+    Source: Holm (1979); Shaffer (1980) for the sign
     """
     differences = [one.difference for one in decisions.values()]
     plans = [one.plan for one in decisions.values()]
@@ -378,6 +381,8 @@ def seeds_to_settle(difference: Difference, margin: float, power: float = 0.8) -
 
     It does not use the mean that was seen, which is what is in doubt.  A true difference between zero and the margin
     takes longer, in the middle up to about four times.
+
+    Raises ValueError for margin 0.
     """
     see = seeds_to_see(difference.std, margin, power, difference.level)
     return max(see, seeds_to_equate(difference.std, margin, 0.0, power, difference.level))

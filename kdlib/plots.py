@@ -47,7 +47,7 @@ def band(axes: Axes, x: ArrayLike, values: ArrayLike, label: str | None = None, 
     return line
 
 
-LOOKS: dict[Verdict, dict[str, Any]] = {
+MARKS: dict[Verdict, dict[str, Any]] = {
     "better": {"marker": "^", "color": "#0072B2"},
     "worse": {"marker": "v", "color": "#D55E00"},
     "equal": {"marker": "s", "color": "#009E73"},
@@ -79,12 +79,12 @@ def forest(
     used: dict[Verdict, Line2D] = {}
     for place, (name, row) in enumerate(rows.items()):
         word = verdict(row, margin, lower_is_better) if verdicts is None else verdicts[name]
-        axes.plot([row.low, row.high], [place, place], color=LOOKS[word]["color"], linewidth=1.2)
-        (used[word],) = axes.plot(row.mean, place, linestyle="", markersize=5, label=word, **LOOKS[word])
+        axes.plot([row.low, row.high], [place, place], color=MARKS[word]["color"], linewidth=1.2)
+        (used[word],) = axes.plot(row.mean, place, linestyle="", markersize=5, label=word, **MARKS[word])
     axes.set_yticks(range(len(rows)), [plain(name) for name in rows])
     axes.set_ylim(len(rows) - 0.4, -0.6)
     axes.tick_params(axis="y", length=0)
     axes.spines["left"].set_visible(False)
-    shown = [used[word] for word in LOOKS if word in used]
+    shown = [used[word] for word in MARKS if word in used]
     beside = {"ncols": len(shown), "columnspacing": 1.0, "handletextpad": 0.1, "borderaxespad": 0.2}
     axes.legend(handles=shown, loc="lower right", bbox_to_anchor=(1, 1), **beside)

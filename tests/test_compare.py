@@ -174,7 +174,7 @@ class TestPlan:
         for looks in ((), (1, 5), (5, 5), (10, 5)):
             with pytest.raises(ValueError, match="increasing numbers of seeds, from two on"):
                 Plan(0.5, looks)
-        for margin, level in ((-0.1, 0.95), (math.nan, 0.95), (0.5, 1.0), (0.5, 0.0)):
+        for margin, level in ((-0.1, 0.95), (math.nan, 0.95), (0.5, 0.99995), (0.5, 0.0)):
             with pytest.raises(ValueError, match="margin"):
                 Plan(margin, (5,), level)
 

@@ -99,7 +99,7 @@ def test_a_forest_plot_shows_names_intervals_means_and_verdicts_from_the_top(axe
     wanted = [(plots.plain(name), *ends, sum(ends) / 2) for name, ends in ENDS.items()]
     for found, row in zip(drawn(axes), wanted, strict=True):
         assert found[0] == row[0] and found[1:4] == pytest.approx(row[1:])
-    assert [row[-1] for row in drawn(axes)] == [plots.LOOKS[w]["marker"] for w in ("better", "worse", "equal", "open")]
+    assert [row[-1] for row in drawn(axes)] == [plots.MARKS[w]["marker"] for w in ("better", "worse", "equal", "open")]
     assert axes.yaxis_inverted()
     band = axes.patches[0].get_extents().transformed(axes.transData.inverted())
     assert (band.x0, band.x1) == pytest.approx((-0.5, 0.5))
@@ -116,11 +116,11 @@ def test_a_forest_plot_can_take_the_verdicts_of_a_family_and_losses(axes):
 
 
 def test_verdicts_differ_in_shape_and_in_the_colours_of_the_style():
-    assert len({look["marker"] for look in plots.LOOKS.values()}) == 4
+    assert len({look["marker"] for look in plots.MARKS.values()}) == 4
     with plt.rc_context():
         plots.use_style()
         colours = {matplotlib.colors.to_hex(colour) for colour in plt.rcParams["axes.prop_cycle"].by_key()["color"]}
-    assert {look["color"].lower() for look in plots.LOOKS.values()} <= colours and len(plots.LOOKS) == 4
+    assert {look["color"].lower() for look in plots.MARKS.values()} <= colours and len(plots.MARKS) == 4
 
 
 @pytest.mark.parametrize("count", [3, 20])
