@@ -165,7 +165,7 @@ def _study(options: argparse.Namespace) -> int:
             print("\n\n".join(cluster.plan(study, options.choose) for study in studies))
             return 0
         for study in studies:
-            study.trials if options.choose else study.units  # noqa: B018  (all mistakes before any work)
+            study.trials if options.choose else study.pairs  # noqa: B018  (all mistakes before any work)
     except ValueError as error:
         return _said(error, WRONG)
     try:
@@ -176,7 +176,7 @@ def _study(options: argparse.Namespace) -> int:
         else:
             workers = cluster.local(options.workers, options.dashboard)
         with workers as client:
-            work = cluster.choose if options.choose else cluster.conduct_all
+            work = cluster.choose if options.choose else cluster.carry_out
             failed = [one for study in studies for one in work(study, client, folders=folders, resources=resources)]
     except KeyboardInterrupt:
         return _said(RuntimeError("stopped: the same command goes on with what is missing"), INTERRUPTED)
@@ -184,7 +184,8 @@ def _study(options: argparse.Namespace) -> int:
         return _said(error, FAILED)
     if failed:
         return _said(RuntimeError("\n".join([f"{len(failed)} failed:", *map(str, failed)])), FAILED)
-    print("\n\n".join(cluster.plan(study, options.choose) for study in studies))
+    for study in studies:
+        print(cluster.plan(study, options.choose), cluster.verdicts(study), sep="\n")
     return 0
 
 

@@ -31,7 +31,7 @@ def choices(chapter: str) -> pd.DataFrame:
     path = Path(kdlib.__file__).resolve().parents[1] / "data" / "choices" / f"{chapter}.csv"
     if not path.exists():
         raise FileNotFoundError(
-            f"no table of choices {path}: `python -m tools.experiments --choose {chapter}` writes it"
+            f"no table of choices {path}: `python -m kdlib study experiments/{chapter}.yml --choose` writes it"
         )
     return pd.read_csv(path)
 

@@ -31,7 +31,7 @@ from kdlib.configuration import RunConfig
 from kdlib.engine import STUDENT
 from kdlib.pretraining import PretrainingConfig
 from kdlib.records import RunRecord, read_record
-from kdlib.study import Study, Unit
+from kdlib.study import Study, Unit, cell_of
 
 MEMORY_OF_A_RUN = 2 * 2**30
 """Bytes that a worker of this machine counts on; BERT-base with a batch of 32 takes more, see --workers."""
@@ -297,6 +297,33 @@ def plan(study: Study, choosing: bool = False) -> str:
     return "\n".join(lines)
 
 
-def conduct_all(study: Study, client: Client, **how: Any) -> list[Failed]:
-    """Everything that the study file asks for."""
-    return conduct(study, study.units, client, **how)
+def carry_out(study: Study, client: Client, **how: Any) -> list[Failed]:
+    """Everything that a study asks for: look by look, and no more seeds for cells whose claims are all decided.
+
+    Cells that no claim is about have all their seeds at once.
+    """
+    claimed = {cell for pair in study.pairs for cell in (pair.arm, pair.against)}
+    undecided = claimed
+    for look in study.looks:
+        seeds = study.seeds[:look]
+        wanted = [
+            unit
+            for unit in study.units
+            if cell_of(unit) not in claimed or (cell_of(unit) in undecided and unit.seed in seeds)
+        ]
+        if failed := conduct(study, wanted, client, **how):
+            return failed
+        decisions = study.decisions()
+        going_on = [pair for pair in study.pairs if pair not in decisions or decisions[pair].next_look is not None]
+        undecided = {cell for pair in going_on for cell in (pair.arm, pair.against)}
+    return []
+
+
+def verdicts(study: Study) -> str:
+    """For people: what the records say of the claims."""
+    if not study.pairs:
+        return ""
+    table = study.verdicts()
+    waiting = len(study.pairs) - len(table)
+    shown = table[["mean", "low", "high", "seeds", "p", "holm", "alone", "verdict"]].round(4).to_string()
+    return (shown if len(table) else "") + (f"\n{waiting} claims wait for their first look" if waiting else "")

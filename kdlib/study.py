@@ -21,17 +21,19 @@ This room reads such files; `kdlib.cluster` computes what they ask for.
 """
 
 import itertools
+import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import pandas as pd
 import yaml
 
 from kdlib import pretraining, runs
+from kdlib.compare import Decision, Plan, decide, family
 from kdlib.configuration import RunConfig
 from kdlib.pretraining import PretrainingConfig
 from kdlib.records import RunRecord, read_record
@@ -81,7 +83,7 @@ class Sheet:
     common: dict[str, Any]
     """parameters of all runs"""
     rules: list[dict[str, Any]] | None = None
-    """more parameters, each with `where`: the values of others for which they hold; later ones go before earlier ones"""
+    """more parameters, each with `where`, the values of others for which they hold; later ones go first"""
     arms: dict[str, dict[str, Any]]
     """what is compared, by names of one's own"""
     seeds: str | int
@@ -125,6 +127,36 @@ class Unit:
             return self.config.asked_id
         told = [self.arm, *(f"{name}-{value}" for name, value in self.axes.items()), f"seed{self.seed}"]
         return "-".join(re.sub(r"[^\w.]+", "-", word) for word in told)
+
+
+Cell: TypeAlias = tuple[str, tuple[tuple[str, Any], ...]]
+"""An arm and the values of its axes."""
+
+
+def cell_of(unit: Unit) -> Cell:
+    """Which cell a unit is of."""
+    return unit.arm, tuple(unit.axes.items())
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two cells that a claim compares."""
+
+    claim: Claim
+    arm: Cell
+    against: Cell
+
+    def __str__(self) -> str:
+        ours, theirs = dict(self.arm[1]), dict(self.against[1])
+        shared = ", ".join(f"{value}" for name, value in ours.items() if theirs.get(name) == value)
+        names = [
+            " ".join([cell[0], *(str(value) for name, value in cell[1] if other.get(name) != value)])
+            for cell, other in ((self.arm, theirs), (self.against, ours))
+        ]
+        return f"{' − '.join(names)}, {self.claim.metric}" + (f", {shared}" if shared else "")
+
+    def __hash__(self) -> int:
+        return hash((str(self), self.arm, self.against))
 
 
 class Study:
@@ -226,6 +258,62 @@ class Study:
         """Where trials have their records, and measurements their folders: beside the runs."""
         return Path(self.sheet.common.get("output_dir", "_runs")).expanduser() / self.name
 
+    @cached_property
+    def pairs(self) -> list[Pair]:
+        """The pairs of cells that the claims compare: those that agree in all axes that both arms have.
+
+        Raises ConfigurationError for a claim that compares nothing, or one cell with several.
+        """
+        cells = list(dict.fromkeys(cell_of(unit) for unit in self.units))
+        found = []
+        for claim in self.claims:
+            ours, theirs = (
+                [cell for cell in cells if cell[0] == name and _agree(dict(cell[1]), claim.where or {})]
+                for name in (claim.arm, claim.against)
+            )
+            pairs = [(a, b) for a in ours for b in theirs if _agree(dict(a[1]), dict(b[1]))]
+            if not pairs or len({a for a, _ in pairs}) < len(pairs):
+                what = "nothing" if not pairs else "one cell with several: say in `where` which"
+                raise ConfigurationError(
+                    f"{self.path}: the claim {claim.arm!r} against {claim.against!r} compares {what}"
+                )
+            found += [Pair(claim, *pair) for pair in pairs]
+        return found
+
+    def seeds_of(self, pair: Pair) -> list[int]:
+        """The seeds that both cells of a pair have."""
+        ours, theirs = (
+            {unit.seed for unit in self.units if cell_of(unit) == cell} for cell in (pair.arm, pair.against)
+        )
+        return sorted(ours & theirs)
+
+    def decisions(self) -> dict[Pair, Decision]:
+        """What the records that are there say of the claims; those that wait for their first look are left out."""
+        found = {}
+        for pair in self.pairs:
+            seeds = self.seeds_of(pair)
+            looks = (*tuple(look for look in self.looks if look < len(seeds)), len(seeds))
+            plan = Plan(margin=pair.claim.margin, looks=looks, lower_is_better=pair.claim.lower_is_better)
+            values = [self._values(cell, pair.claim.metric, seeds) for cell in (pair.arm, pair.against)]
+            there = [seed for seed in seeds if all(seed in one for one in values)]
+            whole = next((n for n, seed in enumerate(seeds) if seed not in there), len(seeds))
+            if whole >= looks[0]:
+                ours, theirs = ({seed: one[seed] for seed in seeds[:whole]} for one in values)
+                found[pair] = decide(plan, ours, theirs)
+        return found
+
+    def verdicts(self) -> pd.DataFrame:
+        """The claims as a family, a row for each: see `compare.family`; those that wait have no row."""
+        return family({str(pair): decision for pair, decision in self.decisions().items()})
+
+    def _values(self, cell: Cell, metric: str, seeds: Iterable[int]) -> dict[int, float]:
+        found = {}
+        for unit in self.units:
+            path = self.record(unit)
+            if cell_of(unit) == cell and unit.seed in seeds and path.exists():
+                found[unit.seed] = _metric(json.loads(path.read_text()), metric, path)
+        return found
+
     def results(self) -> dict[tuple[str, tuple[tuple[str, Any], ...], int], RunRecord]:
         """The records of runs that are there, by arm, axes and seed."""
         return {
@@ -237,13 +325,13 @@ class Study:
     def table(self, *metrics: str) -> pd.DataFrame:
         """A row for each finished run: arm, the axes of all arms, seed, and a column for each metric.
 
-        Raises KeyError that names the metrics there are, where a record has not the one asked for.
+        Raises ValueError that names the metrics there are, where a record has not the one asked for.
         """
         rows = []
         for (arm, axes, seed), record in self.results().items():
             missing = [metric for metric in metrics if metric not in record.metrics]
             if missing:
-                raise KeyError(f"{record.run_id} has no {missing[0]}: it has {', '.join(record.metrics)}")
+                raise ValueError(f"{record.run_id} has no {missing[0]}: it has {', '.join(record.metrics)}")
             rows.append(
                 {"arm": arm, **dict(axes), "seed": seed, **{metric: record.metrics[metric] for metric in metrics}}
             )
@@ -314,6 +402,23 @@ def _with_its_model(name: str, *places: Mapping[str, Any]) -> dict[str, Any]:
 def _apart(arm: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """What an arm says besides parameters, and its parameters."""
     return {n: v for n, v in arm.items() if n in NOTES}, {n: v for n, v in arm.items() if n not in NOTES}
+
+
+def _agree(ours: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
+    """Whether the values of axes are those that are wanted, as far as there are such axes."""
+    return all(_is(value, wanted[name]) for name, value in ours.items() if name in wanted)
+
+
+def _metric(record: Mapping[str, Any], metric: str, path: Path) -> float:
+    """A number of a record, by its name among the metrics, or, in a record of another form, by its path in it."""
+    found: Any = record.get("metrics", {}).get(metric)
+    if found is None:
+        found = record
+        for name in metric.split("/"):
+            found = found.get(name) if isinstance(found, dict) else None
+    if not isinstance(found, (int, float)):
+        raise ValueError(f"{path} has no {metric!r}: it has {', '.join(record.get('metrics', record))}")
+    return float(found)
 
 
 def _is(value: Any, wanted: Any) -> bool:

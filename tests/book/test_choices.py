@@ -6,9 +6,17 @@ import pandas as pd
 import pytest
 
 from kdlib import book
-from tools import experiments, tutor_records
+from tests.book.studies import STUDIES
 
-CHAPTERS = list(experiments.CANDIDATES)
+CHOOSING = [study for study in STUDIES.values() if study.sheet.choose]
+by_name = {"ids": lambda study: study.name}
+
+
+def settings(study: str, *arms: str, name: str, **wanted) -> set:
+    """The values of a parameter in the cells of a study."""
+    units = [unit for unit in STUDIES[study].units if not arms or unit.arm in arms]
+    units = [unit for unit in units if all(unit.parameters.get(key) == value for key, value in wanted.items())]
+    return {unit.parameters.get(name) for unit in units}
 
 
 def table_of(chapter: str) -> pd.DataFrame:
@@ -20,11 +28,11 @@ def best(table: pd.DataFrame, *fields: str) -> tuple:
     return table.groupby(list(fields))["mean"].mean().idxmax()
 
 
-@pytest.mark.parametrize("chapter", CHAPTERS)
-def test_a_table_has_a_row_for_all_that_was_tried(chapter):
-    configs, by = experiments.CANDIDATES[chapter]
-    wanted = Counter(tuple(plain(config.flat[name]) for name in by) for config in configs())
-    found = {tuple(plain(row[name]) for name in by): row["count"] for row in table_of(chapter).to_dict("records")}
+@pytest.mark.parametrize("study", CHOOSING, **by_name)
+def test_a_table_has_a_row_for_all_that_was_tried(study):
+    by = study.sheet.choose.by
+    wanted = Counter(tuple(plain(unit.config.flat[name]) for name in by) for unit in study.trials)
+    found = {tuple(plain(row[name]) for name in by): row["count"] for row in table_of(study.name).to_dict("records")}
     assert found == wanted
 
 
@@ -34,32 +42,32 @@ def plain(value) -> str:
 
 
 def test_a_chapter_without_a_table_says_how_to_make_it():
-    with pytest.raises(FileNotFoundError, match=r"tools\.experiments --choose 03_nothing"):
+    with pytest.raises(FileNotFoundError, match="03_nothing.yml --choose"):
         book.choices("03_nothing")
 
 
-@pytest.mark.parametrize("chapter", CHAPTERS)
-def test_no_record_has_a_seed_that_chose(chapter):
-    configs, _ = experiments.CANDIDATES[chapter]
-    assert {config.seed for config in configs()} == set(experiments.CHOOSING)
-    assert not set(experiments.CHOOSING) & {config.seed for config in experiments.EXPERIMENTS[chapter]()}
+@pytest.mark.parametrize("study", CHOOSING, **by_name)
+def test_no_record_has_a_seed_that_chose(study):
+    assert {unit.seed for unit in study.trials} == {100, 101, 102}
+    assert not {unit.seed for unit in study.trials} & {unit.seed for unit in study.units}
 
 
-@pytest.mark.parametrize("task", experiments.TEACHER_TASKS)
+@pytest.mark.parametrize("task", ["mini-sst2", "mini-mnli"])
 def test_chapter_5_takes_its_best_rates(task):
     table = table_of("05_pilot_updates").query("task == @task")
-    meta, teaching = table[table["method"] == "metadistil"], experiments.META_RATES[task]
+    meta = table[table["method"] == "metadistil"]
+    (teaching,) = settings("05_pilot_updates", "meta", name="teaching_rate", task=task)
     tried = meta[meta["pilot_update"].astype(bool) & (meta["pilot_rule"] == "sgd") & (meta["teaching_rate"] == 3e-5)]
     both = pd.concat([table[table["method"] == "kd"], tried])
     both = both[both["learning_rate"].isin(tried["learning_rate"])]
     student = best(both, "learning_rate")
-    assert student == experiments.META_STUDENT_RATES[task]
+    assert {student} == settings("05_pilot_updates", name="learning_rate", task=task)
     assert best(meta[meta["learning_rate"] == student], "teaching_rate") == teaching
     assert meta["teaching_rate"].min() < teaching < meta["teaching_rate"].max()
 
 
 def test_chapter_1_takes_the_best_rate_over_its_tasks():
-    assert best(table_of("01_distillation"), "learning_rate") == experiments.STUDENT_SETTINGS["learning_rate"]
+    assert {best(table_of("01_distillation"), "learning_rate")} == settings("01_distillation", name="learning_rate")
 
 
 @pytest.mark.parametrize("methods", [["fine_tune"], ["kd"], ["prokt", "dml"]])
@@ -68,33 +76,36 @@ def test_chapter_4_takes_the_best_rates_over_its_tasks(methods):
     table = table_of("04_online_distillation").query("method in @methods").fillna({"teaching_rate": -1})
     rate, teaching_rate = best(table, "learning_rate", "teaching_rate")
     for method in methods:
-        assert experiments.ONLINE_RATES[method] == (rate, None if teaching_rate < 0 else teaching_rate)
+        wanted = {"method": method, "teacher": None if method == "fine_tune" else "tiny-2x64"}
+        assert settings("04_online_distillation", name="learning_rate", **wanted) == {rate}
+        found = settings("04_online_distillation", name="teaching_rate", **wanted)
+        assert found == {None if teaching_rate < 0 else teaching_rate}
 
 
 def test_chapter_6_takes_its_best_settings():
     """The student's rate for each task by the fixed teacher; one teacher's rate for everything; PKD's weight."""
-    table = table_of("06_student_feedback")
+    table, name = table_of("06_student_feedback"), "06_student_feedback"
     patient, plain_ones = table[table["pkd_weight"].notna()], table[table["pkd_weight"].isna()]
-    for task, rate in experiments.FEEDBACK_STUDENT_RATES.items():
+    for task in ("mini-sst2", "mini-mnli"):
         fixed = plain_ones[(plain_ones["task"] == task) & (plain_ones["method"] == "kd")]
-        assert best(fixed, "learning_rate") == rate
-    assert set(experiments.FEEDBACK_RATES.values()) == {best(plain_ones.query("method == 'ikd'"), "teaching_rate")}
-    assert best(patient, "pkd_weight") == experiments.PKD_WEIGHT
+        assert {best(fixed, "learning_rate")} == settings(name, name="learning_rate", task=task)
+    rates = settings(name, name="teaching_rate", method="ikd")
+    assert rates == {best(plain_ones.query("method == 'ikd'"), "teaching_rate")}
+    assert settings(name, "beside PKD", name="pkd_weight") == {best(patient, "pkd_weight")}
 
 
 def test_chapter_7_takes_the_rate_that_is_best_for_all():
-    assert best(table_of("07_good_teachers"), "teaching_rate") == experiments.LGTM_RATE
+    rates = settings("07_good_teachers", name="teaching_rate")
+    assert rates == {best(table_of("07_good_teachers"), "teaching_rate")}
 
 
 def test_chapter_9_takes_its_best_rates():
     """Of the fine-tuning for all ways together; of the distillation for each way over its tasks."""
     table = table_of("09_tutor_kd")
     tuning, distilling = (table[table["tuned"] == tuned] for tuned in ("fine-tuning", "distillation"))
-    assert best(tuning, "rate") == tutor_records.FINE_TUNING_RATE
-    for way in tutor_records.COMPARED:
-        rate = tutor_records.config_of(way, 0, tutor_records.WORK).learning_rate
-        assert best(distilling[distilling["way"] == way], "rate") == rate, way
-    trials = Counter((t.tuned, t.way, t.rate) for t in tutor_records.trials())
-    found = {(row["tuned"], row["way"], row["rate"]): row["count"] for row in table.to_dict("records")}
-    assert found == trials
-    assert not set(tutor_records.CHOOSING) & set(tutor_records.SEEDS)
+    units = STUDIES["09_tutor_kd"].units
+    assert {run["learning_rate"] for unit in units for run in unit.then} == {best(tuning, "rate")}
+    compared = set(distilling["way"])
+    assert len(compared) == 7
+    for way in compared:
+        assert settings("09_tutor_kd", way, name="learning_rate") == {best(distilling[distilling["way"] == way], "rate")}

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 
 from kdlib import pretraining, records, runs
-from tools import experiments
+from tests.book.studies import RECORDS, STUDIES
 
 FROZEN = [json.loads(line) for line in Path(__file__).with_name("frozen_runs.jsonl").read_text().splitlines()]
 CONFIGURE = {"glue": runs.configure, "text": pretraining.configure}
-RECORDS = [path for path in sorted(experiments.RECORDS.rglob("*.json")) if records.is_record(path)]
+RECORDED = [path for path in sorted(RECORDS.rglob("*.json")) if records.is_record(path)]
 
 
 def test_the_names_of_all_runs_are_as_they_were():
@@ -22,21 +22,20 @@ def test_the_names_of_all_runs_are_as_they_were():
         assert CONFIGURE[run["kind"]](**run["given"]).asked_id == run["run_id"], run["given"]
 
 
-def test_every_experiment_and_every_trial_is_frozen():
+def test_every_run_and_every_trial_of_a_study_is_frozen():
     frozen = {run["run_id"] for run in FROZEN}
-    asked = [*experiments.EXPERIMENTS.values(), *(trials for trials, _ in experiments.CANDIDATES.values())]
-    for made in asked:
-        assert {config.asked_id for config in made()} <= frozen
+    for study in STUDIES.values():
+        assert {unit.name for unit in [*study.units, *study.trials] if unit.measure is None} <= frozen, study.name
 
 
-@pytest.mark.parametrize("path", RECORDS, ids=lambda path: f"{path.parent.name}/{path.stem}")
+@pytest.mark.parametrize("path", RECORDED, ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_a_committed_record_can_be_configured_again(path):
-    """Its name is that of its parameters, or one that its chapter has given it."""
+    """Its name is that of its parameters, or where a study measures something else, of arm and seed."""
     record = runs.read_record(path)
     kind = "text" if "corpus" in record.config else "glue"
     again = CONFIGURE[kind](**record.config)
-    named = path.parent.name == "11_pretraining"
-    assert path.stem == record.run_id and (named or again.asked_id == record.run_id)
+    assert path.parent.name == "teachers" or path.stem == record.run_id
+    assert path.parent.name == "11_pretraining" or again.asked_id == record.run_id
     assert {name: again.flat[name] for name in record.config} == record.config
 
 
