@@ -153,6 +153,10 @@ class TestArms:
         for more in ({"samples": {"train": 86}}, {"contents": {"teacher": "sha256:1"}}):
             assert [len(one.records) for one in arms([made(record), made(record, number=1, **more)])] == [1, 1]
 
+    def test_rows_tell_arms_apart_without_being_asked_for(self, record):
+        found = arms([made(record), made(record, number=1, samples={"train": 86})], by=["method"])
+        assert [one.settings for one in found] == [{"method": "kd", ROWS: 96}, {"method": "kd", ROWS: 86}]
+
     def test_none_is_what_a_field_is_that_is_not_there(self, record):
         (arm,) = arms([made(record, seed=0, student=None), made(record, seed=1)])
         assert len(arm.records) == 2
