@@ -158,8 +158,8 @@ class TestArms:
         assert [one.settings for one in found] == [{"method": "kd", ROWS: 96}, {"method": "kd", ROWS: 86}]
 
     def test_none_is_what_a_field_is_that_is_not_there(self, record):
-        (arm,) = arms([made(record, seed=0, student=None), made(record, seed=1)])
-        assert len(arm.records) == 2
+        given = [made(record, seed=0, student=None), made(record, seed=1), made(record, student="x")]
+        assert [(one.name, len(one.records)) for one in arms(given)] == [("kd", 2), ("kd, student x", 1)]
 
     def test_names_say_what_a_reader_needs(self, record):
         """Fields that follow from the method, and those by which tasks differ alone, are left out."""
