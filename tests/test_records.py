@@ -182,6 +182,7 @@ class TestArms:
         ):
             arms(given, by=["task", "method"])
         assert [one.settings for one in arms(given, by=["alpha"])] == [{"alpha": None}, {"alpha": 0.5}]
+        assert [one.name for one in arms(given)] == ["kd, temperature 2.0", "kd, temperature 4.0"]  # implies alpha
         for name in ("temprature", "seed", "output_dir"):
             with pytest.raises(ValueError, match=f"no run has a setting {name}; there are alpha, method, task, temp"):
                 arms(given, by=["alpha", name])
