@@ -153,9 +153,13 @@ class TestArms:
         for more in ({"samples": {"train": 86}}, {"contents": {"teacher": "sha256:1"}}):
             assert [len(one.records) for one in arms([made(record), made(record, number=1, **more)])] == [1, 1]
 
+    def test_rows_tell_arms_apart_without_being_asked_for(self, record):
+        found = arms([made(record), made(record, number=1, samples={"train": 86})], by=["method"])
+        assert [one.settings for one in found] == [{"method": "kd", ROWS: 96}, {"method": "kd", ROWS: 86}]
+
     def test_none_is_what_a_field_is_that_is_not_there(self, record):
-        (arm,) = arms([made(record, seed=0, student=None), made(record, seed=1)])
-        assert len(arm.records) == 2
+        given = [made(record, seed=0, student=None), made(record, seed=1), made(record, student="x")]
+        assert [(one.name, len(one.records)) for one in arms(given)] == [("kd", 2), ("kd, student x", 1)]
 
     def test_names_say_what_a_reader_needs(self, record):
         """Fields that follow from the method, and those by which tasks differ alone, are left out."""
@@ -178,6 +182,7 @@ class TestArms:
         ):
             arms(given, by=["task", "method"])
         assert [one.settings for one in arms(given, by=["alpha"])] == [{"alpha": None}, {"alpha": 0.5}]
+        assert [one.name for one in arms(given)] == ["kd, temperature 2.0", "kd, temperature 4.0"]  # implies alpha
         for name in ("temprature", "seed", "output_dir"):
             with pytest.raises(ValueError, match=f"no run has a setting {name}; there are alpha, method, task, temp"):
                 arms(given, by=["alpha", name])
