@@ -285,7 +285,7 @@ def disk(folder: Path | None = None) -> Finding:
 
 
 def miniglue_hashes() -> dict[str, str]:
-    """SHA-256 of every file that `kdlib.miniglue` writes, by its name; a test proves that it still writes them."""
+    """SHA-256 of every file of MiniGLUE, by its name; a test proves that its grammar still writes these."""
     lines = Path(__file__).with_name("miniglue.sha256").read_text().splitlines()
     return {name: digest for digest, name in (line.split("  ", 1) for line in lines)}
 
@@ -294,23 +294,18 @@ def miniglue_data() -> Finding:
     """The embedded tasks, by their hashes against what their grammar writes."""
     from kdlib import miniglue
 
-    try:
-        folder = miniglue.folder()
-    except OSError as error:
-        remedy = "set KDLIB_CACHE to a folder that can be written"
-        return Finding("MiniGLUE", f"cannot be written: {error}", False, remedy)
-    wanted = miniglue_hashes()
-    missing = [name for name in wanted if not (folder / name).exists()]
-    damaged = [
-        name
-        for name in wanted.keys() - missing
-        if hashlib.sha256((folder / name).read_bytes()).hexdigest() != wanted[name]
-    ]
-    bad = [*(f"{name} is missing" for name in missing), *(f"{name} is damaged" for name in sorted(damaged))]
-    remedy = f"write the files again:  python -m kdlib.miniglue '{folder}'"
-    if bad:
-        return Finding("MiniGLUE", f"{'; '.join(bad[:2])}, in {folder}", False, remedy)
-    return Finding("MiniGLUE", f"{len(miniglue.TASK_NAMES)} tasks in {folder}")
+    folder, bad = miniglue.folder(), []
+    for name, digest in miniglue_hashes().items():
+        if not (folder / name).exists():
+            bad.append(f"{name} is missing")
+        elif hashlib.sha256((folder / name).read_bytes()).hexdigest() != digest:
+            bad.append(f"{name} is damaged")
+    if not bad:
+        return Finding("MiniGLUE", f"{len(miniglue.TASK_NAMES)} tasks in {folder}")
+    remedy = f"write the files again, in {_REPOSITORY}:  python -m tools.miniglue '{folder}'"
+    if not (_REPOSITORY / "tools" / "miniglue.py").exists():
+        remedy = "with the book's folder or git address:  pip install --force-reinstall --no-deps ADDRESS"
+    return Finding("MiniGLUE", f"{'; '.join(bad[:2])}, in {folder}", False, remedy)
 
 
 def shipped_data(root: Path = _REPOSITORY) -> Iterator[Finding]:
