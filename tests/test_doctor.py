@@ -246,20 +246,6 @@ def test_the_threads_are_those_of_torch(monkeypatch):
     assert doctor.threads().value == f"3 of {os.cpu_count()} processors, OMP_NUM_THREADS=3"
 
 
-def test_the_kernels_are_really_tried(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    values = {finding.name: finding.value for finding in doctor.attention_kernels()}
-    assert values["attention: math"] == "runs, jvp"
-    assert values["attention: flash"] == "runs, no jvp"
-    assert values["attention: memory-efficient"] == "not on this device"
-
-    def broken(*_):
-        raise NotImplementedError("no forward mode")
-
-    monkeypatch.setattr(torch.func, "jvp", broken)
-    assert {finding.value for finding in doctor.attention_kernels()} == {"runs, no jvp", "not on this device"}
-
-
 def test_eager_attention_has_its_derivative():
     finding = doctor.eager_derivative()
     assert finding.ok and finding.value.startswith("runs, jvp, ")
@@ -496,7 +482,7 @@ def test_an_offline_hub_is_not_asked(no_network, monkeypatch):
 
 def test_the_hub_is_asked_last_and_only_on_request(monkeypatch):
     monkeypatch.setattr(doctor, "hub", lambda: Finding("hub", "asked", False, "mend"))
-    for name in ("attention_kernels", "eager_derivative", "miniglue_data", "shipped_data"):
+    for name in ("eager_derivative", "miniglue_data", "shipped_data"):
         monkeypatch.setattr(doctor, name, lambda *_: iter(()))
     assert "hub" not in {finding.name for finding in doctor.examine()}
     asked = list(doctor.examine(ask_hub=True))
@@ -509,7 +495,7 @@ def test_a_check_that_breaks_off_is_a_finding_and_the_rest_goes_on(monkeypatch):
         raise ImportError("libsomething.so is missing")
 
     monkeypatch.setattr(doctor, "device", broken)
-    for name in ("attention_kernels", "eager_derivative", "miniglue_data", "shipped_data"):
+    for name in ("eager_derivative", "miniglue_data", "shipped_data"):
         monkeypatch.setattr(doctor, name, lambda *_: iter(()))
     findings = list(doctor.examine())
     (finding,) = bad(findings)
