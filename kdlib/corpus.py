@@ -360,14 +360,8 @@ def _folder_texts(builder: datasets.DatasetBuilder, split: str, column: str, nam
 
 def _hub_texts(name: str, split: str, column: str) -> Iterator[str]:
     def explain(error: Exception) -> Exception:
-        reason = f"{type(error).__name__}: {tables.one_line(error)}"
-        if isinstance(error, ValueError):
-            return ValueError(f"cannot read split {split!r} of {name!r} from the hub: {reason}")
-        return ConnectionError(
-            f"cannot get corpus {name!r} from the Hugging Face hub, and there is no folder or file of that name here. "
-            f"Without a network, give a local folder, a .txt file or '{MINI}', which ships with the book. "
-            f"The reason: {reason}"
-        )
+        part, instead = f"split {split!r} of {name!r} from the hub", f"a local folder, a .txt file or '{MINI}'"
+        return sources.not_from_hub(error, f"corpus {name!r}", part, instead)
 
     identifier, _, config = name.partition(":")
     open_stream = partial(datasets.load_dataset, identifier, config or None, split=split, streaming=True)

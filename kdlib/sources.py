@@ -89,17 +89,21 @@ def find(source: str | Path, wanted: Wanted) -> Source:
     try:
         loaded = datasets.load_dataset(source, wanted.config)
     except Exception as error:  # the hub client has dozens of ways to fail; one message serves them all
-        reason = f"{type(error).__name__}: {tables.one_line(error)}"
-        if isinstance(error, ValueError):
-            raise ValueError(
-                f"cannot read {source!r} from the hub with configuration {wanted.config!r}: {reason}"
-            ) from error
-        raise ConnectionError(
-            f"cannot get data set {source!r} from the Hugging Face hub, and there is no folder of that name here. "
-            "Without a network, give a local folder in the same layout as the source, or 'miniglue', which ships with "
-            f"the book. The reason: {reason}"
-        ) from error
+        instead = "a local folder in the same layout as the source, or 'miniglue'"
+        part = f"{source!r} from the hub with configuration {wanted.config!r}"
+        raise not_from_hub(error, f"data set {source!r}", part, instead) from error
     return Source({split: partial(_table, rows, wanted) for split, rows in loaded.items()})
+
+
+def not_from_hub(error: Exception, what: str, part: str, instead: str) -> ValueError | ConnectionError:
+    """That `what` cannot be had from the hub, or a `part` of it not be read, as an error that says what to do."""
+    reason = f"{type(error).__name__}: {tables.one_line(error)}"
+    if isinstance(error, ValueError):
+        return ValueError(f"cannot read {part}: {reason}")
+    return ConnectionError(
+        f"cannot get {what} from the Hugging Face hub, and nothing of that name is here. Without a network, give "
+        f"{instead}, which ships with the book. The reason: {reason}"
+    )
 
 
 def local_path(source: str | Path) -> Path:
