@@ -13,7 +13,6 @@ import hashlib
 import io
 import json
 import re
-import tempfile
 import zlib
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -105,7 +104,7 @@ def load(
     if max_lines is not None and max_lines < 1:
         raise ValueError(f"max_lines is {max_lines}; expected at least 1, or None for all lines")
 
-    parts = [_part(name, one, column) for name in _names(str(source)) for one in split.split("+")]
+    parts = _parts(str(source), split, column)
     kept = None
     if cache is not None:
         options = (split, column, max_length, packed, max_lines)
@@ -141,7 +140,7 @@ def content(source: str | Path, split: str = "train", column: str = "text") -> s
 
     Where the files lie and what they are called does not matter.  Raises what `load` raises where they are not there.
     """
-    parts = [_part(name, one, column) for name in _names(str(source)) for one in split.split("+")]
+    parts = _parts(str(source), split, column)
     files = [path for part in parts for path in part.files]
     if not files or all(path.is_relative_to(miniglue.folder()) for path in files):
         return None
@@ -248,14 +247,12 @@ class _Part:
     lines: Callable[[], Iterator[str | None]]
 
 
-def _names(source: str) -> list[str]:
-    """The single sources; a file or folder may have a "+" in its name."""
-    if sources.local_path(source).exists():
-        return [source]
-    names = source.split("+")
+def _parts(source: str, split: str, column: str) -> list[_Part]:
+    """The single sources and splits, in order; a file or folder may have a "+" in its name."""
+    names = [source] if sources.local_path(source).exists() else source.split("+")
     if not all(names):
         raise ValueError(f"source is {source!r}; expected one source, or several with one '+' between each two")
-    return names
+    return [_part(name, one, column) for name in names for one in split.split("+")]
 
 
 def _part(name: str, split: str, column: str) -> _Part:
@@ -303,14 +300,13 @@ def _lines(path: Path) -> Iterator[str | None]:
 def _folder(folder: Path, config: str | None, split: str, column: str) -> _Part:
     """A folder in a layout of the hub; nothing is read yet, and it will be read piece by piece, not as a whole."""
     sources.card_of(folder)  # refuses one that sends us to the network
-    with tempfile.TemporaryDirectory(prefix="kdlib-") as unused, sources.quiet():
-        try:  # by its whole path: a folder that is called csv would be taken for the reader of that name
-            builder = datasets.load_dataset_builder(str(folder.resolve()), config, cache_dir=unused)
-        except (ValueError, FileNotFoundError) as error:
-            raise (FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError)(
-                f"cannot find a corpus in folder {folder}, configuration {config!r}: {tables.one_line(error)}. The "
-                f"folder should hold {split}.txt, or files such as {split}.parquet"
-            ) from error
+    try:
+        builder = sources.layout_of(folder, config)
+    except (ValueError, FileNotFoundError) as error:
+        raise (FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError)(
+            f"cannot find a corpus in folder {folder}, configuration {config!r}: {tables.one_line(error)}. The "
+            f"folder should hold {split}.txt, or files such as {split}.parquet"
+        ) from error
     files = builder.config.data_files or {}
     if split not in files:
         raise ValueError(
@@ -364,14 +360,8 @@ def _folder_texts(builder: datasets.DatasetBuilder, split: str, column: str, nam
 
 def _hub_texts(name: str, split: str, column: str) -> Iterator[str]:
     def explain(error: Exception) -> Exception:
-        reason = f"{type(error).__name__}: {tables.one_line(error)}"
-        if isinstance(error, ValueError):
-            return ValueError(f"cannot read split {split!r} of {name!r} from the hub: {reason}")
-        return ConnectionError(
-            f"cannot get corpus {name!r} from the Hugging Face hub, and there is no folder or file of that name here. "
-            f"Without a network, give a local folder, a .txt file or '{MINI}', which ships with the book. "
-            f"The reason: {reason}"
-        )
+        part, instead = f"split {split!r} of {name!r} from the hub", f"a local folder, a .txt file or '{MINI}'"
+        return sources.not_from_hub(error, f"corpus {name!r}", part, instead)
 
     identifier, _, config = name.partition(":")
     open_stream = partial(datasets.load_dataset, identifier, config or None, split=split, streaming=True)

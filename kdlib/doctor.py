@@ -20,7 +20,6 @@ import re
 import shutil
 import sys
 import urllib.request
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -177,40 +176,6 @@ def threads() -> Finding:
     return Finding("threads", f"{torch.get_num_threads()} of {os.cpu_count()} processors{chosen}")
 
 
-def attention_kernels() -> Iterator[Finding]:
-    """Which kernels of torch's attention have forward-mode derivatives, tried on a tiny input.
-
-    For information: kdlib asks for `eager` attention where it needs derivatives, and `eager_derivative` tests that.
-    """
-    import torch
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-
-    place = "cuda" if torch.cuda.is_available() else "cpu"
-    kind = torch.bfloat16 if place == "cuda" else torch.float32  # the flash kernel takes no float32 on a GPU
-    x = torch.linspace(-1, 1, 64, device=place).to(kind).reshape(1, 2, 4, 8)
-
-    def attend(x: torch.Tensor) -> torch.Tensor:
-        return torch.nn.functional.scaled_dot_product_attention(x, x, x)
-
-    for name, kernel in (
-        ("math", SDPBackend.MATH),
-        ("flash", SDPBackend.FLASH_ATTENTION),
-        ("memory-efficient", SDPBackend.EFFICIENT_ATTENTION),
-    ):
-        works = {}
-        for what, call in (("runs", lambda: attend(x)), ("jvp", lambda: torch.func.jvp(attend, (x,), (x,)))):
-            try:
-                with sdpa_kernel(kernel), warnings.catch_warnings():
-                    # torch says why it may not use a kernel; the table says it too.
-                    warnings.simplefilter("ignore", UserWarning)
-                    call()
-                works[what] = True
-            except RuntimeError:  # NotImplementedError is one
-                works[what] = False
-        value = "runs, jvp" if works["jvp"] else "runs, no jvp" if works["runs"] else "not on this device"
-        yield Finding(f"attention: {name}", value)
-
-
 def eager_derivative() -> Finding:
     """The forward-mode derivative of a tiny BERT, as the chapters take it, against a central difference in float64."""
     import torch
@@ -270,9 +235,9 @@ def free_memory() -> int | None:
         return None
 
 
-def disk(folder: Path | None = None) -> Finding:
-    """Free space where runs are written: the working directory, unless another folder is given."""
-    folder = folder or Path.cwd()
+def disk() -> Finding:
+    """Free space in the working directory, where runs are written unless they are told another one."""
+    folder = Path.cwd()
     free = shutil.disk_usage(folder).free
     remedy = (
         f"free some space in {folder}, or give runs another output_dir: a small run writes up to {_DISK_GIB:.0f} GiB"
@@ -285,7 +250,7 @@ def disk(folder: Path | None = None) -> Finding:
 
 
 def miniglue_hashes() -> dict[str, str]:
-    """SHA-256 of every file that `kdlib.miniglue` writes, by its name; a test proves that it still writes them."""
+    """SHA-256 of every file of MiniGLUE, by its name; a test proves that its grammar still writes these."""
     lines = Path(__file__).with_name("miniglue.sha256").read_text().splitlines()
     return {name: digest for digest, name in (line.split("  ", 1) for line in lines)}
 
@@ -294,30 +259,24 @@ def miniglue_data() -> Finding:
     """The embedded tasks, by their hashes against what their grammar writes."""
     from kdlib import miniglue
 
-    try:
-        folder = miniglue.folder()
-    except OSError as error:
-        remedy = "set KDLIB_CACHE to a folder that can be written"
-        return Finding("MiniGLUE", f"cannot be written: {error}", False, remedy)
-    wanted = miniglue_hashes()
-    missing = [name for name in wanted if not (folder / name).exists()]
-    damaged = [
-        name
-        for name in wanted.keys() - missing
-        if hashlib.sha256((folder / name).read_bytes()).hexdigest() != wanted[name]
-    ]
-    bad = [*(f"{name} is missing" for name in missing), *(f"{name} is damaged" for name in sorted(damaged))]
-    remedy = f"write the files again:  python -m kdlib.miniglue '{folder}'"
-    if bad:
-        return Finding("MiniGLUE", f"{'; '.join(bad[:2])}, in {folder}", False, remedy)
-    return Finding("MiniGLUE", f"{len(miniglue.TASK_NAMES)} tasks in {folder}")
+    folder, bad = miniglue.folder(), []
+    for name, digest in miniglue_hashes().items():
+        if not (folder / name).exists():
+            bad.append(f"{name} is missing")
+        elif hashlib.sha256((folder / name).read_bytes()).hexdigest() != digest:
+            bad.append(f"{name} is damaged")
+    if not bad:
+        return Finding("MiniGLUE", f"{len(miniglue.TASK_NAMES)} tasks in {folder}")
+    remedy = f"write the files again, in {_REPOSITORY}:  python -m tools.miniglue '{folder}'"
+    if not (_REPOSITORY / "tools" / "miniglue.py").exists():
+        again = "pip install --force-reinstall --no-deps ADDRESS"
+        remedy = f"install kdlib again from the book's folder or git address:  {again}"
+    return Finding("MiniGLUE", f"{'; '.join(bad[:2])}, in {folder}", False, remedy)
 
 
 def shipped_data(root: Path = _REPOSITORY) -> Iterator[Finding]:
     """The papers' tables, the run records and the stored teachers, which come with the repository only."""
-    from safetensors import SafetensorError, safe_open
-
-    from kdlib import book, records
+    from kdlib import book, records, stored
 
     if not (root / "data").is_dir():
         remedy = "chapters that read records or teachers need the repository: clone it and run  pip install -e ."
@@ -336,17 +295,15 @@ def shipped_data(root: Path = _REPOSITORY) -> Iterator[Finding]:
             count += 1
         except ValueError as error:
             problem = problem or f"{path.name}: {error}"
-    good = problem is None and count > 0
-    yield Finding("run records", problem or f"{count}", *_judged(good, again))
-    found, problem = [], None
-    for folder in sorted((root / "data" / "teachers").glob("*")):
-        try:
-            with safe_open(folder / "model.safetensors", framework="pt") as weights:
-                found += [folder.name] if weights.keys() else []
-        except (OSError, SafetensorError) as error:
-            problem = problem or f"{folder.name}: {error}"
-    good = problem is None and bool(found)
-    yield Finding("teachers", problem or ", ".join(found) or "none", *_judged(good, again))
+    yield Finding("run records", problem or f"{count}", *_judged(problem is None and count > 0, again))
+    folders, problem = sorted((root / "data" / "teachers").glob("*")), None
+    try:
+        for folder in folders:
+            stored.check_network(folder.name, folder)
+    except OSError as error:
+        problem = str(error)
+    found = ", ".join(folder.name for folder in folders)
+    yield Finding("teachers", problem or found or "none", *_judged(problem is None and found != "", again))
 
 
 def glue_mirror(folder: Path) -> Iterator[Finding]:
@@ -419,8 +376,8 @@ def examine(glue: Path | None = None, ask_hub: bool = False, root: Path = _REPOS
         yield finding
     if not good:
         return
-    checks: list[Check] = [offline_bert, device, precisions, threads, attention_kernels, eager_derivative, memory, disk]
-    checks += [miniglue_data, partial(shipped_data, root)]
+    checks: list[Check] = [offline_bert, device, precisions, threads, eager_derivative, memory, disk, miniglue_data]
+    checks += [partial(shipped_data, root)]
     checks += [partial(glue_mirror, glue)] if glue is not None else []
     checks += [caches, *([hub] if ask_hub else [])]
     for check in checks:

@@ -287,8 +287,12 @@ def feedback_split(
         )
     labels = np.asarray(train.with_format("numpy")[label_column][:])
     taken = _stratified(labels, size, np.random.default_rng([seed, 1]))
-    rest = np.setdiff1d(np.arange(len(train)), taken)
-    return train.select(rest), train.select(np.sort(taken))
+    return _cut(train, taken)
+
+
+def _cut(train: Dataset, taken: np.ndarray) -> tuple[Dataset, Dataset]:
+    """What is left of `train`, and the rows at the places `taken`, both in their order."""
+    return train.select(np.setdiff1d(np.arange(len(train)), taken)), train.select(np.sort(taken))
 
 
 def _stratified(labels: np.ndarray, size: int, generator: np.random.Generator) -> np.ndarray:
@@ -313,12 +317,11 @@ def _carve(train: Dataset, task: Task, notes: list[str]) -> tuple[Dataset, Datas
             "out: add a file named validation beside train"
         )
     taken = often[_stratified(labels[often], max(1, round(len(often) / 10)), np.random.default_rng([0, 2]))]
-    rest = np.setdiff1d(np.arange(len(train)), taken)
     notes.append(
         f"task {task.name!r} has no validation split (nothing is called {', '.join(sources.also('validation'))}): "
         f"{len(taken)} of its {len(train)} training rows are set aside for validation, the same ones at every run"
     )
-    return train.select(rest), train.select(np.sort(taken))
+    return _cut(train, taken)
 
 
 def fingerprint(data: TaskData) -> str:
@@ -363,12 +366,6 @@ def _is_own(task: Task) -> bool:
     return task.name not in TASKS or task.config != task.name
 
 
-def _columns(task: Task) -> tuple[str, ...]:
-    """The columns beside the texts: the label, and what MiniGLUE's oracle knows."""
-    oracle = miniglue.ORACLE if task.name in miniglue.TASK_NAMES and not _is_own(task) else ()
-    return (task.label_column, *oracle)
-
-
 def _splits(source: str | Path, task: Task, want_test: bool, notes: list[str]) -> tuple[dict[str, Table], Task]:
     """The splits as they are in the source, and the task with the test splits that are there.
 
@@ -376,7 +373,9 @@ def _splits(source: str | Path, task: Task, want_test: bool, notes: list[str]) -
     """
     tests = ("test",) if task.test_splits is None else task.test_splits
     splits = (task.train_split, *task.evaluation_splits, *tests)
-    found = sources.find(source, sources.Wanted(task.name, task.config, splits, task.text_columns, _columns(task)))
+    oracle = miniglue.ORACLE if task.name in miniglue.TASK_NAMES and not _is_own(task) else ()
+    wanted = sources.Wanted(task.name, task.config, splits, task.text_columns, (task.label_column, *oracle))
+    found = sources.find(source, wanted)
     may_miss = {*(tests if task.test_splits is None or not want_test else ())}
     if _is_own(task) and task.evaluation_splits == ("validation",):
         may_miss.add("validation")

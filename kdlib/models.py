@@ -66,12 +66,7 @@ _MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9
 
 _NARROW = {"hidden_size": 264, "embedding_size": 132, "intermediate_size": 1056, "num_attention_heads": 12}
 SHAPES: dict[str, dict[str, int]] = {
-    "tutor-66m": {
-        "num_hidden_layers": 6,
-        "hidden_size": 768,
-        "intermediate_size": 3072,
-        "num_attention_heads": 12,
-    },
+    "tutor-66m": {"num_hidden_layers": 6, "hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12},
     "tutor-14m": {"num_hidden_layers": 12, **_NARROW},
     "tutor-9m": {"num_hidden_layers": 6, **_NARROW},
     "tutor-5.7m": {"num_hidden_layers": 2, **_NARROW},
@@ -144,29 +139,17 @@ def is_small(name: str) -> bool:
     return is_tiny(name) or name in (BOOK_TEACHER, BOOK_MASKED)
 
 
-def _book_teacher_folder(task: str) -> Path:
-    """Where the book's teacher for a MiniGLUE task is stored.
+def _kept(name: str, what: str, otherwise: str) -> str:
+    """The folder of one of the book's networks.
 
-    Raises FileNotFoundError for a task without one, and for an installation without the repository's data.
+    Raises FileNotFoundError where there is none, as in an installation without the repository's data.
     """
-    return _kept(task, f"teacher for task {task!r}", "take teacher 'tiny-4x128', which is fine-tuned first")
-
-
-def _book_masked_folder() -> Path:
-    """Where the book's masked language model is stored.
-
-    Raises FileNotFoundError if there is none, as in an installation without the repository's data.
-    """
-    return _kept("mini-corpus", "masked language model 'book-mlm'", "take a random one, such as 'tiny-4x128'")
-
-
-def _kept(name: str, what: str, otherwise: str) -> Path:
     folder = Path(__file__).resolve().parents[1] / "data" / "teachers" / name
     if not (folder / "config.json").exists():
         raise FileNotFoundError(
             f"there is no stored {what} at {folder}: {otherwise}, or make one with `make experiments`"
         )
-    return folder
+    return str(folder)
 
 
 def tiny_config(name: str, vocab_size: int, num_labels: int) -> BertConfig:
@@ -315,10 +298,7 @@ def load(name: str, task: glue.Task, tokenizer: PreTrainedTokenizerBase, seed: i
         if is_fresh(name):
             config = _fresh_config(name, tokenizer, task.num_labels)
             _set_labels(config, task)
-            model = AutoModelForSequenceClassification.from_config(
-                config, attn_implementation=FAST_ATTENTION, trust_remote_code=False
-            )
-            _note_new(model, [name for name, _ in model.named_parameters()])
+            model = _random(AutoModelForSequenceClassification, config)
         else:
             location, config = _configured(name, task)
             before = copy.deepcopy(config)
@@ -351,11 +331,7 @@ def load_masked(name: str, tokenizer: PreTrainedTokenizerBase, seed: int = 0) ->
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if is_fresh(name):
-            config = _fresh_config(name, tokenizer)
-            model = AutoModelForMaskedLM.from_config(
-                config, attn_implementation=FAST_ATTENTION, trust_remote_code=False
-            )
-            _note_new(model, [name for name, _ in model.named_parameters()])
+            model = _random(AutoModelForMaskedLM, _fresh_config(name, tokenizer))
         else:
             model = _stored(AutoModelForMaskedLM, name, *_configured(name))
     return _with_vocabulary(name, model, tokenizer).eval()
@@ -375,6 +351,9 @@ def head_is_new(model: PreTrainedModel) -> bool:
     return any(not _in_encoder(model, name) for name in new)
 
 
+_Use = type[AutoModelForSequenceClassification] | type[AutoModelForMaskedLM]
+
+
 def _note_new(model: Any, names: Iterable[str]) -> None:
     model.new_weights = tuple(names)
 
@@ -388,12 +367,13 @@ def _configured(name: str, task: glue.Task | None = None) -> tuple[str, Pretrain
         return location, AutoConfig.from_pretrained(location, trust_remote_code=False)
 
 
-def _stored(
-    kind: type[AutoModelForSequenceClassification] | type[AutoModelForMaskedLM],
-    name: str,
-    location: str,
-    config: PretrainedConfig,
-) -> PreTrainedModel:
+def _random(kind: _Use, config: PretrainedConfig) -> PreTrainedModel:
+    model = kind.from_config(config, attn_implementation=FAST_ATTENTION, trust_remote_code=False)
+    _note_new(model, [name for name, _ in model.named_parameters()])
+    return model
+
+
+def _stored(kind: _Use, name: str, location: str, config: PretrainedConfig) -> PreTrainedModel:
     """The stored network as one of transformers' `kind`, with `new_weights`, if the weights fit the configuration.
 
     Sizes that differ are let through first, because transformers names none of the tensors in its error.
@@ -528,21 +508,17 @@ def first_layers(model: PreTrainedModel, layers: int, seed: int = 0) -> PreTrain
     student = copy.deepcopy(model)
     del _layers(student)[layers:]
     student.config.num_hidden_layers = layers
+    drawn: set[nn.Parameter] = set()
     if hasattr(student, "classifier"):
         head = output_layer(student)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             nn.init.normal_(head.weight, std=student.config.initializer_range)
             nn.init.zeros_(head.bias)
-        drawn = {*getattr(model, "new_weights", ()), *(n for n, p in student.named_parameters() if _is_of(head, p))}
-    else:
-        drawn = set(getattr(model, "new_weights", ()))
-    _note_new(student, [name for name, _ in student.named_parameters() if name in drawn])
+        drawn = {*head.parameters()}
+    new = getattr(model, "new_weights", ())
+    _note_new(student, [name for name, p in student.named_parameters() if name in new or p in drawn])
     return student.eval()
-
-
-def _is_of(module: nn.Module, parameter: nn.Parameter) -> bool:
-    return any(parameter is other for other in module.parameters())
 
 
 def output_layer(model: nn.Module) -> nn.Linear:
@@ -711,16 +687,13 @@ def predict(
     if len(encoded) == 0:
         raise ValueError("cannot predict an empty split")
     device = next(model.parameters()).device
-    was_training = model.training
-    model.eval()
     order, parts = sequential_batches(encoded.lengths, batch_size), []
-    for indices in bar(order, description):
-        batch = to_device(collate(encoded, indices), device)
-        with autocast():
-            parts.append(logits(model, batch).float().cpu())
-    model.train(was_training)
-    outputs = torch.cat(parts)
-    return outputs[torch.tensor(list(chain.from_iterable(order))).argsort()].numpy()
+    with evaluating(model):
+        for indices in bar(order, description):
+            batch = to_device(collate(encoded, indices), device)
+            with autocast():
+                parts.append(logits(model, batch).float().cpu())
+    return torch.cat(parts)[torch.tensor(list(chain.from_iterable(order))).argsort()].numpy()
 
 
 def trainable(module: nn.Module) -> Parameters:
@@ -880,9 +853,11 @@ def _location(name: str, task: glue.Task | None = None) -> str:
             raise ValueError(
                 f"{name!r} is a classifier for one task: the book's masked language model is {BOOK_MASKED!r}"
             )
-        return str(_book_teacher_folder(task.name))
+        return _kept(
+            task.name, f"teacher for task {task.name!r}", "take teacher 'tiny-4x128', which is fine-tuned first"
+        )
     if name == BOOK_MASKED:
-        return str(_book_masked_folder())
+        return _kept("mini-corpus", "masked language model 'book-mlm'", "take a random one, such as 'tiny-4x128'")
     if name == MINILM:
         check_minilm()
         return str(minilm_folder())

@@ -7,7 +7,7 @@ network: a local folder whose data card points elsewhere is refused.
 import json
 import re
 import tempfile
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from functools import partial
@@ -89,17 +89,21 @@ def find(source: str | Path, wanted: Wanted) -> Source:
     try:
         loaded = datasets.load_dataset(source, wanted.config)
     except Exception as error:  # the hub client has dozens of ways to fail; one message serves them all
-        reason = f"{type(error).__name__}: {tables.one_line(error)}"
-        if isinstance(error, ValueError):
-            raise ValueError(
-                f"cannot read {source!r} from the hub with configuration {wanted.config!r}: {reason}"
-            ) from error
-        raise ConnectionError(
-            f"cannot get data set {source!r} from the Hugging Face hub, and there is no folder of that name here. "
-            "Without a network, give a local folder in the same layout as the source, or 'miniglue', which ships with "
-            f"the book. The reason: {reason}"
-        ) from error
+        instead = "a local folder in the same layout as the source, or 'miniglue'"
+        part = f"{source!r} from the hub with configuration {wanted.config!r}"
+        raise not_from_hub(error, f"data set {source!r}", part, instead) from error
     return Source({split: partial(_table, rows, wanted) for split, rows in loaded.items()})
+
+
+def not_from_hub(error: Exception, what: str, part: str, instead: str) -> ValueError | ConnectionError:
+    """That `what` cannot be had from the hub, or a `part` of it not be read, as an error that says what to do."""
+    reason = f"{type(error).__name__}: {tables.one_line(error)}"
+    if isinstance(error, ValueError):
+        return ValueError(f"cannot read {part}: {reason}")
+    return ConnectionError(
+        f"cannot get {what} from the Hugging Face hub, and nothing of that name is here. Without a network, give "
+        f"{instead}, which ships with the book. The reason: {reason}"
+    )
 
 
 def local_path(source: str | Path) -> Path:
@@ -136,7 +140,6 @@ def _find_in_folder(folder: Path, wanted: Wanted) -> Source:
     """The splits of a local folder, and what its README.md promises."""
     info = card_of(folder).get(wanted.config or "default")
     home = folder / wanted.config if wanted.config and (folder / wanted.config).is_dir() else folder
-    columns = (wanted.texts, wanted.others)
     parts: dict[str, Callable[[], Table]] = {}
     for split in chain.from_iterable(map(also, wanted.splits)):
         name = re.compile(re.escape(split) + r"(-\d{5}-of-\d{5}.*)?")
@@ -149,7 +152,7 @@ def _find_in_folder(folder: Path, wanted: Wanted) -> Source:
                 f"split {split!r} has files of several kinds in {home}: {', '.join(p.name for p in files)}: keep one"
             )
         if files:
-            parts[split] = partial(_read_files, home, split, files, columns)
+            parts[split] = partial(_read_files, home, split, files, wanted)
     if name_of(wanted.splits[0], parts, folder) is None:
         # `datasets` knows further layouts, such as data/train-00000-of-00001.parquet.
         parts = _find_by_layout(folder, home, wanted)
@@ -158,9 +161,9 @@ def _find_in_folder(folder: Path, wanted: Wanted) -> Source:
     return Source(parts, promised, tuple(label.names) if isinstance(label, ClassLabel) else None)
 
 
-def _read_files(folder: Path, split: str, files: list[Path], columns: tuple[Sequence[str], Sequence[str]]) -> Table:
+def _read_files(folder: Path, split: str, files: list[Path], wanted: Wanted) -> Table:
     check_files(folder, split, files)
-    return tables.read(files, *columns)
+    return tables.read(files, wanted.texts, wanted.others)
 
 
 def card_of(folder: Path) -> DatasetInfosDict:
@@ -219,27 +222,31 @@ def _find_by_layout(folder: Path, home: Path, wanted: Wanted) -> dict[str, Calla
             f"{home} holds a single Dataset that was saved by save_to_disk, without splits: save a "
             "DatasetDict(train=..., validation=...) instead, or files train.parquet and validation.parquet"
         )
-    with tempfile.TemporaryDirectory(prefix="kdlib-") as unused, quiet():
-        try:  # by its whole path: a folder that is called csv would be taken for the reader of that name
-            builder = datasets.load_dataset_builder(str(folder.resolve()), wanted.config, cache_dir=unused)
-        except FileNotFoundError as error:
-            raise FileNotFoundError(
-                f"folder {folder} holds no data files for task {wanted.task!r}: {tables.one_line(error)}. Expected "
-                "files named train, validation (or dev) and test, each .csv, .tsv, .jsonl, .json or .parquet"
-            ) from error
-        except ValueError as error:
-            raise ValueError(
-                f"folder {folder} has no configuration {wanted.config!r} for task {wanted.task!r}: "
-                f"{tables.one_line(error)}"
-            ) from error
+    try:
+        builder = layout_of(folder, wanted.config)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"folder {folder} holds no data files for task {wanted.task!r}: {tables.one_line(error)}. Expected "
+            "files named train, validation (or dev) and test, each .csv, .tsv, .jsonl, .json or .parquet"
+        ) from error
+    except ValueError as error:
+        raise ValueError(
+            f"folder {folder} has no configuration {wanted.config!r} for task {wanted.task!r}: {tables.one_line(error)}"
+        ) from error
     files = {str(split): [Path(path) for path in paths] for split, paths in (builder.config.data_files or {}).items()}
     if reads_as_we_do(builder.config) and all(tables.format_of(path) for path in chain.from_iterable(files.values())):
-        columns = (wanted.texts, wanted.others)
-        return {split: partial(_read_files, folder, split, paths, columns) for split, paths in files.items()}
+        return {split: partial(_read_files, folder, split, paths, wanted) for split, paths in files.items()}
     for split, paths in files.items():
         check_files(folder, split, paths)
     loaded = _read_by_datasets(folder, wanted)
     return {split: partial(_table, rows, wanted) for split, rows in loaded.items()}
+
+
+def layout_of(folder: Path, config: str | None) -> datasets.DatasetBuilder:
+    """What `datasets` finds in a folder; nothing is read yet.  Raises FileNotFoundError and ValueError as it does."""
+    with tempfile.TemporaryDirectory(prefix="kdlib-") as unused, quiet():
+        # By its whole path: a folder that is called csv would be taken for the reader of that name.
+        return datasets.load_dataset_builder(str(folder.resolve()), config, cache_dir=unused)
 
 
 def reads_as_we_do(config: datasets.BuilderConfig) -> bool:

@@ -79,7 +79,7 @@ class TestSoundFiles:
         as_bin(copied, _use_new_zipfile_serialization=False)
         check(copied)
 
-    @settings(max_examples=40)
+    @settings(max_examples=25)
     @given(data=st.data())
     def test_safetensors_are_judged_as_their_library_does(self, data, tmp_path_factory):
         """Whatever is cut off, put behind or written into the length of the header."""

@@ -1,1 +1,1 @@
-"""What the Makefile calls: set up, execute the book, build the site, check everything.  Not part of kdlib."""
+"""What the Makefile calls (set up, execute, build, check), and the grammar of MiniGLUE.  Not part of kdlib."""

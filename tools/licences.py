@@ -18,7 +18,7 @@ OURS = """\
 | what | where it comes from | terms |
 |---|---|---|
 | the book and `kdlib` | written here | Apache-2.0 |
-| MiniGLUE, `data/miniglue` | drawn from a seeded grammar by `python -m kdlib.miniglue`; no text of others | Apache-2.0 |
+| MiniGLUE, `data/miniglue` | drawn from a seeded grammar by `python -m tools.miniglue`; no text of others | Apache-2.0 |
 | stored teachers, `data/teachers` | trained on MiniGLUE by `make experiments` | Apache-2.0 |
 | run records, `data/runs`, and what was tried before them, `data/choices` | written by `make experiments` and \
 `python -m tools.experiments --choose` | Apache-2.0 |
