@@ -35,8 +35,8 @@ lab: setup  ## open the chapters in JupyterLab
 notebooks: setup  ## execute the chapters and store their outputs in chapters/*.ipynb (FORCE=1: all of them)
 	@$(PY) -m tools.book --store $(if $(FORCE),--force)
 
-experiments: setup  ## run the many-seed experiments again and write data/runs (hours)
-	@$(PY) -m tools.experiments
+experiments: setup  ## run the studies on MiniGLUE as far as they have no records in data/runs (hours)
+	@$(PY) -m kdlib study experiments/teachers.yml experiments/0*.yml
 
 pages: setup  ## write the README's tables, docs/licences.md and docs/papers.md anew
 	@$(PY) -m tools.readme

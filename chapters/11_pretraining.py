@@ -328,7 +328,7 @@ print(f"{len(TASKS)} tasks, {len(RATES)} rates, {len(SEEDS)} seeds: {total} runs
 # SST-2, and so is one that was not distilled. The command below makes the records again, and can be stopped and resumed:
 #
 # ```bash
-# python -m tools.text_comparison ../corpus/wikisplit ../glue
+# python -m kdlib study experiments/11_pretraining.yml --data wikisplit=../corpus/wikisplit nyu-mll/glue=../glue
 # ```
 
 

@@ -349,7 +349,7 @@ print("label:", expected if data.task.is_regression else data.task.label_names[e
 # and can be stopped and resumed:
 #
 # ```bash
-# python -m tools.comparison ../glue
+# python -m kdlib study experiments/12_glue.yml --data nyu-mll/glue=../glue
 # ```
 
 

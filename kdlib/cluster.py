@@ -95,14 +95,11 @@ def queued(system: str, jobs: int) -> Iterator[Client]:
     Raises ImportError that says what to install.
     """
     try:
-        import dask_jobqueue
+        import dask_jobqueue.local
     except ImportError as error:
         raise ImportError("a batch system needs dask-jobqueue: pip install 'kdlib[cluster]'") from error
-    if system == "local":
-        from dask_jobqueue.local import LocalCluster as Jobs
-    else:
-        Jobs = getattr(dask_jobqueue, f"{system.upper()}Cluster")
-    with Jobs() as cluster, Client(cluster) as client:
+    kind = dask_jobqueue.local.LocalCluster if system == "local" else getattr(dask_jobqueue, f"{system.upper()}Cluster")
+    with kind() as cluster, Client(cluster) as client:
         cluster.scale(jobs=jobs)
         yield client
 
@@ -115,12 +112,13 @@ def computed(job: Job, *teachers: object) -> str:
         module, _, name = unit.measure.partition(":")
         return json.dumps(getattr(importlib.import_module(module), name)(job), indent=1)
     record = _run(job.config)
-    later = {}
+    later: dict[str, float] = {}
     for settings in unit.then:
         after = runs.configure(**{"student": str(record.folder / STUDENT), "method": "fine_tune", **settings})
         later |= {f"{after.task}/{name}": value for name, value in _run(_here(after, job.folders)).metrics.items()}
     # What was asked, in the place of what it is called here.
-    names = {name: unit.config.flat[name] for name in ("source", "corpus") if name in unit.config.flat}
+    asked = unit.config.flat
+    names = {name: value for name, value in asked.items() if name in ("source", "corpus")}
     told = flat_record(record, run_id=unit.name, names=names, metrics=later)
     if record.teacher is not None and isinstance(unit.config, RunConfig):
         teacher = configuration.teachers_config(unit.config)
@@ -189,12 +187,12 @@ def conduct(
 
     Raises ConnectionError if the scheduler is gone: the same call goes on with what is there.
     """
-    waiting: dict[Future, Job] = {}
-    teachers: dict[str, Future] = {}
+    waiting: dict[Future[str], Job] = {}
+    teachers: dict[str, Future[str]] = {}
     options: dict[str, Any] = {"pure": False, "resources": dict(resources or {})}
     for place, unit in enumerate(missing(study, units, trying)):
         job = Job(unit, study.work / unit.name, folders or {})
-        needed: list[Future] = []
+        needed: list[Future[str]] = []
         for config in job.teachers:
             name = config.asked_id
             if name not in teachers:

@@ -289,7 +289,8 @@ def compare_with_oracle(data: glue.TaskData, outputs: dict[str, np.ndarray]) -> 
 
     * `<split>/kl`: mean KL(p* ‖ p), in nats, on validation and test;
     * `train/flipped_given`, `train/flipped_clean`: on the training examples with a planted wrong label, the share for
-      which the network predicts that wrong label, and the share for which it predicts the label before flipping.
+      which the network predicts that wrong label, and the share for which it predicts the label before flipping; not
+      there if a small training set has no such example.
     """
     values = {}
     for name, split in {**data.evaluation, **data.test}.items():
@@ -297,6 +298,8 @@ def compare_with_oracle(data: glue.TaskData, outputs: dict[str, np.ndarray]) -> 
         log_p = log_softmax(outputs[name], axis=1)
         values[f"{name}/kl"] = float((posterior * (np.log(np.clip(posterior, 1e-12, 1)) - log_p)).sum(1).mean())
     flipped = np.array(data.train["flipped"])
+    if not flipped.any():
+        return values
     predicted = outputs["train"].argmax(1)
     for name, column in (("given", data.task.label_column), ("clean", "clean_label")):
         values[f"train/flipped_{name}"] = float((predicted == np.array(data.train[column]))[flipped].mean())

@@ -131,6 +131,8 @@ def _sentence(kind: type, name: str, value: Any, error: Any) -> str:
         return str(error["ctx"]["error"])
     if error["type"] == "missing":
         return _missing(name)
+    if len(error["loc"]) > 1 and isinstance(value, (dict, list)):  # of one of its parts
+        return f"{'/'.join(map(str, error['loc']))} is {error['input']!r}: {error['msg'][:1].lower()}{error['msg'][1:]}"
     options = _options(typing.get_type_hints(kind, include_extras=True)[name])
     bounds = {key: value for _, found in options for key, value in found.items()}
     choices = [choice for option, _ in options for choice in typing.get_args(option)]

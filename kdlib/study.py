@@ -172,6 +172,7 @@ class Study:
         self.records = self._beside(self.sheet.records or self.name)
         self.choices = self._beside(self.sheet.choices) if self.sheet.choices else self.records / "choices.csv"
         self.seeds = _seeds(self.sheet.seeds)
+        _check(self.sheet, self.path)
         self.claims = [_claim(one, self.sheet) for one in self.sheet.claims or []]
 
     def _beside(self, name: str) -> Path:
@@ -347,6 +348,15 @@ def _sheet(path: Path) -> Sheet:
     if not isinstance(given, dict):
         raise ConfigurationError(f"{path} should hold a study: common, arms, seeds")
     return _made(Sheet, {**given, **_choosing(path, given)}, f"the study {path}")
+
+
+def _check(sheet: Sheet, path: Path) -> None:
+    problems = [f"a rule needs `where`: {rule}" for rule in sheet.rules or () if not isinstance(rule.get("where"), dict)]
+    looks = sheet.looks or []
+    if any(look < 2 for look in looks) or looks != sorted(set(looks)):
+        problems.append(f"looks are {looks}; expected increasing numbers of seeds, from two on")
+    if problems:
+        raise ConfigurationError(f"the study {path} is wrong:\n" + "\n".join(f"  - {problem}" for problem in problems))
 
 
 def _choosing(path: Path, given: Mapping[str, Any]) -> dict[str, Any]:

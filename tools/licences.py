@@ -20,8 +20,7 @@ OURS = """\
 | the book and `kdlib` | written here | Apache-2.0 |
 | MiniGLUE, `data/miniglue` | drawn from a seeded grammar by `python -m tools.miniglue`; no text of others | Apache-2.0 |
 | stored teachers, `data/teachers` | trained on MiniGLUE by `make experiments` | Apache-2.0 |
-| run records, `data/runs`, and what was tried before them, `data/choices` | written by `make experiments` and \
-`python -m tools.experiments --choose` | Apache-2.0 |
+| run records, `data/runs`, and what was tried before them, `data/choices` | written by `python -m kdlib study` | Apache-2.0 |
 | published tables, `data/published` | numbers copied from the four papers, source stated for each | facts; cite the papers |"""
 
 GLUE = """\

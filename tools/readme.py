@@ -81,7 +81,7 @@ def _lesson(config: dict[str, Any]) -> str:
 
 
 def glue_table(root: Path = ROOT) -> str:
-    """Validation accuracy on real GLUE, in per cent, by method: a column for each task, from `tools.comparison`.
+    """Validation accuracy on real GLUE, in per cent, by method: a column for each task, of the study 12_glue.
 
     The teacher's row is that of its fine-tuning, before it teaches.
     """
@@ -95,7 +95,7 @@ def glue_table(root: Path = ROOT) -> str:
         scores.setdefault(who, {}).setdefault(task, []).append(100 * record.metrics["validation/accuracy"])
     tasks = sorted({task for row in scores.values() for task in row}, reverse=True)
     if not tasks:
-        return "No runs are on record: `python -m tools.comparison FOLDER` makes them."
+        return "No runs are on record: `python -m kdlib study experiments/12_glue.yml` makes them."
     head = [f"| learns by | {' | '.join(tasks)} |", f"|---|{'---:|' * len(tasks)}"]
     order = sorted(scores, key=lambda who: (not who.startswith("the "), who))
     rows = [f"| {who} | {' | '.join(_spread(scores[who].get(task, [])) for task in tasks)} |" for who in order]

@@ -107,7 +107,7 @@ def test_another_objective_is_named(small):
 
 def test_without_records_it_is_said(small):
     assert "make experiments" in readme.result_table(small[0])
-    assert "tools.comparison" in readme.glue_table(small[0])
+    assert "experiments/12_glue.yml" in readme.glue_table(small[0])
 
 
 def test_runs_on_real_glue_have_a_table_of_their_own(small):

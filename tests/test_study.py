@@ -1,0 +1,232 @@
+"""Study files: what they ask for, what is wrong with them, and what their records decide."""
+
+import dataclasses
+import json
+
+import pytest
+import yaml
+
+from kdlib import runs
+from kdlib.settings import ConfigurationError
+from kdlib.study import Study
+from tests.test_main import RECORD
+
+COMMON = {"teacher": "tiny-2x64", "student": "tiny-2x32", "epochs": 2, "temperature": 2.0}
+ARMS = {"alone": {"method": "fine_tune"}, "fixed": {"method": "kd"}}
+
+
+@pytest.fixture
+def study(tmp_path):
+    """Writes a study file and reads it."""
+
+    def written(arms=None, common=None, seeds="0-1", **more):
+        path = tmp_path / "a-study.yml"
+        sheet = {"common": {"task": "mini-sst2", **COMMON, **(common or {})}, "arms": arms or ARMS, "seeds": seeds}
+        path.write_text(yaml.safe_dump({**sheet, **more}, sort_keys=False))
+        return Study(path)
+
+    return written
+
+
+def told(study: Study, name: str) -> list:
+    return [unit.parameters.get(name) for unit in study.units if unit.seed == study.seeds[0]]
+
+
+class TestUnits:
+    def test_go_seed_by_seed_in_the_order_of_the_file(self, study):
+        found = study(seeds="3-5").units
+        assert [(unit.seed, unit.arm) for unit in found] == [(s, arm) for s in (3, 4, 5) for arm in ("alone", "fixed")]
+
+    def test_are_the_runs_that_configure_makes(self, study):
+        unit = study().units[1]
+        by_hand = runs.configure(task="mini-sst2", method="kd", seed=0, **COMMON)
+        assert unit.config == by_hand and unit.name == by_hand.asked_id
+
+    def test_take_from_common_what_the_method_reads(self, study):
+        alone = study(common={"pkd_weight": 0.5}).units[0]
+        assert alone.config.flat["temperature"] is None and alone.config.teacher is None
+
+    def test_of_an_arm_may_not_have_what_the_method_does_not_read(self, study):
+        with pytest.raises(ConfigurationError, match=r"arm 'alone'.*(?s:.*)does not read temperature"):
+            _ = study(arms={"alone": {"method": "fine_tune", "temperature": 3.0}}).units
+
+    def test_lists_are_axes(self, study):
+        found = study(arms={"all": {"method": ["kd", "prokt"], "alpha": [0.1, 0.2]}}, seeds=7)
+        axes = [{"method": m, "alpha": a} for m in ("kd", "prokt") for a in (0.1, 0.2)]
+        assert [unit.axes for unit in found.units] == axes
+        assert [(unit.config.method, unit.config.settings.alpha) for unit in found.units] == [
+            tuple(one.values()) for one in axes
+        ]
+
+    def test_of_an_arm_that_is_like_another_have_its_parameters_and_notes_too(self, study):
+        arms = {**ARMS, "warm": {"like": "fixed", "temperature": 8.0}, "warmer": {"like": "warm", "alpha": 0.3}}
+        arms["fixed"] = {"method": "kd", "seeds": 9}
+        found = study(arms=arms)
+        (unit,) = [unit for unit in found.units if unit.arm == "warmer"]
+        assert (unit.seed, unit.parameters["temperature"], unit.parameters["alpha"]) == (9, 8.0, 0.3)
+
+    def test_rules_hold_where_their_parameters_have_their_values_and_arms_go_first(self, study):
+        rules = [
+            {"where": {"method": ["kd", "prokt"]}, "learning_rate": 0.1},
+            {"where": {"method": "kd", "alpha": 0.2}, "learning_rate": 0.2},
+            {"where": {"learning_rate": 0.2}, "batch_size": 7},  # rules see what earlier ones say
+        ]
+        arms = {"a": {"method": ["fine_tune", "kd"]}, "b": {"method": "kd", "alpha": 0.2}}
+        arms["c"] = {"like": "b", "learning_rate": 0.3}
+        found = study(arms=arms, rules=rules)
+        assert told(found, "learning_rate") == [None, 0.1, 0.2, 0.3]
+        assert told(found, "batch_size") == [None, None, 7, None]
+
+    def test_seeds_of_teachers_follow_and_numbers_are_numbers(self, study):
+        found = study(common={"teacher_seed": "seed + 50", "learning_rate": "1e-3"}, arms={"fixed": ARMS["fixed"]})
+        assert [(u.seed, u.parameters["teacher_seed"]) for u in found.units] == [(0, 50), (1, 51)]
+        assert found.units[0].config.learning_rate == 1e-3
+
+    def test_on_text_are_runs_on_text(self, study):
+        found = study(arms={"text": {"method": "soft_labels", "corpus": "mini-corpus", "task": None, "epochs": None}})
+        with pytest.raises(ConfigurationError, match="unknown parameter 'task'"):
+            _ = found.units
+        arms = {"text": {"method": "soft_labels"}}
+        found = Study(_written(found.path, {"common": {"steps": 3, "corpus": "mini-corpus"}, "arms": arms, "seeds": 0}))
+        assert found.units[0].config.steps == 3
+
+    def test_that_are_more_than_a_run_are_named_after_arm_axes_and_seed(self, study):
+        arms = {"a way, twice": {"method": "kd", "alpha": [0.1, 0.2], "measure": "some.module:function"}}
+        assert [unit.name for unit in study(arms=arms, seeds=4).units] == [
+            "a-way-twice-alpha-0.1-seed4",
+            "a-way-twice-alpha-0.2-seed4",
+        ]
+
+
+def _written(path, sheet):
+    path.write_text(yaml.safe_dump(sheet))
+    return path
+
+
+class TestMistakes:
+    def test_in_all_arms_are_one_message(self, study):
+        arms = {"a": {"method": "kdd"}, "b": {"like": "c"}, "d": {"like": "d"}, "e": {"method": "kd", "alpah": 0.5}}
+        with pytest.raises(ConfigurationError) as error:
+            _ = study(arms=arms).units
+        for part in ("arm 'a'", "did you mean 'kd'", "like 'c', which is no arm", "d → d", "did you mean 'alpha'"):
+            assert part in str(error.value)
+        assert "a-study.yml" in str(error.value)
+
+    @pytest.mark.parametrize(
+        ("changes", "said"),
+        [
+            ({"seeds": "4-2"}, "seeds are '4-2'"),
+            ({"seeds": "many"}, "seeds are 'many'"),
+            ({"sedes": 1}, "unknown field 'sedes'; did you mean 'seeds'"),
+            ({"looks": [0]}, "looks"),
+            ({"rules": [{"learning_rate": 1}]}, "where"),
+            ({"choose": {"arms": {}, "seeds": 1, "by": [], "rule": "luck"}}, "rule is 'luck'"),
+            ({"claims": [{"arm": "fixd", "against": "alone", "metric": "m", "margin": 1.0}]}, "did you mean 'fixed'"),
+            ({"claims": [{"arm": "fixed", "against": "alone", "metric": "m"}]}, "margin is missing"),
+            ({"claims": [{"arm": "fixed", "against": "alone", "metric": "m", "margin": -1.0}]}, "margin"),
+        ],
+    )
+    def test_in_the_file_are_named(self, study, changes, said):
+        with pytest.raises(ConfigurationError, match=said):
+            study(**changes)
+
+    def test_an_arm_is_not_missing_or_empty(self, study, tmp_path):
+        with pytest.raises(ConfigurationError, match="should hold a study"):
+            Study(_written(tmp_path / "x.yml", [1]))
+        with pytest.raises(ConfigurationError, match="cannot read"):
+            Study(tmp_path / "none.yml")
+        with pytest.raises(ConfigurationError, match="arms/empty is None"):
+            _ = study(arms={"empty": None}).units
+
+    def test_a_claim_compares_one_cell_with_one(self, study):
+        arms = {"alone": {"method": "fine_tune", "epochs": [1, 2]}, "fixed": {"method": "kd"}}
+        claim = {"arm": "fixed", "against": "alone", "metric": "m", "margin": 1.0}
+        with pytest.raises(ConfigurationError, match="one cell with several"):
+            _ = study(arms=arms, claims=[claim]).pairs
+        with pytest.raises(ConfigurationError, match="compares nothing"):
+            _ = study(arms=arms, claims=[{**claim, "where": {"epochs": 3}}]).pairs
+        assert len(study(arms=arms, claims=[{**claim, "where": {"epochs": 2}}]).pairs) == 1
+
+
+class TestChosen:
+    CHOOSE = {"arms": {"t": {"method": "kd", "learning_rate": [0.1, 0.2]}}, "seeds": "100-101"}
+    TABLE = "method,task,learning_rate,mean,worst\nkd,mini-sst2,0.1,0.9,0.1\nkd,mini-sst2,0.2,0.8,0.7\n"
+
+    def test_is_the_best_by_the_rule(self, study, tmp_path):
+        (tmp_path / "a-study").mkdir()
+        (tmp_path / "a-study" / "choices.csv").write_text(self.TABLE)
+        arms = {"fixed": {"method": "kd", "learning_rate": "chosen"}}
+        for rule, best in (("best mean", 0.1), ("best worst seed", 0.2)):
+            choose = {**self.CHOOSE, "by": ["method", "task", "learning_rate"], "rule": rule}
+            assert told(study(arms=arms, choose=choose), "learning_rate") == [best]
+            choose["higher_is_better"] = False
+            assert told(study(arms=arms, choose=choose), "learning_rate") == [{0.1: 0.2, 0.2: 0.1}[best]]
+        with pytest.raises(ConfigurationError, match="no trial with .*prokt"):
+            _ = study(arms={"p": {"method": "prokt", "learning_rate": "chosen"}}, choose=choose).units
+
+    def test_needs_trials_and_their_table(self, study):
+        arms = {"fixed": {"method": "kd", "learning_rate": "chosen"}}
+        with pytest.raises(ConfigurationError, match="name it in choose: by"):
+            _ = study(arms=arms).units
+        choose = {**self.CHOOSE, "by": ["learning_rate"]}
+        with pytest.raises(ConfigurationError, match="run the study with --choose"):
+            _ = study(arms=arms, choose=choose).units
+        assert [unit.seed for unit in study(arms=arms, choose=choose).trials] == [100, 100, 101, 101]
+        choose["arms"] = arms
+        with pytest.raises(ConfigurationError, match="a trial gives the values"):
+            _ = study(arms=arms, choose=choose).trials
+
+
+class TestDecisions:
+    CLAIM = {"arm": "fixed", "against": "alone", "metric": "test/accuracy", "margin": 0.05}
+
+    def keep(self, study, gains):
+        """Records in which `fixed` is ahead by so much, seed by seed."""
+        study.records.mkdir(exist_ok=True)
+        for unit in study.units:
+            if unit.seed < len(gains):
+                value = 0.5 + 0.1 * unit.seed + (unit.arm == "fixed") * gains[unit.seed]
+                told = {"run_id": unit.name, "config": unit.config.flat, "metrics": {"test/accuracy": value}}
+                fields = vars(dataclasses.replace(RECORD, **told))
+                study.record(unit).write_text(json.dumps({n: v for n, v in fields.items() if n != "folder"}))
+
+    @pytest.mark.parametrize(
+        ("gains", "verdict"),
+        [
+            ([0.2, 0.21, 0.19, 0.2], "better"),
+            ([-0.2, -0.21, -0.19, -0.2], "worse"),
+            ([0.01, -0.01, 0.0, 0.0], "equal"),
+            ([0.3, -0.3, 0.2, -0.1], "open"),
+        ],
+    )
+    def test_are_those_of_the_paired_differences(self, study, gains, verdict):
+        found = study(claims=[self.CLAIM], seeds="0-3")
+        self.keep(found, gains)
+        (decision,) = found.decisions().values()
+        assert decision.verdict == verdict and decision.difference.mean == pytest.approx(sum(gains) / 4)
+        assert list(found.verdicts()["alone"]) == [verdict]
+        assert found.verdicts().index[0] == "fixed − alone, test/accuracy"
+
+    def test_wait_for_a_look_and_take_only_its_seeds(self, study):
+        found = study(claims=[self.CLAIM], seeds="0-9", looks=[3, 6])
+        assert found.looks == [3, 6, 10]
+        self.keep(found, [0.2, 0.21])
+        assert found.decisions() == {}
+        self.keep(found, [0.2, -0.2, 0.1, 0.9, 0.9])
+        (decision,) = found.decisions().values()
+        assert (decision.verdict, decision.difference.seeds, decision.next_look) == ("open", 3, 6)
+
+    def test_a_missing_seed_holds_back_the_later_ones(self, study):
+        """Else whoever fails would decide which seeds count."""
+        found = study(claims=[self.CLAIM], seeds="0-4", looks=[3])
+        self.keep(found, [0.1, 0.2, 0.1, 0.2, 0.1])
+        found.record(next(unit for unit in found.units if unit.seed == 1)).unlink()
+        assert found.decisions() == {}
+
+    def test_a_table_has_a_row_for_each_record(self, study):
+        found = study(arms={"fixed": {"method": "kd", "alpha": [0.1, 0.2]}, "alone": {"method": "fine_tune"}})
+        self.keep(found, [0.1])
+        table = found.table("test/accuracy")
+        assert list(table.columns) == ["arm", "alpha", "seed", "test/accuracy"] and len(table) == 3
+        with pytest.raises(ValueError, match="has no test/f1: it has test/accuracy"):
+            found.table("test/f1")
