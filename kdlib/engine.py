@@ -9,12 +9,13 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypedDict
 
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kdlib import files, machine, models, processes, trainer
@@ -61,6 +62,8 @@ class Findings:
     metrics: dict[str, float]
     samples: dict[str, int]
     parameters: int
+    embeddings: int | None = None
+    bytes: int | None = None
     teacher: str | None = None
     oracle: dict[str, float] = field(default_factory=dict)
     unknown: dict[str, float] = field(default_factory=dict)
@@ -161,6 +164,28 @@ def _clear(folder: Path) -> None:
         shutil.rmtree(folder / network, ignore_errors=True)
     for left in (*folder.glob(f"{trainer.LOGITS}*"), *folder.glob("*.tsv")):
         left.unlink()
+
+
+class Sizes(TypedDict):
+    """How large a network is: its parameters, those of them in tables of embeddings, bytes of its weights on disk."""
+
+    parameters: int
+    embeddings: int
+    bytes: int
+
+
+def sizes(network: nn.Module, folder: Path) -> Sizes:
+    """How large a network is that was saved in `folder`."""
+
+    def count(modules: Iterable[nn.Module]) -> int:
+        return sum(p.numel() for p in {p for module in modules for p in module.parameters()})
+
+    tables = (module for module in network.modules() if isinstance(module, nn.Embedding))
+
+    def stored() -> int:
+        return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+
+    return {"parameters": count([network]), "embeddings": count(tables), "bytes": processes.once(stored)}
 
 
 def save_pretrained(network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:

@@ -25,7 +25,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kdlib import checkpoints, corpus, engine, models, processes, representations, trainer
 from kdlib.batches import Encoded, sequential_batches
-from kdlib.engine import STUDENT, Findings, Prepared, forget, name_of, save_pretrained
+from kdlib.engine import STUDENT, Findings, Prepared, forget, name_of, save_pretrained, sizes
 from kdlib.learner import (
     BATCH_SIZE,
     WARMUP_RATIO,
@@ -481,5 +481,5 @@ def _finish(
     return Findings(
         metrics=result.best_metrics,
         samples={"train": len(text.encoded), "validation": len(held_out), **counts},
-        parameters=sum(p.numel() for p in network.base_model.parameters()),
+        **sizes(network.base_model, config.folder / STUDENT),
     )

@@ -43,6 +43,10 @@ class RunRecord:
     """the share of word pieces that the vocabulary does not have, by split; only where there are any"""
     notes: list[str] = field(default_factory=list)
     """what was decided when the data were read, see `glue.load`"""
+    embeddings: int | None = None
+    """how many of the parameters are tables of embeddings; None in records from before, as the next one"""
+    bytes: int | None = None
+    """of the student's weights on disk"""
     folder: Path = field(default=Path(), compare=False)
 
     @property
