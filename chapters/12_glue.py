@@ -139,6 +139,7 @@ device = "auto"
 predict_test = True  # also where the test labels are hidden, for a submission
 output_dir = "_runs"
 resume = True  # go on with an interrupted run, reuse a finished one
+log_with = None  # who follows the history while it grows, on this machine: "tensorboard", "trackio", "wandb"
 
 # A teacher that learns: chapters 4 to 7
 teaching_rate = None  # its learning rate while it teaches

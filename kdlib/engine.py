@@ -18,7 +18,7 @@ from typing import Any, Protocol, TypedDict
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from kdlib import files, machine, models, processes, trainer
+from kdlib import files, machine, models, processes, trackers, trainer
 from kdlib.folders import alone_in, prepare_folder, writing_to
 from kdlib.records import RECORD, RunRecord, read_record, write_record
 from kdlib.trainer import Result, Training
@@ -53,6 +53,10 @@ class Config(Protocol):
     @property
     def max_seconds(self) -> float | None:
         """How long it may take."""
+
+    @property
+    def log_with(self) -> trackers.Tracker | None:
+        """Who follows it while it trains."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,17 +117,20 @@ def _finished(folder: Path) -> bool:
 
 def _compute(config: Config, prepare: Callable[[], Prepared]) -> RunRecord:
     started = time.perf_counter()
+    trackers.check(config.log_with)
     prepared = prepare()
+    accelerator = prepared.training.kept.accelerator
     left = None if config.max_seconds is None else config.max_seconds - (time.perf_counter() - started)
     identity = {**config.identity, **config.contents}
-    result = trainer.train(prepared.training, config.folder, identity, max_seconds=left)
+    with trackers.following(accelerator, config.log_with, config.folder, config.identity):
+        result = trainer.train(prepared.training, config.folder, identity, max_seconds=left)
     record = RunRecord(
         run_id=config.run_id,
         config=config.flat,
         best_step=result.best_step,
         history=result.history.to_dict("records"),
         seconds=round(result.seconds, 1),
-        environment=machine.environment(prepared.training.kept.accelerator.device),
+        environment=machine.environment(accelerator.device),
         git_commit=machine.git_commit(),
         finished=datetime.now(UTC).isoformat(timespec="seconds"),
         contents=config.contents,
@@ -154,6 +161,7 @@ def forget(folder: Path) -> None:
 def _remove(folder: Path) -> None:
     (folder / RECORD).unlink(missing_ok=True)
     _clear(folder)
+    shutil.rmtree(folder / trackers.TRACKED, ignore_errors=True)
     for state in (trainer.CHECKPOINT, trainer.BEST):
         (folder / state).unlink(missing_ok=True)
 

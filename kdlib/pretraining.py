@@ -62,6 +62,7 @@ from kdlib.settings import (
     unknown,
     unread,
 )
+from kdlib.trackers import Tracker
 
 TUTOR_WEIGHTS = "tutor.safetensors"
 MAX_NAME = 100
@@ -128,6 +129,8 @@ class PretrainingConfig:
     """where the tokenised corpus is kept; None: output_dir/corpora"""
     resume: bool = True
     """go on with an interrupted run and reuse a finished one; False: start afresh"""
+    log_with: Tracker | None = None
+    """who follows the history while it grows, on this machine: "tensorboard", "trackio" or "wandb\""""
     settings: Any = None
     """what the method alone reads, an object of its class in `ON_TEXT`"""
 

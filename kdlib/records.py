@@ -11,8 +11,8 @@ import pandas as pd
 from kdlib import files
 
 RECORD = "record.json"
-NOT_IDENTITY = ("output_dir", "cache_dir", "resume", "device", "checkpoint_every", "max_seconds")
-"""Parameters that say where a run is computed, kept and how often it is saved, not what is computed."""
+NOT_IDENTITY = ("output_dir", "cache_dir", "resume", "device", "checkpoint_every", "max_seconds", "log_with")
+"""Parameters that say where a run is computed, kept, how often it is saved and who follows it, not what is computed."""
 
 
 @dataclass
