@@ -64,7 +64,8 @@ def test_tied_embeddings_count_once(tmp_path):
 
 def test_the_report_takes_its_numbers_from_the_records_and_loads_nothing(record, monkeypatch):
     monkeypatch.setattr(models, "load", lambda *_: pytest.fail("loaded a network"))
-    found = report.report(record.folder, measure=False)
+    record = dataclasses.replace(record, metrics={"validation/accuracy": 0.125, "test/accuracy": 0.25})
+    found = report.report(record, measure=False)
     teacher, student = found.networks
     theirs = records.read_record(record.folder.parent / record.teacher)
     assert (teacher.name, student.name, found.measured_on) == ("teacher", "student", None)
@@ -135,8 +136,10 @@ def test_without_a_teacher_and_with_one_that_learns(tmp_path, monkeypatch):
     alone = runs.run(runs.configure(**{n: v for n, v in small.items() if n != "teacher"}, method="fine_tune"))
     assert [network.name for network in report.report(alone, measure=False).networks] == ["student"]
     mutual = runs.run(runs.configure(**small, method="dml"))
+    mutual = dataclasses.replace(mutual, metrics=mutual.metrics | {"teacher/validation/accuracy": 0.875})
     teacher, student = report.report(mutual, measure=False).networks
-    assert teacher.scores == {"accuracy": mutual.metrics["teacher/validation/accuracy"]} and teacher.seconds is None
+    assert teacher.scores == {"accuracy": 0.875} and teacher.seconds is None
+    assert student.scores == {"accuracy": mutual.metrics["validation/accuracy"]}
     assert teacher.parameters > student.parameters and not told
 
 
