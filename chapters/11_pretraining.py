@@ -108,6 +108,7 @@ device = "auto"
 output_dir = "_runs"
 cache_dir = None  # of the tokenised text
 resume = True  # go on with an interrupted run, reuse a finished one
+log_with = None  # who follows the history while it grows, on this machine: "tensorboard", "trackio", "wandb"
 
 # Tutor-KD: chapters 8 and 9
 relation_heads = None  # minilm_v2

@@ -74,7 +74,7 @@ import pandas as pd
 from IPython.display import Markdown
 from scipy import stats
 
-from kdlib import book, models, plots, runs
+from kdlib import book, models, plots, report, runs
 
 plots.use_style()
 names_before = set(globals()) | {"names_before"}
@@ -139,6 +139,7 @@ device = "auto"
 predict_test = True  # also where the test labels are hidden, for a submission
 output_dir = "_runs"
 resume = True  # go on with an interrupted run, reuse a finished one
+log_with = None  # who follows the history while it grows, on this machine: "tensorboard", "trackio", "wandb"
 
 # A teacher that learns: chapters 4 to 7
 teaching_rate = None  # its learning rate while it teaches
@@ -337,6 +338,33 @@ print("student:", answer["label"] if not data.task.is_regression else f"{answer[
 print("label:", expected if data.task.is_regression else data.task.label_names[expected])
 
 # %% [markdown]
+# ## What it saves
+#
+# The record knows how large both networks are and how long they trained. What a sentence costs depends on the machine, so it is measured
+# here: on one sentence at a time, as a server gets them, and on 32 together, as an archive is read. The sentences have the lengths of
+# the validation split, padded to the longest of a batch. Peak memory is that of weights and tensors for the larger batch.
+
+# %%
+costs = report.report(record, seconds=0.5)
+print(costs.measured_on)
+costs.table.T.round(3)
+
+# %% mystnb={"image": {"alt": "Validation metric against the milliseconds that a sentence takes, for teacher and student, each alone and in batches of 32."}, "figure": {"name": "fig-glue-latency", "caption": "What a sentence costs and what it gets, median and interquartile range: the student should stand left of its teacher, and not far below."}}
+figure, axes = plt.subplots()
+for network in costs.networks:
+    for each, marker in zip(network.latency, "os", strict=True):
+        label = f"{network.name}, {each.batch_size} at a time"
+        score, width = network.scores[data.task.metrics[0]], 1e3 * each.spread / 2
+        axes.errorbar(1e3 * each.median, score, xerr=width, fmt=marker, capsize=2, label=label)
+axes.set(xscale="log", xlabel="milliseconds a sentence", ylabel=metric.replace("/", " "))
+axes.legend()
+plt.show()
+
+# %% [markdown]
+# Embeddings are a table to look words up in: they fill the disk, not the time. `python -m kdlib export FOLDER --onnx --int8 --card` writes
+# the student as ONNX, once more with 8-bit weights, and a model card; `python -m kdlib report FOLDER` then has a column for each, with its score.
+# `python -m kdlib submission FOLDER …` packs the predictions of runs on GLUE's own tasks for gluebenchmark.com.
+#
 # ## What we measured
 #
 # Whatever the form says, this section shows the same runs: the methods side by side on real GLUE, *read* from `data/runs/12_glue`. MiniLM with

@@ -1,7 +1,8 @@
-"""The command line: `python -m kdlib run`, `study`, `results`, `describe` and `doctor`.
+"""The command line: `python -m kdlib run`, `study`, `results`, `report`, `export`, `submission`, `describe`, `doctor`.
 
     python -m kdlib run configs/lgtm.yml task=rte device=cuda
     python -m kdlib study experiments/05_pilot_updates.yml --dry-run
+    python -m kdlib report _runs/mini-mnli-kd-seed0-ea234739
     torchrun --nproc_per_node 2 -m kdlib run task=mini-sst2 method=lgtm
     accelerate launch --multi_gpu --num_processes 2 -m kdlib run corpus=mini-corpus method=tutor steps=300
 
@@ -16,9 +17,12 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
+
+if TYPE_CHECKING:
+    from kdlib.records import RunRecord
 
 FAILED, WRONG, INTERRUPTED = 1, 2, 130
 ELSEWHERE = {"downstream": None}
@@ -34,6 +38,18 @@ def main(arguments: list[str] | None = None) -> int:
     _study_options(commands.add_parser("study", help="compute the runs of a study file, and decide its claims"))
     table = commands.add_parser("results", help="a table over the records in a folder")
     table.add_argument("folder", type=Path)
+    costs = commands.add_parser("report", help="a run's teacher and student: size, score, latency, memory")
+    costs.add_argument("run", type=Path, help="the folder of a finished run on a task")
+    costs.add_argument("--recorded", action="store_true", help="what the records tell; nothing is measured")
+    export = commands.add_parser("export", help="write a run's student as ONNX, and its model card")
+    export.add_argument("run", type=Path, help="the folder of a finished run")
+    export.add_argument("--onnx", action="store_true", help="student/onnx/model.onnx")
+    export.add_argument("--int8", action="store_true", help="with 8-bit weights, student/onnx/model_quantized.onnx")
+    export.add_argument("--card", action="store_true", help="student/README.md")
+    export.add_argument("--licence", help="what the card says, for example apache-2.0")
+    send = commands.add_parser("submission", help="one zip for gluebenchmark.com; status 1 where it will miss a file")
+    send.add_argument("runs", nargs="+", type=Path, help="the folders of finished runs on GLUE's tasks")
+    send.add_argument("--zip", type=Path, default=Path("submission.zip"), help="where to (submission.zip)")
     one = commands.add_parser("describe", help="the parameters of a method")
     one.add_argument("method", nargs="?", help="without it, the methods")
     commands.add_parser("doctor", help="versions, device, memory and data; see --help", add_help=False)
@@ -46,7 +62,63 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if options.command == "run":
         return _run(options.given)
-    return _study(options) if options.command == "study" else _shown(options)
+    if options.command == "study":
+        return _study(options)
+    if options.command in AFTERWARDS:
+        try:
+            return AFTERWARDS[options.command](options)
+        except (ValueError, OSError, ModuleNotFoundError) as error:
+            return _said(error, FAILED)
+    return _shown(options)
+
+
+def _finished(folder: Path) -> "RunRecord":
+    from kdlib.records import RECORD, read_record
+
+    if folder.is_dir() and not (folder / RECORD).exists():
+        raise ValueError(f"{folder} holds no {RECORD}: give the folder of a finished run, which `run` prints")
+    return read_record(folder)
+
+
+def _report(options: argparse.Namespace) -> int:
+    from kdlib.report import report
+
+    found = report(_finished(options.run), measure=not options.recorded)
+    print(found.table.T.to_string(float_format="{:.4g}".format))
+    if found.measured_on:
+        print(f"latency: median and interquartile range, a sentence, on {found.measured_on}")
+    return 0
+
+
+def _export(options: argparse.Namespace) -> int:
+    from kdlib import cards, exports
+    from kdlib.engine import STUDENT
+
+    if not (options.onnx or options.int8 or options.card):
+        raise ValueError("say what to write: --onnx, --int8, --card")
+    record = _finished(options.run)
+    if options.onnx:
+        print(exports.to_onnx(record.folder / STUDENT))
+    if options.int8:
+        print(exports.to_int8(record.folder / STUDENT))
+    if options.card:
+        print(cards.write(record, options.licence))
+    return 0
+
+
+def _submission(options: argparse.Namespace) -> int:
+    from kdlib import submission
+
+    done = submission.write([_finished(run) for run in options.runs], options.zip)
+    print("\n".join(f"{name:<11} {run_id}" for name, run_id in done.answered.items()))
+    print(done.path)
+    for name, reason in done.missing.items():
+        print(f"missing: {name} ({reason})", file=sys.stderr)
+    return FAILED if done.missing else 0
+
+
+AFTERWARDS = {"report": _report, "export": _export, "submission": _submission}
+"""What can be done with finished runs."""
 
 
 def _shown(options: argparse.Namespace) -> int:

@@ -40,6 +40,7 @@ from kdlib.settings import (
     unknown,
     unread,
 )
+from kdlib.trackers import Tracker
 
 TEACHER, STUDENT_NETWORK = "tiny-2x64", "tiny-2x32"
 """Who learns from whom on MiniGLUE unless the configuration says otherwise."""
@@ -114,6 +115,8 @@ class RunConfig:
     """the folder that holds all runs"""
     resume: bool = True
     """go on with an interrupted run and reuse a finished one; False: start afresh, the teacher included"""
+    log_with: Tracker | None = None
+    """who follows the history while it grows, on this machine: "tensorboard", "trackio" or "wandb\""""
     settings: Any = None
     """what the method alone reads, an object of its class in `METHODS`"""
 

@@ -9,15 +9,16 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypedDict
 
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from kdlib import files, machine, models, processes, trainer
+from kdlib import files, machine, models, processes, trackers, trainer
 from kdlib.folders import alone_in, prepare_folder, writing_to
 from kdlib.records import RECORD, RunRecord, read_record, write_record
 from kdlib.trainer import Result, Training
@@ -53,6 +54,10 @@ class Config(Protocol):
     def max_seconds(self) -> float | None:
         """How long it may take."""
 
+    @property
+    def log_with(self) -> trackers.Tracker | None:
+        """Who follows it while it trains."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Findings:
@@ -61,6 +66,8 @@ class Findings:
     metrics: dict[str, float]
     samples: dict[str, int]
     parameters: int
+    embeddings: int | None = None
+    bytes: int | None = None
     teacher: str | None = None
     oracle: dict[str, float] = field(default_factory=dict)
     unknown: dict[str, float] = field(default_factory=dict)
@@ -110,17 +117,20 @@ def _finished(folder: Path) -> bool:
 
 def _compute(config: Config, prepare: Callable[[], Prepared]) -> RunRecord:
     started = time.perf_counter()
+    trackers.check(config.log_with)
     prepared = prepare()
+    accelerator = prepared.training.kept.accelerator
     left = None if config.max_seconds is None else config.max_seconds - (time.perf_counter() - started)
     identity = {**config.identity, **config.contents}
-    result = trainer.train(prepared.training, config.folder, identity, max_seconds=left)
+    with trackers.following(accelerator, config.log_with, config.folder, config.identity):
+        result = trainer.train(prepared.training, config.folder, identity, max_seconds=left)
     record = RunRecord(
         run_id=config.run_id,
         config=config.flat,
         best_step=result.best_step,
         history=result.history.to_dict("records"),
         seconds=round(result.seconds, 1),
-        environment=machine.environment(prepared.training.kept.accelerator.device),
+        environment=machine.environment(accelerator.device),
         git_commit=machine.git_commit(),
         finished=datetime.now(UTC).isoformat(timespec="seconds"),
         contents=config.contents,
@@ -151,6 +161,7 @@ def forget(folder: Path) -> None:
 def _remove(folder: Path) -> None:
     (folder / RECORD).unlink(missing_ok=True)
     _clear(folder)
+    shutil.rmtree(folder / trackers.TRACKED, ignore_errors=True)
     for state in (trainer.CHECKPOINT, trainer.BEST):
         (folder / state).unlink(missing_ok=True)
 
@@ -161,6 +172,28 @@ def _clear(folder: Path) -> None:
         shutil.rmtree(folder / network, ignore_errors=True)
     for left in (*folder.glob(f"{trainer.LOGITS}*"), *folder.glob("*.tsv")):
         left.unlink()
+
+
+class Sizes(TypedDict):
+    """How large a network is: its parameters, those of them in tables of embeddings, bytes of its weights on disk."""
+
+    parameters: int
+    embeddings: int
+    bytes: int
+
+
+def sizes(network: nn.Module, folder: Path) -> Sizes:
+    """How large a network is that was saved in `folder`."""
+
+    def count(modules: Iterable[nn.Module]) -> int:
+        return sum(p.numel() for p in {p for module in modules for p in module.parameters()})
+
+    tables = (module for module in network.modules() if isinstance(module, nn.Embedding))
+
+    def stored() -> int:
+        return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+
+    return {"parameters": count([network]), "embeddings": count(tables), "bytes": processes.once(stored)}
 
 
 def save_pretrained(network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:

@@ -114,6 +114,10 @@ TASKS = {task.name: task for task in (
     _task("mini-mnli", "premise hypothesis", "entailment neutral contradiction", "accuracy"),
     _task("mini-stsb", "sentence1 sentence2", "", "pearson spearmanr", **_SIMILARITY),
 )}
+DIAGNOSTICS = Task(
+    "ax", ("premise", "hypothesis"), TASKS["mnli"].class_names, ("accuracy",), evaluation_splits=(), config="ax"
+)
+"""GLUE's diagnostic pairs, a test split alone, which a model of MNLI answers; see `load_test`."""
 # fmt: on
 
 
@@ -268,6 +272,19 @@ def load(
     if feedback_fraction:
         train, feedback = feedback_split(train, feedback_fraction, seed, task.label_column)
     return TaskData(task, train, evaluation, test, feedback, tuple(notes), carved)
+
+
+def load_test(source: str | Path, task: Task) -> Dataset:
+    """The only test split of a task, checked as `load` does, whether or not there is anything to train on.
+
+    Raises what `load` raises.
+    """
+    (split,) = task.test_splits or ("test",)
+    found = sources.find(source, sources.Wanted(task.name, task.config, (split,), task.text_columns, _columns(task)))
+    name = sources.name_of(split, found.parts, source)
+    if name is None:
+        raise ValueError(f"{source} has no split {split!r} for task {task.name!r}, it has {', '.join(found.parts)}")
+    return _prepared(found.parts[name](), task, split, by_name=False)
 
 
 def feedback_split(
@@ -738,7 +755,7 @@ def _shortened(texts: list[str], tokenizer: PreTrainedTokenizerBase, max_length:
 
 _SUBMISSION_FILES = {
     "cola": "CoLA", "sst2": "SST-2", "mrpc": "MRPC", "stsb": "STS-B", "qqp": "QQP", "qnli": "QNLI", "rte": "RTE",
-    "wnli": "WNLI", "mnli-test_matched": "MNLI-m", "mnli-test_mismatched": "MNLI-mm",
+    "wnli": "WNLI", "mnli-test_matched": "MNLI-m", "mnli-test_mismatched": "MNLI-mm", "ax": "AX",
 }  # fmt: skip
 _SUBMITTED_AS_NUMBERS = {"cola", "sst2", "mrpc", "qqp", "wnli", "mini-sst2", "mini-mrpc"}
 

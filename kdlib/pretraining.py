@@ -25,7 +25,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kdlib import checkpoints, corpus, engine, models, processes, representations, trainer
 from kdlib.batches import Encoded, sequential_batches
-from kdlib.engine import STUDENT, Findings, Prepared, forget, name_of, save_pretrained
+from kdlib.engine import STUDENT, Findings, Prepared, forget, name_of, save_pretrained, sizes
 from kdlib.learner import (
     BATCH_SIZE,
     WARMUP_RATIO,
@@ -62,6 +62,7 @@ from kdlib.settings import (
     unknown,
     unread,
 )
+from kdlib.trackers import Tracker
 
 TUTOR_WEIGHTS = "tutor.safetensors"
 MAX_NAME = 100
@@ -128,6 +129,8 @@ class PretrainingConfig:
     """where the tokenised corpus is kept; None: output_dir/corpora"""
     resume: bool = True
     """go on with an interrupted run and reuse a finished one; False: start afresh"""
+    log_with: Tracker | None = None
+    """who follows the history while it grows, on this machine: "tensorboard", "trackio" or "wandb\""""
     settings: Any = None
     """what the method alone reads, an object of its class in `ON_TEXT`"""
 
@@ -490,5 +493,5 @@ def _finish(
     return Findings(
         metrics=result.best_metrics,
         samples={"train": len(text.encoded), "validation": len(held_out), **counts},
-        parameters=sum(p.numel() for p in network.base_model.parameters()),
+        **sizes(network.base_model, config.folder / STUDENT),
     )

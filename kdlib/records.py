@@ -13,8 +13,8 @@ from scipy import stats
 from kdlib import files
 
 RECORD = "record.json"
-NOT_IDENTITY = ("output_dir", "cache_dir", "resume", "device", "checkpoint_every", "max_seconds")
-"""Parameters that say where a run is computed, kept and how often it is saved, not what is computed."""
+NOT_IDENTITY = ("output_dir", "cache_dir", "resume", "device", "checkpoint_every", "max_seconds", "log_with")
+"""Parameters that say where a run is computed, kept, how often it is saved and who follows it, not what is computed."""
 
 
 @dataclass
@@ -45,6 +45,10 @@ class RunRecord:
     """the share of word pieces that the vocabulary does not have, by split; only where there are any"""
     notes: list[str] = field(default_factory=list)
     """what was decided when the data were read, see `glue.load`"""
+    embeddings: int | None = None
+    """how many of the parameters are tables of embeddings; None in records from before, as the next one"""
+    bytes: int | None = None
+    """of the student's weights on disk"""
     folder: Path = field(default=Path(), compare=False)
 
     @property

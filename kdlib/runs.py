@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from kdlib import engine, glue, metrics, models, processes, trainer
 from kdlib.batches import Encoded
 from kdlib.configuration import RunConfig, configure, load_data, readable, teachers_config
-from kdlib.engine import STUDENT, TEACHER_FOLDER, Findings, Prepared, forget, save_pretrained
+from kdlib.engine import STUDENT, TEACHER_FOLDER, Findings, Prepared, forget, save_pretrained, sizes
 from kdlib.learner import Batch, Learner, accelerator_for, learner
 from kdlib.methods.base import Cast, Learning, Trained, untrained
 from kdlib.models import Outputs
@@ -271,7 +271,7 @@ def _finish(
     return Findings(
         metrics=values,
         samples={name: len(split) for name, split in encoded.items()},
-        parameters=sum(p.numel() for p in network.parameters()),
+        **sizes(network, config.folder / STUDENT),
         teacher=None if teacher is None else teacher.run_id,
         oracle=compare_with_oracle(data, outputs) if has_oracle(config, data) else {},
         unknown={name: round(split.unknown, 4) for name, split in encoded.items() if split.unknown},

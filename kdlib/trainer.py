@@ -290,6 +290,7 @@ def train(
                 raise _located(error, state.step + 1, folder) from error
             if _due(state.step, schedule, len(training.data), total):
                 row = _row(training, state)
+                kept.accelerator.log(row, step=state.step)  # to nobody unless the run asked for a tracker
                 if state.judge(row, training.select) and training.select is not None:
                     best_weights = checkpoints.module_tensors(kept.module)
                     if folder is not None:

@@ -103,7 +103,7 @@ class TestConfigure:
         assert (config.source, config.task, config.method) == ("miniglue", "mini-mnli", "kd")
         left = {name for name, value in vars(config).items() if value is None}
         limits = {"max_train", "max_evaluation", "max_steps", "evaluate_every", "checkpoint_every", "max_seconds"}
-        assert left == limits | {"text_columns", "student_layers", "metrics", "max_grad_norm"}
+        assert left == limits | {"text_columns", "student_layers", "metrics", "max_grad_norm", "log_with"}
         left = {name for name, value in vars(config.settings).items() if value is None}
         assert left == {"pkd_layers", "pkd_normalisation", "teacher_max_grad_norm", "teacher_evaluate_every"}
         assert type(config.settings) is METHODS["kd"]

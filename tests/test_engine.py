@@ -26,6 +26,7 @@ class Config:
     identity: dict[str, Any] = field(default_factory=lambda: {"rate": 1e-3})
     contents: dict[str, str] = field(default_factory=dict)
     max_seconds: float | None = None
+    log_with: str | None = None
 
     @property
     def flat(self) -> dict[str, Any]:

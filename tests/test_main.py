@@ -6,7 +6,19 @@ import sys
 
 import pytest
 
-from kdlib import __main__, checkpoints, doctor, pretraining, processes, records, runs
+from kdlib import (
+    __main__,
+    cards,
+    checkpoints,
+    doctor,
+    exports,
+    pretraining,
+    processes,
+    records,
+    report,
+    runs,
+    submission,
+)
 from kdlib.learner import NonFiniteLossError
 from kdlib.methods import METHODS, ON_TEXT
 from kdlib.trainer import TrainingInterruptedError
@@ -173,6 +185,69 @@ def test_results_are_a_table(tmp_path, capsys):
     assert "validation/accuracy 0.875" in capsys.readouterr().out
     assert __main__.main(["results", str(tmp_path / "nowhere")]) == 1
     assert "there is no folder" in capsys.readouterr().err
+
+
+@pytest.fixture
+def finished(tmp_path):
+    """The folder of a finished run."""
+    (tmp_path / "one").mkdir()
+    records.write_record(dataclasses.replace(RECORD, folder=tmp_path / "one"))
+    return tmp_path / "one"
+
+
+def test_a_report_is_a_column_a_network(finished, monkeypatch, capsys):
+    asked = []
+    times = (report.Latency(1, 9, 0.0012345, 1e-4),)
+    student = report.Network("student", 2_000_000, 500_000, 10 * 2**20, 3.0, {"accuracy": 0.875}, times)
+    found = report.Report("a-run", (student,), "a processor, 2 threads")
+    monkeypatch.setattr(report, "report", lambda record, measure: asked.append((record.run_id, measure)) or found)
+    assert __main__.main(["report", str(finished)]) == 0
+    rows = {line.rsplit(maxsplit=1)[0].strip(): line.split()[-1] for line in capsys.readouterr().out.splitlines()}
+    assert rows["million parameters"] == "2" and rows["ms, batch 1"] == "1.234" and rows["accuracy"] == "0.875"
+    assert rows["latency: median and interquartile range, a sentence, on a processor, 2"] == "threads"
+    assert __main__.main(["report", str(finished), "--recorded"]) == 0
+    assert asked == [("a-run", True), ("a-run", False)]
+
+
+def test_an_export_writes_what_is_asked_for(finished, monkeypatch, capsys):
+    student = finished / "student"
+    monkeypatch.setattr(exports, "to_onnx", lambda folder: folder / "onnx")
+    monkeypatch.setattr(exports, "to_int8", lambda folder: folder / "int8")
+    monkeypatch.setattr(cards, "write", lambda record, licence: record.folder / f"card-{licence}")
+    assert __main__.main(["export", str(finished), "--onnx", "--int8"]) == 0
+    assert capsys.readouterr().out == f"{student / 'onnx'}\n{student / 'int8'}\n"
+    assert __main__.main(["export", str(finished), "--card", "--licence", "mit"]) == 0
+    assert capsys.readouterr().out == f"{finished / 'card-mit'}\n"
+    assert __main__.main(["export", str(finished)]) == 1
+    assert capsys.readouterr().err == "say what to write: --onnx, --int8, --card\n"
+
+    def fail(folder):
+        raise ModuleNotFoundError("an export needs the package onnxscript")
+
+    monkeypatch.setattr(exports, "to_onnx", fail)
+    assert __main__.main(["export", str(finished), "--onnx"]) == 1
+    assert capsys.readouterr().err == "an export needs the package onnxscript\n"
+
+
+def test_a_submission_says_what_it_lacks(finished, monkeypatch, tmp_path, capsys):
+    done = submission.Submission(tmp_path / "a.zip", {"RTE.tsv": "a-run"}, {"AX.tsv": "no run on this task was given"})
+    asked = []
+    monkeypatch.setattr(submission, "write", lambda runs, path: asked.append((runs[0].run_id, path)) or done)
+    assert __main__.main(["submission", str(finished), "--zip", str(done.path)]) == 1
+    shown = capsys.readouterr()
+    assert shown.out == f"RTE.tsv     a-run\n{done.path}\n"
+    assert shown.err == "missing: AX.tsv (no run on this task was given)\n" and asked == [("a-run", done.path)]
+    monkeypatch.setattr(submission, "write", lambda *_: dataclasses.replace(done, missing={}))
+    assert __main__.main(["submission", str(finished)]) == 0
+
+
+@pytest.mark.parametrize("command", ["report", "export", "submission"])
+def test_a_folder_that_is_no_run_is_named(command, tmp_path, capsys):
+    words = [command, str(tmp_path), *(["--card"] if command == "export" else [])]
+    assert __main__.main(words) == 1
+    assert f"{tmp_path} holds no record.json: give the folder of a finished run" in capsys.readouterr().err
+    assert __main__.main([*words[:1], str(tmp_path / "gone"), *words[2:]]) == 1
+    assert "gone" in capsys.readouterr().err
 
 
 def test_the_doctor_gets_what_is_meant_for_it(monkeypatch):
