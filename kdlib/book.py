@@ -6,6 +6,7 @@ import pandas as pd
 
 import kdlib
 from kdlib.records import RunRecord, is_record, read_record
+from kdlib.study import Study
 
 
 def read_records(chapter: str) -> list[RunRecord]:
@@ -18,6 +19,14 @@ def read_records(chapter: str) -> list[RunRecord]:
     if not paths:
         raise FileNotFoundError(f"no run records in {folder}: `make experiments` writes them")
     return [read_record(path) for path in paths]
+
+
+def study(name: str) -> Study:
+    """The study file experiments/<name>.yml: its arms, the table of its records, and what they decide.
+
+    Raises ConfigurationError in an installation without the repository's experiments.
+    """
+    return Study(Path(kdlib.__file__).resolve().parents[1] / "experiments" / f"{name}.yml")
 
 
 def choices(chapter: str) -> pd.DataFrame:

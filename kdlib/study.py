@@ -351,7 +351,8 @@ def _sheet(path: Path) -> Sheet:
 
 
 def _check(sheet: Sheet, path: Path) -> None:
-    problems = [f"a rule needs `where`: {rule}" for rule in sheet.rules or () if not isinstance(rule.get("where"), dict)]
+    rules = [rule for rule in sheet.rules or () if not isinstance(rule.get("where"), dict)]
+    problems = [f"a rule needs `where`: {rule}" for rule in rules]
     looks = sheet.looks or []
     if any(look < 2 for look in looks) or looks != sorted(set(looks)):
         problems.append(f"looks are {looks}; expected increasing numbers of seeds, from two on")

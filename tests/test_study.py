@@ -148,27 +148,28 @@ class TestMistakes:
         assert len(study(arms=arms, claims=[{**claim, "where": {"epochs": 2}}]).pairs) == 1
 
 
-class TestChosen:
-    CHOOSE = {"arms": {"t": {"method": "kd", "learning_rate": [0.1, 0.2]}}, "seeds": "100-101"}
-    TABLE = "method,task,learning_rate,mean,worst\nkd,mini-sst2,0.1,0.9,0.1\nkd,mini-sst2,0.2,0.8,0.7\n"
+CHOOSE = {"arms": {"t": {"method": "kd", "learning_rate": [0.1, 0.2]}}, "seeds": "100-101"}
+TABLE = "method,task,learning_rate,mean,worst\nkd,mini-sst2,0.1,0.9,0.1\nkd,mini-sst2,0.2,0.8,0.7\n"
 
+
+class TestChosen:
     def test_is_the_best_by_the_rule(self, study, tmp_path):
         (tmp_path / "a-study").mkdir()
-        (tmp_path / "a-study" / "choices.csv").write_text(self.TABLE)
+        (tmp_path / "a-study" / "choices.csv").write_text(TABLE)
         arms = {"fixed": {"method": "kd", "learning_rate": "chosen"}}
         for rule, best in (("best mean", 0.1), ("best worst seed", 0.2)):
-            choose = {**self.CHOOSE, "by": ["method", "task", "learning_rate"], "rule": rule}
+            choose = {**CHOOSE, "by": ["method", "task", "learning_rate"], "rule": rule}
             assert told(study(arms=arms, choose=choose), "learning_rate") == [best]
             choose["higher_is_better"] = False
             assert told(study(arms=arms, choose=choose), "learning_rate") == [{0.1: 0.2, 0.2: 0.1}[best]]
-        with pytest.raises(ConfigurationError, match="no trial with .*prokt"):
+        with pytest.raises(ConfigurationError, match=r"no trial with .*prokt"):
             _ = study(arms={"p": {"method": "prokt", "learning_rate": "chosen"}}, choose=choose).units
 
     def test_needs_trials_and_their_table(self, study):
         arms = {"fixed": {"method": "kd", "learning_rate": "chosen"}}
         with pytest.raises(ConfigurationError, match="name it in choose: by"):
             _ = study(arms=arms).units
-        choose = {**self.CHOOSE, "by": ["learning_rate"]}
+        choose = {**CHOOSE, "by": ["learning_rate"]}
         with pytest.raises(ConfigurationError, match="run the study with --choose"):
             _ = study(arms=arms, choose=choose).units
         assert [unit.seed for unit in study(arms=arms, choose=choose).trials] == [100, 100, 101, 101]
@@ -177,9 +178,10 @@ class TestChosen:
             _ = study(arms=arms, choose=choose).trials
 
 
-class TestDecisions:
-    CLAIM = {"arm": "fixed", "against": "alone", "metric": "test/accuracy", "margin": 0.05}
+CLAIM = {"arm": "fixed", "against": "alone", "metric": "test/accuracy", "margin": 0.05}
 
+
+class TestDecisions:
     def keep(self, study, gains):
         """Records in which `fixed` is ahead by so much, seed by seed."""
         study.records.mkdir(exist_ok=True)
@@ -200,7 +202,7 @@ class TestDecisions:
         ],
     )
     def test_are_those_of_the_paired_differences(self, study, gains, verdict):
-        found = study(claims=[self.CLAIM], seeds="0-3")
+        found = study(claims=[CLAIM], seeds="0-3")
         self.keep(found, gains)
         (decision,) = found.decisions().values()
         assert decision.verdict == verdict and decision.difference.mean == pytest.approx(sum(gains) / 4)
@@ -208,7 +210,7 @@ class TestDecisions:
         assert found.verdicts().index[0] == "fixed − alone, test/accuracy"
 
     def test_wait_for_a_look_and_take_only_its_seeds(self, study):
-        found = study(claims=[self.CLAIM], seeds="0-9", looks=[3, 6])
+        found = study(claims=[CLAIM], seeds="0-9", looks=[3, 6])
         assert found.looks == [3, 6, 10]
         self.keep(found, [0.2, 0.21])
         assert found.decisions() == {}
@@ -218,7 +220,7 @@ class TestDecisions:
 
     def test_a_missing_seed_holds_back_the_later_ones(self, study):
         """Else whoever fails would decide which seeds count."""
-        found = study(claims=[self.CLAIM], seeds="0-4", looks=[3])
+        found = study(claims=[CLAIM], seeds="0-4", looks=[3])
         self.keep(found, [0.1, 0.2, 0.1, 0.2, 0.1])
         found.record(next(unit for unit in found.units if unit.seed == 1)).unlink()
         assert found.decisions() == {}

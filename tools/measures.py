@@ -163,7 +163,7 @@ NOTHING = "nothing"
 
 
 def distilled_then_fine_tuned(job: Job) -> Record:
-    """Chapter 9: `history` of the distillation, and `scores` of the student on the test splits of the tasks after it."""
+    """Chapter 9: `history` of the distillation, and `scores` of the student on the test splits of what comes after."""
     started, parameters = time.perf_counter(), {**job.unit.parameters, "output_dir": str(job.folder)}
     record, student = None, parameters["student"]
     if parameters["method"] != NOTHING:

@@ -42,7 +42,7 @@ def plain(value) -> str:
 
 
 def test_a_chapter_without_a_table_says_how_to_make_it():
-    with pytest.raises(FileNotFoundError, match="03_nothing.yml --choose"):
+    with pytest.raises(FileNotFoundError, match=r"03_nothing\.yml --choose"):
         book.choices("03_nothing")
 
 
@@ -108,4 +108,5 @@ def test_chapter_9_takes_its_best_rates():
     compared = set(distilling["way"])
     assert len(compared) == 7
     for way in compared:
-        assert settings("09_tutor_kd", way, name="learning_rate") == {best(distilling[distilling["way"] == way], "rate")}
+        rate = best(distilling[distilling["way"] == way], "rate")
+        assert settings("09_tutor_kd", way, name="learning_rate") == {rate}
