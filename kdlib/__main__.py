@@ -231,25 +231,21 @@ def _study(options: argparse.Namespace) -> int:
 
     try:
         studies = [Study(path) for path in options.files]
-        resources = {name: float(amount) for name, _, amount in (one.partition("=") for one in options.resources)}
-        folders = {name: folder for name, _, folder in (one.partition("=") for one in options.data)}
+        resources = {name: float(amount) for name, amount in _pairs(options.resources, "GPU=1").items()}
+        folders = _pairs(options.data, "NAME=FOLDER")
         if options.dry_run:
             print("\n\n".join(cluster.plan(study, options.choose) for study in studies))
             return 0
-        for study in studies:
-            study.trials if options.choose else study.pairs  # noqa: B018  (all mistakes before any work)
+        todo = [study for study in studies if not cluster.finished(study, options.choose)]  # reads all of them
     except ValueError as error:
         return _said(error, WRONG)
     try:
-        if options.scheduler:
-            workers = cluster.connected(options.scheduler)
-        elif options.queue:
-            workers = cluster.queued(options.queue, options.jobs)
-        else:
-            workers = cluster.local(options.workers, options.dashboard)
-        with workers as client:
-            work = cluster.choose if options.choose else cluster.carry_out
-            failed = [one for study in studies for one in work(study, client, folders=folders, resources=resources)]
+        work = cluster.choose if options.choose else cluster.carry_out
+        failed = []
+        if todo:
+            with cluster.workers(options) as client:
+                for study in todo:
+                    failed += work(study, client, folders=folders, resources=resources)
     except KeyboardInterrupt:
         return _said(RuntimeError("stopped: the same command goes on with what is missing"), INTERRUPTED)
     except (OSError, ImportError, ValueError) as error:
@@ -259,6 +255,13 @@ def _study(options: argparse.Namespace) -> int:
     for study in studies:
         print(cluster.plan(study, options.choose), cluster.verdicts(study), sep="\n")
     return 0
+
+
+def _pairs(words: list[str], example: str) -> dict[str, str]:
+    """What NAME=VALUE words say.  Raises ValueError for another word."""
+    if wrong := [word for word in words if not all(word.partition("="))]:
+        raise ValueError(f"{wrong[0]!r} is not of the form {example}")
+    return {name: value for name, _, value in (word.partition("=") for word in words)}
 
 
 def _said(error: BaseException, status: int, everybody: bool = False) -> int:

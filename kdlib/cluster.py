@@ -5,6 +5,7 @@ the study's folder.  What has a record is not computed again; a run that was int
 which it finds in `output_dir`, a folder that all workers must see.  So whatever is killed, the same command goes on.
 """
 
+import argparse
 import contextlib
 import dataclasses
 import importlib
@@ -14,6 +15,7 @@ import math
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -23,7 +25,7 @@ from typing import Any
 import pandas as pd
 import psutil
 import torch
-from dask.distributed import Client, Future, LocalCluster, as_completed
+from dask.distributed import CancelledError, Client, Future, LocalCluster, as_completed
 from distributed.security import Security
 
 from kdlib import configuration, files, pretraining, progress, runs
@@ -31,7 +33,7 @@ from kdlib.configuration import RunConfig
 from kdlib.engine import STUDENT
 from kdlib.pretraining import PretrainingConfig
 from kdlib.records import RunRecord, read_record
-from kdlib.study import Study, Unit, cell_of
+from kdlib.study import Cell, Study, Unit, cell_of
 
 MEMORY_OF_A_RUN = 2 * 2**30
 """Bytes that a worker of this machine counts on; BERT-base with a batch of 32 takes more, see --workers."""
@@ -76,7 +78,8 @@ def local(count: int | None = None, dashboard: bool = False) -> Iterator[Client]
     """
     fitting = max(1, min(len(os.sched_getaffinity(0)), psutil.virtual_memory().available // MEMORY_OF_A_RUN))
     made = {"n_workers": count or fitting, "threads_per_worker": 1, "memory_limit": 0, "silence_logs": logging.CRITICAL}
-    made |= {"dashboard_address": ":8787" if dashboard else None, "security": Security.temporary()}
+    made |= {"dashboard_address": f"127.0.0.1:{8787 if dashboard else 0}", "worker_dashboard_address": "127.0.0.1:0"}
+    made |= {"security": Security.temporary()}
     with LocalCluster(**made) as cluster, Client(cluster) as client:
         yield client
 
@@ -102,6 +105,16 @@ def queued(system: str, jobs: int) -> Iterator[Client]:
     with kind() as cluster, Client(cluster) as client:
         cluster.scale(jobs=jobs)
         yield client
+
+
+def workers(asked: argparse.Namespace) -> AbstractContextManager[Client]:
+    """Those that the command line asks for; what goes wrong among them is told by what fails, not by their logs."""
+    logging.getLogger("distributed").setLevel(logging.CRITICAL)
+    if asked.scheduler:
+        return connected(asked.scheduler)
+    if asked.queue:
+        return queued(asked.queue, asked.jobs)
+    return local(asked.workers, asked.dashboard)
 
 
 def computed(job: Job, *teachers: object) -> str:
@@ -204,13 +217,23 @@ def conduct(
         waiting[future] = job
     failed = []
     for future in progress.bar(as_completed(waiting), study.name, total=len(waiting)):
-        job = waiting.pop(future)
-        error = future.exception()
+        job, error = waiting.pop(future), _error(future, client)
         if error is None:
             _keep(study, job, future.result(), trying)
         else:
             failed.append(Failed(job.unit, error))
     return failed
+
+
+def _error(future: Future[str], client: Client) -> BaseException | None:
+    """What a run failed with.  Raises ConnectionError if nobody knows."""
+    try:
+        error: BaseException | None = future.exception()
+    except CancelledError as cancelled:
+        error = cancelled
+    if isinstance(error, CancelledError) or client.status != "running":
+        raise ConnectionError("the scheduler is gone: the same command goes on with what is missing") from error
+    return error
 
 
 def _keep(study: Study, job: Job, record: str, trying: bool) -> None:
@@ -295,25 +318,33 @@ def plan(study: Study, choosing: bool = False) -> str:
     return "\n".join(lines)
 
 
-def carry_out(study: Study, client: Client, **how: Any) -> list[Failed]:
-    """Everything that a study asks for: look by look, and no more seeds for cells whose claims are all decided.
+def to_do(study: Study) -> list[Unit]:
+    """What is to be computed next: for cells that no claim is about all their seeds, for others up to the next look.
 
-    Cells that no claim is about have all their seeds at once.
+    Cells whose claims are all decided need no more.
     """
     claimed = {cell for pair in study.pairs for cell in (pair.arm, pair.against)}
-    undecided = claimed
-    for look in study.looks:
-        seeds = study.seeds[:look]
-        wanted = [
-            unit
-            for unit in study.units
-            if cell_of(unit) not in claimed or (cell_of(unit) in undecided and unit.seed in seeds)
-        ]
+    looks: dict[Cell, int] = {}
+    decisions = study.decisions()
+    for pair in study.pairs:
+        look = decisions[pair].next_look if pair in decisions else study.looks[0]
+        for cell in (pair.arm, pair.against):
+            looks[cell] = max(looks.get(cell, 0), look or 0)
+    seeds = {cell: study.seeds[:look] for cell, look in looks.items()}
+    wanted = [u for u in study.units if cell_of(u) not in claimed or u.seed in seeds[cell_of(u)]]
+    return missing(study, wanted)
+
+
+def finished(study: Study, choosing: bool = False) -> bool:
+    """Whether there is nothing to do."""
+    return not missing(study, study.trials, trying=True) and study.choices.exists() if choosing else not to_do(study)
+
+
+def carry_out(study: Study, client: Client, **how: Any) -> list[Failed]:
+    """Everything that a study asks for, look by look; what failed, after which nothing more is begun."""
+    while wanted := to_do(study):
         if failed := conduct(study, wanted, client, **how):
             return failed
-        decisions = study.decisions()
-        going_on = [pair for pair in study.pairs if pair not in decisions or decisions[pair].next_look is not None]
-        undecided = {cell for pair in going_on for cell in (pair.arm, pair.against)}
     return []
 
 

@@ -280,7 +280,8 @@ def load_test(source: str | Path, task: Task) -> Dataset:
     Raises what `load` raises.
     """
     (split,) = task.test_splits or ("test",)
-    found = sources.find(source, sources.Wanted(task.name, task.config, (split,), task.text_columns, (task.label_column,)))
+    wanted = sources.Wanted(task.name, task.config, (split,), task.text_columns, (task.label_column,))
+    found = sources.find(source, wanted)
     name = sources.name_of(split, found.parts, source)
     if name is None:
         raise ValueError(f"{source} has no split {split!r} for task {task.name!r}, it has {', '.join(found.parts)}")
