@@ -250,7 +250,7 @@ def choose(study: Study, client: Client, **how: Any) -> list[Failed]:
     failed = conduct(study, study.trials, client, trying=True, **how)
     if not failed and study.trials:
         study.choices.parent.mkdir(parents=True, exist_ok=True)
-        files.write_text(study.choices, tried(study).round(5).to_csv(index=False))
+        files.write_text(study.choices, tried(study).to_csv(index=False))
     return failed
 
 
@@ -271,7 +271,7 @@ def tried(study: Study) -> pd.DataFrame:
     table = grouped["value"].agg(
         mean="mean", std="std", count="count", worst="min" if choosing.higher_is_better else "max"
     )
-    return table.join(grouped["teacher"].mean()).reset_index()
+    return table.join(grouped["teacher"].mean()).round(5).reset_index()  # the settings are not rounded
 
 
 def estimate(study: Study, units: Sequence[Unit], trying: bool = False) -> tuple[float, int]:

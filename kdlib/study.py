@@ -394,19 +394,21 @@ def _claim(given: Mapping[str, Any], sheet: Sheet) -> Claim:
 
 
 def _with_its_model(name: str, *places: Mapping[str, Any]) -> dict[str, Any]:
-    """An arm with what it takes from the one that it is `like`, and so on."""
+    """An arm with what it takes from the one that it is `like`, and so on; a trial may be like the arm of its name."""
     found: dict[str, Any] = {}
-    seen: list[str] = []
-    following: str | None = name
+    seen: list[int] = []
+    path, following = [name], name
     while following is not None:
-        if following in seen:
-            raise ValueError(f"is like itself: {' → '.join([*seen, following])}")
-        seen.append(following)
-        own = next((arms[following] for arms in places if following in arms), None)
+        named = [arms[following] for arms in places if following in arms]
+        own = next((arm for arm in named if id(arm) not in seen), None)
+        if own is None and named:
+            raise ValueError(f"is like itself: {' → '.join(path)}")
         if own is None:
             raise ValueError(f"is like {following!r}, which is no arm{nearest(following, places[-1])}")
+        seen.append(id(own))
         found = {**own, **found}
         following = own.get("like")
+        path.append(following)
     return found
 
 

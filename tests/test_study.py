@@ -232,3 +232,38 @@ class TestDecisions:
         assert list(table.columns) == ["arm", "alpha", "seed", "test/accuracy"] and len(table) == 3
         with pytest.raises(ValueError, match="has no test/f1: it has test/accuracy"):
             found.table("test/f1")
+
+
+def test_the_examples_of_the_documentation_are_studies(root, tmp_path):
+    text = (root / "docs" / "studies.md").read_text()
+    example = tmp_path / "example.yml"
+    example.write_text(text.split("```yaml\n")[1].split("```")[0])
+    found = Study(example)
+    assert len(found.trials) == 2 * 3 * 10 and found.looks == [5, 10, 20, 30]
+    found.choices.parent.mkdir()
+    found.choices.write_text(
+        "task,method,teaching_rate,mean,worst\nmini-sst2,metadistil,1e-5,1,1\nmini-mnli,metadistil,3e-5,1,1\n"
+    )
+    found = Study(example)
+    assert {unit.parameters.get("teaching_rate") for unit in found.units} == {None, 1e-5, 3e-5}
+    assert [str(pair) for pair in found.pairs] == [
+        "meta − fixed, test/accuracy, mini-sst2",
+        "meta − fixed, test/accuracy, mini-mnli",
+    ]
+
+
+def test_the_example_of_a_cluster_makes_the_job_script_it_promises(root):
+    import dask
+    from dask_jobqueue import SLURMCluster
+
+    settings = yaml.safe_load((root / "docs" / "studies.md").read_text().split("```yaml\n")[2].split("```")[0])
+    settings["jobqueue"]["slurm"]["interface"] = "lo"  # there is no other network here
+    before = dask.config.config
+    try:
+        with dask.config.set(dask.config.merge(before, settings)), SLURMCluster() as cluster:
+            script = cluster.job_script()
+    finally:
+        dask.config.refresh()
+    for line in ("#SBATCH -p gpu", "#SBATCH --cpus-per-task=4", "#SBATCH --gres=gpu:1", "#SBATCH -t 08:00:00"):
+        assert line in script
+    assert "--nthreads 1" in script and "--resources GPU=1" in script
