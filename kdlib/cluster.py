@@ -8,7 +8,7 @@ which it finds in `output_dir`, a folder that all workers must see.  So whatever
 import argparse
 import contextlib
 import dataclasses
-import importlib
+import importlib.util
 import json
 import logging
 import math
@@ -75,7 +75,11 @@ def local(count: int | None = None, dashboard: bool = False) -> Iterator[Client]
     """Workers on this machine, a process and a thread each: as many as it has cores, and memory for.
 
     What they say to each other is encrypted, so that no other user of the machine can give them work.
+
+    Raises ImportError for a dashboard without bokeh, which draws it.
     """
+    if dashboard and importlib.util.find_spec("bokeh") is None:
+        raise ImportError("the dashboard needs bokeh: pip install bokeh")
     fitting = max(1, min(len(os.sched_getaffinity(0)), psutil.virtual_memory().available // MEMORY_OF_A_RUN))
     made = {"n_workers": count or fitting, "threads_per_worker": 1, "memory_limit": 0, "silence_logs": logging.CRITICAL}
     made |= {"dashboard_address": f"127.0.0.1:{8787 if dashboard else 0}", "worker_dashboard_address": "127.0.0.1:0"}
