@@ -64,10 +64,17 @@ class Job:
         return found
 
 
+PLACES = ("source", "corpus", "teacher", "student", "output_dir")
+"""Parameters that may be a folder."""
+
+
 def _here(config: Config, folders: Mapping[str, str]) -> Config:
-    """With the folders of this machine in the place of a hub's names."""
-    name = "corpus" if isinstance(config, PretrainingConfig) else "source"
-    return dataclasses.replace(config, **{name: folders.get(getattr(config, name), getattr(config, name))})
+    """With the folders of this machine in the place of a hub's names, and none that depends on where one is."""
+    places = {name: getattr(config, name, None) for name in PLACES}
+    found = {name: folders.get(value, value) for name, value in places.items() if value is not None}
+    absolute = {name: str(Path(value).expanduser().resolve()) for name, value in found.items()}
+    there: dict[str, Any] = {n: v for n, v in absolute.items() if n == "output_dir" or Path(v).is_dir()}
+    return dataclasses.replace(config, **there)
 
 
 @contextlib.contextmanager
@@ -130,12 +137,10 @@ def computed(job: Job, *teachers: object) -> str:
         return json.dumps(getattr(importlib.import_module(module), name)(job), indent=1)
     record = _run(job.config)
     later: dict[str, float] = {}
-    for settings in unit.then:
-        after = runs.configure(**{"student": str(record.folder / STUDENT), "method": "fine_tune", **settings})
+    for after in unit.after(student=str(record.folder / STUDENT), output_dir=str(record.folder.parent)):
         later |= {f"{after.task}/{name}": value for name, value in _run(_here(after, job.folders)).metrics.items()}
     # What was asked, in the place of what it is called here.
-    asked = unit.config.flat
-    names = {name: value for name, value in asked.items() if name in ("source", "corpus")}
+    names = {name: value for name, value in unit.config.flat.items() if name in PLACES and name != "output_dir"}
     told = flat_record(record, run_id=unit.name, names=names, metrics=later)
     if record.teacher is not None and isinstance(unit.config, RunConfig):
         teacher = configuration.teachers_config(unit.config)
@@ -208,7 +213,7 @@ def conduct(
     teachers: dict[str, Future[str]] = {}
     options: dict[str, Any] = {"pure": False, "resources": dict(resources or {})}
     for place, unit in enumerate(missing(study, units, trying)):
-        job = Job(unit, study.work / unit.name, folders or {})
+        job = Job(unit, study.work.resolve() / unit.name, folders or {})
         needed: list[Future[str]] = []
         for config in job.teachers:
             name = config.asked_id
@@ -327,16 +332,28 @@ def to_do(study: Study) -> list[Unit]:
 
     Cells whose claims are all decided need no more.
     """
-    claimed = {cell for pair in study.pairs for cell in (pair.arm, pair.against)}
-    looks: dict[Cell, int] = {}
     decisions = study.decisions()
+    seeds: dict[Cell, set[int]] = {}
     for pair in study.pairs:
-        look = decisions[pair].next_look if pair in decisions else study.looks[0]
+        look = decisions[pair].next_look if pair in decisions else study.looks_of(pair)[0]
         for cell in (pair.arm, pair.against):
-            looks[cell] = max(looks.get(cell, 0), look or 0)
-    seeds = {cell: study.seeds[:look] for cell, look in looks.items()}
-    wanted = [u for u in study.units if cell_of(u) not in claimed or u.seed in seeds[cell_of(u)]]
+            seeds.setdefault(cell, set()).update(study.seeds_of(pair)[: look or 0])
+    wanted = [unit for unit in study.units if unit.seed in seeds.get(cell_of(unit), [unit.seed])]
     return missing(study, wanted)
+
+
+def check_contents(study: Study, folders: Mapping[str, str] | None = None) -> None:
+    """Raise ValueError, naming the record, if data or networks from outside have changed since it was made."""
+    seen = set()
+    for unit in study.units:
+        if unit.measure is None and cell_of(unit) not in seen and study.record(unit).exists():
+            seen.add(cell_of(unit))
+            then = read_record(study.record(unit)).contents
+            if then and (now := Job(unit, Path(), folders or {}).config.contents) != then:
+                raise ValueError(
+                    f"{study.record(unit)} was made from {then}, and now there is {now}: move the records away, or "
+                    "give the study another folder for them (records)"
+                )
 
 
 def finished(study: Study, choosing: bool = False) -> bool:
@@ -345,7 +362,11 @@ def finished(study: Study, choosing: bool = False) -> bool:
 
 
 def carry_out(study: Study, client: Client, **how: Any) -> list[Failed]:
-    """Everything that a study asks for, look by look; what failed, after which nothing more is begun."""
+    """Everything that a study asks for, look by look; what failed, after which nothing more is begun.
+
+    Raises what `check_contents` and `conduct` raise.
+    """
+    check_contents(study, how.get("folders"))
     while wanted := to_do(study):
         if failed := conduct(study, wanted, client, **how):
             return failed

@@ -120,6 +120,12 @@ class Unit:
         kind = pretraining if pretraining.is_text(self.parameters) else runs
         return kind.configure(**self.parameters)
 
+    def after(self, **here: Any) -> list[RunConfig]:
+        """The runs that come after it, with `here` for what is known only then; seed and device are its own."""
+        shared: dict[str, Any] = {n: v for n, v in self.parameters.items() if n in ("seed", "device")}
+        shared["method"] = "fine_tune"
+        return [runs.configure(**{**shared, **settings, **here}) for settings in self.then]
+
     @property
     def name(self) -> str:
         """The name of its record: the run's own, or arm and seed where there is more to it than one run."""
@@ -188,11 +194,6 @@ class Study:
         """What is tried before."""
         choosing = self.sheet.choose
         return [] if choosing is None else _by_seed(self._units(choosing.arms, _seeds(choosing.seeds), None))
-
-    @property
-    def looks(self) -> list[int]:
-        """After how many seeds there is a decision."""
-        return [look for look in self.sheet.looks or () if look < len(self.seeds)] + [len(self.seeds)]
 
     def _units(self, arms: Mapping[str, Any], seeds: list[int], table: pd.DataFrame | None) -> list[Unit]:
         found, problems = [], []
@@ -288,12 +289,16 @@ class Study:
         )
         return sorted(ours & theirs)
 
+    def looks_of(self, pair: Pair) -> tuple[int, ...]:
+        """After how many of these seeds the claim is looked at."""
+        count = len(self.seeds_of(pair))
+        return (*(look for look in self.sheet.looks or () if look < count), count)
+
     def decisions(self) -> dict[Pair, Decision]:
         """What the records that are there say of the claims; those that wait for their first look are left out."""
         found = {}
         for pair in self.pairs:
-            seeds = self.seeds_of(pair)
-            looks = (*tuple(look for look in self.looks if look < len(seeds)), len(seeds))
+            seeds, looks = self.seeds_of(pair), self.looks_of(pair)
             plan = Plan(margin=pair.claim.margin, looks=looks, lower_is_better=pair.claim.lower_is_better)
             values = [self._values(cell, pair.claim.metric, seeds) for cell in (pair.arm, pair.against)]
             there = [seed for seed in seeds if all(seed in one for one in values)]
@@ -474,7 +479,7 @@ def _wrong(units: Iterable[Unit]) -> Iterator[tuple[Unit, str]]:
         if cell not in seen:
             seen.add(cell)
             try:
-                _ = None if unit.measure else unit.config
+                _ = None if unit.measure else (unit.config, unit.after(student=unit.parameters.get("student")))
             except ValueError as error:
                 yield unit, str(error).replace("\n", "\n    ")
 

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +16,8 @@ import pytest
 import yaml
 from dask.distributed import Client
 
-from kdlib import __main__, cluster, runs
+from kdlib import __main__, cluster, pretraining, runs
+from kdlib.records import read_record
 from kdlib.study import Study
 
 COMMON = {
@@ -147,6 +149,38 @@ def test_a_folder_stands_for_a_hubs_name_in_the_run_and_not_in_the_record(root, 
     ((name, record),) = kept(study).items()
     assert name == study.units[0].config.asked_id == record["run_id"]
     assert record["config"]["source"] == "somebody/some-data" and str(root) not in json.dumps(record)
+
+
+def test_data_that_have_changed_are_another_study(root, workers, tmp_path):
+    """A record is named after what was asked; the data under that name are its own affair."""
+    shutil.copytree(root / "data" / "miniglue", tmp_path / "data", symlinks=False)
+    common = {"source": str(tmp_path / "data"), "teacher": None, "teacher_epochs": None, "student": "minilm"}
+    common |= {"max_steps": 1, "max_train": 16, "epochs": 1, "student_layers": 1, "max_length": 8}
+    study = Study(written(tmp_path, common=common, arms={"alone": {"method": "fine_tune"}}, seeds=0))
+    assert cluster.carry_out(study, workers) == []
+    assert cluster.carry_out(Study(study.path), workers) == []
+    (changed,) = (tmp_path / "data" / "mini-sst2").glob("train-00000*")
+    lines = changed.read_text().splitlines()
+    changed.write_text("\n".join([*lines[1:], lines[0]]) + "\n")
+    with pytest.raises(ValueError, match=r"was made from .*sha256.*move the records away"):
+        cluster.carry_out(Study(study.path), workers)
+
+
+def test_what_comes_after_a_run_is_in_its_record(workers, undisturbed, tmp_path):
+    """Against the two runs by hand."""
+    then = [{"task": "mini-sst2", "max_train": 40, "max_evaluation": 20, "epochs": 1}]
+    common = {"corpus": "mini-corpus", "steps": 2, "evaluate_every": 2, "max_lines": 40, "device": "cpu"}
+    path = tmp_path / "text.yml"
+    sheet = {"common": {**common, "output_dir": str(tmp_path / "runs")}, "seeds": 3}
+    path.write_text(yaml.safe_dump({**sheet, "arms": {"soft labels": {"method": "soft_labels", "then": then}}}))
+    study = Study(path)
+    assert cluster.carry_out(study, workers) == []
+    (record,) = (read_record(one) for one in study.records.glob("*.json"))
+    distilled = pretraining.run(pretraining.configure(**common, method="soft_labels", seed=3, output_dir=str(tmp_path)))
+    by_hand = {"student": str(distilled.folder / "student"), "method": "fine_tune", "seed": 3, "device": "cpu"}
+    after = runs.run(runs.configure(**then[0], **by_hand, output_dir=str(tmp_path)))
+    assert record.run_id == "soft-labels-seed3"
+    assert record.metrics == {**distilled.metrics, **{f"mini-sst2/{n}": v for n, v in after.metrics.items()}}
 
 
 def test_what_a_run_leaves_is_removed_only_if_asked_and_after_its_record_is_there(workers, undisturbed, tmp_path):

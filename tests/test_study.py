@@ -6,7 +6,7 @@ import json
 import pytest
 import yaml
 
-from kdlib import runs
+from kdlib import cluster, runs
 from kdlib.settings import ConfigurationError
 from kdlib.study import Study
 from tests.test_main import RECORD
@@ -211,12 +211,18 @@ class TestDecisions:
 
     def test_wait_for_a_look_and_take_only_its_seeds(self, study):
         found = study(claims=[CLAIM], seeds="0-9", looks=[3, 6])
-        assert found.looks == [3, 6, 10]
+        assert found.looks_of(found.pairs[0]) == (3, 6, 10)
         self.keep(found, [0.2, 0.21])
         assert found.decisions() == {}
         self.keep(found, [0.2, -0.2, 0.1, 0.9, 0.9])
         (decision,) = found.decisions().values()
         assert (decision.verdict, decision.difference.seeds, decision.next_look) == ("open", 3, 6)
+
+    def test_an_arm_with_seeds_of_its_own_is_judged_by_those(self, study):
+        arms = {"alone": {"method": "fine_tune", "seeds": "0-4"}, "fixed": {"method": "kd", "seeds": "1-9"}}
+        found = study(arms=arms, claims=[CLAIM], seeds=0, looks=[3])
+        assert found.seeds_of(found.pairs[0]) == [1, 2, 3, 4] and found.looks_of(found.pairs[0]) == (3, 4)
+        assert {unit.seed for unit in cluster.to_do(found) if unit.arm == "fixed"} == {1, 2, 3}
 
     def test_a_missing_seed_holds_back_the_later_ones(self, study):
         """Else whoever fails would decide which seeds count."""
@@ -239,13 +245,14 @@ def test_the_examples_of_the_documentation_are_studies(root, tmp_path):
     example = tmp_path / "example.yml"
     example.write_text(text.split("```yaml\n")[1].split("```")[0])
     found = Study(example)
-    assert len(found.trials) == 2 * 3 * 10 and found.looks == [5, 10, 20, 30]
+    assert len(found.trials) == 2 * 3 * 10
     found.choices.parent.mkdir()
     found.choices.write_text(
         "task,method,teaching_rate,mean,worst\nmini-sst2,metadistil,1e-5,1,1\nmini-mnli,metadistil,3e-5,1,1\n"
     )
     found = Study(example)
     assert {unit.parameters.get("teaching_rate") for unit in found.units} == {None, 1e-5, 3e-5}
+    assert found.looks_of(found.pairs[0]) == (5, 10, 20, 30)
     assert [str(pair) for pair in found.pairs] == [
         "meta − fixed, test/accuracy, mini-sst2",
         "meta − fixed, test/accuracy, mini-mnli",
