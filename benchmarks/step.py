@@ -12,8 +12,10 @@ LGTM and IKD come with what their papers do, or their code, and with what would 
 pieces" are the gradients of pilot and feedback, see `pilot_pieces` of `metadistil`.
 
 Beside the seconds stands the limit: what the passes of such a step cost alone.  They are counted by hooks, and priced
-by a forward and a backward pass of each network that were timed in the same run, with dropout and without; a pass that
-carries a tangent along is two forward passes.  What a step takes more are its losses, optimisers and Python.
+by a forward and a backward pass of each network that were timed in the same run, with dropout and without.  A pass that
+carries a tangent along is three forward passes, as many products as a forward and a backward pass have: a layer's y = Wx
+has the tangent Wẋ + Ẇx, since the weights move as well as what comes in.  What a step takes more are its losses,
+optimisers and Python.
 
 Ratios within one run are what counts: the ways take turns, and the fastest turn of each is taken.
 --write stores the table in data/benchmarks/step.csv.
@@ -104,7 +106,7 @@ class Passes:
     def _ran(self, name: str, module: nn.Module, _: object, output: SequenceClassifierOutput) -> None:
         case, logits = (name, module.training), output.logits
         if forward_ad.unpack_dual(logits).tangent is not None:
-            self.counts[*case, "forward"] += 2
+            self.counts[*case, "forward"] += 3
         elif logits.requires_grad:
             self.counts[*case, "forward for a backward"] += 1
             logits.register_hook(lambda _: self.counts.update([(*case, "backward")]))
