@@ -74,6 +74,7 @@ import pandas as pd
 from IPython.display import Markdown
 
 from kdlib import book, models, plots, report, runs
+from kdlib.classroom import expect
 
 plots.use_style()
 names_before = set(globals()) | {"names_before"}
@@ -460,6 +461,7 @@ print("precision:", ", ".join(sorted({r.config["precision"] for r in found})))
 # %%
 # NBVAL_CHECK_OUTPUT
 gaps = book.study("12_glue").verdicts()
+expect(gaps["verdict"], "open")
 interval = (100 * gaps[["low", "high"]]).map("{:+.1f}".format).agg(" to ".join, axis=1)
 shown = {"points over kd": (100 * gaps["mean"]).map("{:+.1f}".format), "95 % interval": interval}
 shown = pd.DataFrame({**shown, "seeds": gaps["seeds"], "verdict": gaps["verdict"]})
