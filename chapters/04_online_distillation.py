@@ -61,11 +61,12 @@ import copy
 import matplotlib.pyplot as plt
 import pandas as pd
 import torch
-from scipy import stats
 from sklearn.datasets import load_digits
 from torch.nn import functional as F
 
 from kdlib import book, plots, runs
+from kdlib.classroom import expect
+from kdlib.compare import paired, verdict
 
 plots.use_style()
 torch.set_num_threads(1)
@@ -654,6 +655,9 @@ check_crossing_step(crossing_step)
 # (LGTM uses the gap without a definition, "following" another paper; sign and averaging are ours.) It is positive where the student is less
 # certain than its teacher. We fix the question before we look: over ten seeds, is the gap, averaged over training, lower under teacher
 # first?
+#
+# Verdicts are read from the 95 % interval of paired differences, each line for itself, as in {doc}`01_distillation`. A claim about accuracies is *better* or *worse* where its interval lies above or below zero,
+# *equal* where it lies within half a point of zero (a margin that was fixed after the runs), and *open* otherwise. A claim about gaps has no margin: it *holds*, *fails* or is open.
 
 
 # %%
@@ -714,44 +718,35 @@ plt.show()
 
 
 # %%
-def interval(differences):
-    """Mean and 95 % interval of paired differences (Student's t), each a number."""
-    differences = torch.as_tensor(differences, dtype=torch.float64)
-    low, high = stats.ttest_1samp(differences.numpy(), 0).confidence_interval(0.95)
-    return differences.mean().item(), float(low), float(high)
-
-
-def reading(differences):
-    """What paired differences say of the claim "above zero"."""
-    _, low, high = interval(differences)
-    return "holds" if low > 0 else "fails" if high < 0 else "undecided"
-
-
 def signed(value, digits):
     """A number with its sign, in so many decimals, or in more where they would show nothing but the sign."""
     text = f"{value:+.{digits}f}"
     return text if float(text) else f"{value:+.1g}"
 
 
-def row_of(differences, scale=1.0, digits=1):
-    """Mean, interval and verdict as text, for a table."""
-    mean, low, high = (signed(value, digits) for value in interval([scale * float(d) for d in differences]))
-    return [mean, f"{low} to {high}", reading(differences)]
+def row_of(ours, theirs, scale=100.0, digits=1):
+    """How much larger ours are by seed, with interval and verdict, as text; in points, or in units without a margin."""
+    found = paired(scale * pd.Series(ours), scale * pd.Series(theirs))
+    word = verdict(found, 0.5) if scale == 100 else CLAIMED[verdict(found, 0)]
+    mean, low, high = (signed(value, digits) for value in (found.mean, found.low, found.high))
+    return [mean, f"{low} to {high}", word]
+
+
+CLAIMED = {"better": "holds", "worse": "fails", "open": "open"}
+MILLI = 1000.0
 
 
 # %%
-from kdlib.classroom import expect
-
 rows = []
 for other in ("student", "simultaneous"):
-    lower = (on_digits[other][:, 0] - on_digits["teacher"][:, 0]).mean(dim=1)
-    sooner = (on_digits["teacher"][:, 1] - on_digits[other][:, 1]).mean(dim=1)
-    rows.append([f"lower gap than {NAMES[other]} (millinats)", *row_of(lower, 1000)])
-    rows.append([f"higher mean accuracy than {NAMES[other]} (points)", *row_of(sooner, 100, 2)])
-    assert -1 < 100 * sooner.mean() < 0  # "by a fraction of a point"
+    (gap, right), (gap_of_other, right_of_other) = (on_digits[o].mean(dim=2).double().T for o in ("teacher", other))
+    rows.append([f"lower gap than {NAMES[other]} (millinats)", *row_of(gap_of_other, gap, MILLI)])
+    rows.append([f"higher mean accuracy than {NAMES[other]} (points)", *row_of(right, right_of_other, digits=2)])
+    assert -1 < 100 * (right - right_of_other).mean() < 0  # "by a fraction of a point"
 TABLE = ["", "by", "95 % interval", "verdict"]
 on_digits_said = pd.DataFrame(rows, columns=["teacher first has a …", *TABLE[1:]]).set_index("teacher first has a …")
-expect(on_digits_said["verdict"], {row[0]: "holds" if "lower gap" in row[0] else "fails" for row in rows})
+words = ("holds", "equal", "holds", "worse")
+expect(on_digits_said["verdict"], {row[0]: word for row, word in zip(rows, words, strict=True)})
 gap_of = {first: on_digits[first][:, 0].mean() for first in ORDERS}
 assert gap_of["teacher"] < gap_of["simultaneous"] < gap_of["student"]
 on_digits_said
@@ -759,7 +754,7 @@ on_digits_said
 # %% [markdown]
 # The gap rises and falls, although teacher and student have constant habits. Teacher first has the lowest gap and student first the
 # highest, with the simultaneous order between them: just the order of {eq}`eq-online-second`. And the lower gap does *not* come with faster
-# learning: in accuracy teacher first is last, by a fraction of a point. So a lower entropy gap is one thing and a faster student another.
+# learning: in accuracy teacher first is last, by a fraction of a point (which beside student first is less than counts). So a lower entropy gap is one thing and a faster student another.
 #
 # ## The same, from the library
 #
@@ -818,7 +813,6 @@ print("kdlib agrees with this chapter's losses and, in all three orders, with it
 
 # %%
 # NBVAL_CHECK_OUTPUT
-RECORDS = book.read_records("04_online_distillation")
 TASKS = ("mini-sst2", "mini-mnli")
 tried = book.choices("04_online_distillation").rename(columns={"learning_rate": "rate"})
 tried["teacher's rate"] = tried["teaching_rate"].map("{:g}".format).replace("nan", "")
@@ -833,19 +827,12 @@ tried.pivot(index=["way", "rate", "teacher's rate"], columns="task", values="acc
 
 
 # %%
-def runs_of(task, method, teacher="tiny-2x64", **wanted):
-    """The records of one setting in the order of their seeds; all others at the values of the main comparison."""
-    usual = {"teacher_alpha": 0.5, "first": "simultaneous" if method == "dml" else "teacher", "teacher_epochs": 0}
-    usual = usual if method in ("prokt", "dml") else {}
-    wanted = {"max_train": None, **usual, **wanted, "task": task, "method": method}
-    wanted |= {} if method == "fine_tune" else {"teacher": teacher}
-    found = [r for r in RECORDS if all(r.config.get(name) == value for name, value in wanted.items())]
-    found.sort(key=lambda r: r.config["seed"])
-    there = {
-        n: {r.config[n] for r in RECORDS if (r.config["task"], r.config["method"]) == (task, method)} for n in wanted
-    }
-    assert [r.config["seed"] for r in found] == list(range(5)), f"no five records of {wanted}; there are {there}"
-    return found
+results = book.study("04_online_distillation").results()
+
+
+def runs_of(name, **axes):
+    """The records of an arm of the study in the order of the seeds; `axes` say which of its cells."""
+    return [record for (arm, cell, _), record in results.items() if (arm, dict(cell)) == (name, axes)]
 
 
 def history(records, column):
@@ -860,8 +847,8 @@ def recorded_gap(records):
 
 # %% mystnb={"image": {"alt": "Entropy gap on mini-sst2 against the step for both starts, with bands over five seeds."}, "figure": {"name": "fig-online-starts", "caption": "Counterpart of LGTM's Figure 5 on `mini-sst2`: entropy gap (left) and the student's accuracy (right), mean and band over five seeds."}}
 STARTS = {
-    "two-stage": runs_of("mini-sst2", "prokt", teacher_alpha=1.0, teacher_epochs=8),
-    "one-stage": runs_of("mini-sst2", "prokt", teacher_alpha=1.0),
+    "two-stage": runs_of("two stages"),
+    "one-stage": runs_of("one stage"),
 }
 figure, panels = plt.subplots(1, 2)
 for (name, records), style in zip(STARTS.items(), ("--", "-"), strict=True):
@@ -883,10 +870,10 @@ plt.show()
 # %%
 # NBVAL_CHECK_OUTPUT
 def rise_and_fall(gap):
-    """Gap at the other seeds' peak minus the first, and minus the last value; shape (seeds,) each."""
+    """Gap at the other seeds' peak beside the first, and beside the last value; shape (seeds,) each."""
     peaks = [(gap.sum(dim=0) - own).argmax() for own in gap]
     top = torch.stack([own[peak] for own, peak in zip(gap, peaks, strict=True)])
-    return top - gap[:, 0], top - gap[:, -1]
+    return (top, gap[:, 0]), (top, gap[:, -1])
 
 
 def mean_accuracy(records):
@@ -896,23 +883,24 @@ def mean_accuracy(records):
 
 one, two = (recorded_gap(STARTS[name]) for name in ("one-stage", "two-stage"))
 rises, falls = rise_and_fall(one)
-sooner = mean_accuracy(STARTS["one-stage"]) - mean_accuracy(STARTS["two-stage"])
-final = [torch.tensor([r.metrics["test/accuracy"] for r in STARTS[name]]) for name in STARTS]
+onsets = [gap[:, 0] for gap in (two, one)]
+ours, theirs = ([r.metrics["test/accuracy"] for r in STARTS[name]] for name in ("one-stage", "two-stage"))
+sooner = [mean_accuracy(STARTS[name]) for name in ("one-stage", "two-stage")]
 claims = {
-    "one stage starts with a lower gap (nats)": row_of(two[:, 0] - one[:, 0], 1, 3),
-    "its gap rises (nats)": row_of(rises, 1, 3),
-    "and falls again (nats)": row_of(falls, 1, 3),
-    "its student learns faster (points of mean accuracy)": row_of(sooner, 100),
-    "its student ends better on test (points)": row_of(final[1] - final[0], 100),
+    "one stage starts with a lower gap (nats)": row_of(*onsets, 1, 3),
+    "its gap rises (nats)": row_of(*rises, 1, 3),
+    "and falls again (nats)": row_of(*falls, 1, 3),
+    "how fast its student learns (points of mean accuracy)": row_of(*sooner),
+    "where its student ends on test (points)": row_of(ours, theirs),
 }
 readings = pd.DataFrame([[name, *row] for name, row in claims.items()], columns=["claim", *TABLE[1:]]).set_index(
     "claim"
 )
-expect(readings["verdict"], dict(zip(claims, ("holds", "holds", "undecided", "fails", "fails"), strict=True)))
+expect(readings["verdict"], dict(zip(claims, ("holds", "holds", "open", "worse", "worse"), strict=True)))
 readings
 
 # %% [markdown]
-# The lower gap at the start and its rise are there, as in the paper. The fall is not decided: these runs may be too short for it. The
+# The lower gap at the start and its rise are there, as in the paper. The fall stays open: these runs may be too short for it. The
 # reading fails. The student of the fine-tuned teacher, whose gap is largest, learns *faster* and ends better, as {eq}`eq-online-gap` has
 # it. Where its gap falls is where its accuracy rises: it is catching up with somebody who knows.
 #
@@ -923,9 +911,9 @@ readings
 
 # %% mystnb={"image": {"alt": "Entropy gap on mini-mnli against the step for three orders of updates, with bands over five seeds."}, "figure": {"name": "fig-online-orders", "caption": "Counterpart of LGTM's Figure 6 on `mini-mnli`: entropy gap (left) and the student's accuracy (right), mean and band over five seeds."}}
 RUNS = {
-    "teacher": runs_of("mini-mnli", "prokt"),
-    "student": runs_of("mini-mnli", "prokt", first="student"),
-    "simultaneous": runs_of("mini-mnli", "dml"),
+    "teacher": runs_of("four ways", method="prokt", task="mini-mnli"),
+    "student": runs_of("student first"),
+    "simultaneous": runs_of("four ways", method="dml", task="mini-mnli"),
 }
 figure, panels = plt.subplots(1, 2)
 for first, records in RUNS.items():
@@ -942,14 +930,15 @@ plt.show()
 # NBVAL_CHECK_OUTPUT
 rows = []
 for other in ("student", "simultaneous"):
-    lower = (recorded_gap(RUNS[other]) - recorded_gap(RUNS["teacher"])).mean(dim=1)
-    sooner = mean_accuracy(RUNS["teacher"]) - mean_accuracy(RUNS[other])
-    rows.append([f"lower mean gap than {NAMES[other]} (nats)", *row_of(lower, 1, 3)])
-    rows.append([f"learns faster than {NAMES[other]} (points of mean accuracy)", *row_of(sooner, 100)])
-    _, low, high = interval(lower)
-    assert high - low > max(recorded_gap(records).mean() for records in RUNS.values())  # wider than the gap is large
+    gap_of_other, gap = (recorded_gap(RUNS[first]).mean(dim=1) for first in (other, "teacher"))
+    sooner = [mean_accuracy(RUNS[first]) for first in ("teacher", other)]
+    rows.append([f"lower mean gap than {NAMES[other]} (nats)", *row_of(gap_of_other, gap, 1, 3)])
+    rows.append([f"learns faster than {NAMES[other]} (points of mean accuracy)", *row_of(*sooner)])
+    # The interval is wider than the gap is large:
+    width = 2 * paired(pd.Series(gap_of_other), pd.Series(gap)).half_width
+    assert width > max(recorded_gap(records).mean() for records in RUNS.values())
 compared = pd.DataFrame(rows, columns=["teacher first …", *TABLE[1:]]).set_index("teacher first …")
-expect(compared["verdict"], "undecided")
+expect(compared["verdict"], "open")
 for first, records in RUNS.items():
     print(f"{NAMES[first]}: mean entropy gap {1000 * recorded_gap(records).mean():.1f} millinats;", end=" ")
     late = 100 * history(records, "validation/accuracy").mean(dim=0)[-4:]
@@ -958,7 +947,7 @@ for first, records in RUNS.items():
 compared
 
 # %% [markdown]
-# All four claims are undecided. The intervals of the gap's shift, a few millinats, are wider than the gap itself is large. The shift that
+# All four claims are open. The intervals of the gap's shift, a few millinats, are wider than the gap itself is large. The shift that
 # digits showed, and {eq}`eq-online-second` predicts to be of order $h^2$, is too small to be seen here, or absent. Nothing in these records
 # speaks for moving the teacher first, and nothing against it.
 #
@@ -977,38 +966,43 @@ compared
 
 # %%
 # NBVAL_CHECK_OUTPUT
-WAYS = {
-    "alone": ("fine_tune", {}),
-    "fixed teacher": ("kd", {"teacher_epochs": 8}),
-    "teacher first": ("prokt", {}),
-    "mutual": ("dml", {}),
-}
+WAYS = {"alone": "fine_tune", "fixed teacher": "kd", "teacher first": "prokt", "mutual": "dml"}
 
 
 def test_accuracy(records):
-    """Accuracy on the test split in per cent, shape (seeds,)."""
-    return 100 * torch.tensor([record.metrics["test/accuracy"] for record in records], dtype=torch.float64)
+    """Accuracy on the test split, by seed."""
+    return pd.Series({record.config["seed"]: record.metrics["test/accuracy"] for record in records})
 
 
-scores = {(task, way): test_accuracy(runs_of(task, m, **more)) for task in TASKS for way, (m, more) in WAYS.items()}
+scores = {
+    (task, way): test_accuracy(runs_of("four ways", method=method, task=task))
+    for task in TASKS
+    for way, method in WAYS.items()
+}
+
+
+def shown(values):
+    """Mean and standard deviation over seeds, in per cent."""
+    return f"{100 * values.mean():.1f} ± {100 * values.std():.1f}"
+
+
 rows = []
 for task in TASKS:
     for way in WAYS:
         values = scores[task, way]
-        against = {"alone": ["", "", ""]}.get(way) or row_of(values - scores[task, "alone"])
-        ends = f"{values.min():.1f} to {values.max():.1f}"
-        rows.append([task, way, f"{values.mean():.1f} ± {values.std():.1f}", ends, *against])
+        against = {"alone": ["", "", ""]}.get(way) or row_of(values, scores[task, "alone"])
+        rows.append([task, way, shown(values), f"{100 * values.min():.1f} to {100 * values.max():.1f}", *against])
 columns = ["task", "way", "test accuracy (%)", "lowest and highest seed", "over alone (points)", *TABLE[2:]]
 over_alone = pd.DataFrame(rows, columns=columns).set_index(["task", "way"])
-words = {"fixed teacher": "undecided", "teacher first": "undecided"}
-expect(over_alone["verdict"].loc["mini-sst2"], {**words, "mutual": "undecided"})
-expect(over_alone["verdict"].loc["mini-mnli"], {**words, "mutual": "fails"})
+words = {"fixed teacher": "open", "teacher first": "open"}
+expect(over_alone["verdict"].loc["mini-sst2"], {**words, "mutual": "open"})
+expect(over_alone["verdict"].loc["mini-mnli"], {**words, "mutual": "worse"})
 for task in TASKS:
     alone = scores[task, "alone"].mean()
     assert (
         scores[task, "fixed teacher"].mean() > alone > max(scores[task, w].mean() for w in ("teacher first", "mutual"))
     )
-assert scores["mini-sst2", "teacher first"].min() < 55  # hardly more than the half that guessing gets
+assert scores["mini-sst2", "teacher first"].min() < 0.55  # hardly more than the half that guessing gets
 over_alone
 
 # %%
@@ -1016,14 +1010,14 @@ over_alone
 rows = []
 for task in TASKS:
     for way in ("teacher first", "mutual"):
-        rows.append([task, f"{way} over fixed teacher", *row_of(scores[task, way] - scores[task, "fixed teacher"])])
-    rows.append([task, "teacher first over mutual", *row_of(scores[task, "teacher first"] - scores[task, "mutual"])])
+        rows.append([task, f"{way} over fixed teacher", *row_of(scores[task, way], scores[task, "fixed teacher"])])
+    rows.append([task, "teacher first over mutual", *row_of(scores[task, "teacher first"], scores[task, "mutual"])])
 over_fixed = pd.DataFrame(rows, columns=["task", "claim: is better", "by (points)", *TABLE[2:]]).set_index(
     ["task", "claim: is better"]
 )
 for task in TASKS:
-    words = {f"{way} over fixed teacher": word for way, word in (("teacher first", "undecided"), ("mutual", "fails"))}
-    expect(over_fixed["verdict"].loc[task], {**words, "teacher first over mutual": "undecided"})
+    words = {f"{way} over fixed teacher": word for way, word in (("teacher first", "open"), ("mutual", "worse"))}
+    expect(over_fixed["verdict"].loc[task], {**words, "teacher first over mutual": "open"})
 over_fixed
 
 # %% [markdown]
@@ -1034,8 +1028,7 @@ over_fixed
 # NBVAL_CHECK_OUTPUT
 for task in TASKS:
     for way in ("teacher first", "mutual"):
-        method, more = WAYS[way]
-        ends = history(runs_of(task, method, **more), "teacher/validation/accuracy")[:, -1]
+        ends = history(runs_of("four ways", method=WAYS[way], task=task), "teacher/validation/accuracy")[:, -1]
         print(f"{task}, {way}: the teacher ends at {ends.mean():.1%} ± {ends.std():.1%}")
 begins = history(STARTS["two-stage"], "teacher/validation/accuracy")[:, 0]
 print(f"mini-sst2, fine-tuned before: the teacher begins at {begins.mean():.1%} ± {begins.std():.1%}")
@@ -1049,43 +1042,38 @@ print(f"mini-sst2, fine-tuned before: the teacher begins at {begins.mean():.1%} 
 
 # %%
 # NBVAL_CHECK_OUTPUT
-peer = test_accuracy(runs_of("mini-mnli", "dml", teacher="tiny-2x32"))
-few = {
-    way: test_accuracy(
-        runs_of("mini-mnli", method, max_train=1000, **({"teacher_epochs": 16} if way == "fixed teacher" else more))
-    )
-    for way, (method, more) in WAYS.items()
-    if way != "teacher first"
-}
+peer = test_accuracy(runs_of("equal peers"))
+few = {way: test_accuracy(runs_of("fewer rows", method=WAYS[way])) for way in ("alone", "mutual")}
+few["fixed teacher"] = test_accuracy(runs_of("fewer rows, fixed teacher"))
 rows = [
-    ["mutual with a peer of its size", "alone", *row_of(peer - scores["mini-mnli", "alone"])],
-    ["mutual with a peer of its size", "mutual with a larger one", *row_of(peer - scores["mini-mnli", "mutual"])],
-    ["1,000 samples: fixed teacher", "alone", *row_of(few["fixed teacher"] - few["alone"])],
-    ["1,000 samples: mutual", "alone", *row_of(few["mutual"] - few["alone"])],
-    ["1,000 samples: mutual", "fixed teacher", *row_of(few["mutual"] - few["fixed teacher"])],
+    ["mutual with a peer of its size", "alone", *row_of(peer, scores["mini-mnli", "alone"])],
+    ["mutual with a peer of its size", "mutual with a larger one", *row_of(peer, scores["mini-mnli", "mutual"])],
+    ["1,000 samples: fixed teacher", "alone", *row_of(few["fixed teacher"], few["alone"])],
+    ["1,000 samples: mutual", "alone", *row_of(few["mutual"], few["alone"])],
+    ["1,000 samples: mutual", "fixed teacher", *row_of(few["mutual"], few["fixed teacher"])],
 ]
-print(f"with 1,000 samples the student alone has {few['alone'].mean():.1f} ± {few['alone'].std():.1f} %")
+print(f"with 1,000 samples the student alone has {shown(few['alone'])} %")
 conditions = pd.DataFrame(rows, columns=["is", "better than", "by (points)", *TABLE[2:]]).set_index(
     ["is", "better than"]
 )
-expect(conditions["verdict"].loc["mutual with a peer of its size"], "undecided")
-expect(conditions["verdict"].loc["1,000 samples: fixed teacher"], "undecided")
-expect(conditions["verdict"].loc["1,000 samples: mutual"], "fails")
+expect(conditions["verdict"].loc["mutual with a peer of its size"], "open")
+expect(conditions["verdict"].loc["1,000 samples: fixed teacher"], "open")
+expect(conditions["verdict"].loc["1,000 samples: mutual"], "worse")
 assert few["fixed teacher"].mean() > few["alone"].mean() > few["mutual"].mean()
 assert peer.mean() < scores["mini-mnli", "mutual"].mean() and peer.std() > scores["mini-mnli", "mutual"].std()
 conditions
 
 # %%
 # NBVAL_CHECK_OUTPUT
-verdicts = [row[-1] for row in rows]
-print(f"of {len(rows)} claims {', '.join(f'{verdicts.count(v)} {v}' for v in ('holds', 'undecided', 'fails'))}")
+counts = conditions["verdict"].value_counts()
+print(f"of {len(rows)} claims {', '.join(f'{count} {word}' for word, count in counts.items())}")
 
 # %% [markdown]
 # On these tasks, from random weights and in eight epochs, we found no condition under which mutual learning helps. On average both online
 # ways stay below the student *alone*; where an interval decides, it decides against mutual learning, on `mini-mnli` against the student alone and on both tasks against the
 # fixed teacher. The intervals are wide because the seeds of one way end far apart, one of them hardly above guessing, so that five differences are far from normal. A peer of the
-# same size does not change that. With fewer samples mutual learning fails against both rivals. The fixed teacher is never behind on average, but its advantage over the labels is
-# undecided too.
+# same size does not change that. With fewer samples mutual learning is worse than both rivals. The fixed teacher is never behind on average, but its advantage over the labels is
+# open too.
 #
 # Why? {eq}`eq-online-simultaneous` names a candidate: the pair moves together at the rate $h \alpha$, each held back by a partner that
 # knows as little, whereas a fixed teacher is a partner that has arrived. By the end of the budget the accuracies on the right of

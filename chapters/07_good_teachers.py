@@ -72,6 +72,7 @@ from transformers import BertConfig, BertForSequenceClassification
 
 from kdlib import book, glue, models, plots, runs, trainer
 from kdlib.classroom import expect, untouched
+from kdlib.compare import Plan, decide, family, paired, seeds_to_see
 
 plots.use_style()
 torch.set_num_threads(1)
@@ -575,35 +576,34 @@ print("validation accuracy (%) of the student by the teacher's rate")
 tried.pivot(index="teaching_rate", columns="way", values="accuracy")
 
 # %%
-records = [*book.read_records("05_pilot_updates"), *book.read_records("07_good_teachers")]
-COMMON = {"task": "mini-mnli", "student": "tiny-2x32", "objective": "kl", "feedback_fraction": 0.1}
-COMMON |= {"teacher": "tiny-2x64", "alpha": 0.5, "temperature": 2.0}  # chapter 5 varies these
-AS_PRINTED = {"method": "lgtm", "influence_weight": 1.0}
-HALF_AS_LONG = {"method": "lgtm", "influence": "meta", "influence_share": 0.5}
+study = book.study("07_good_teachers")
+results = book.study("05_pilot_updates").results() | study.results()  # arm, axes and seed of each run
+WRITTEN = ("as written, watched", "as written")
 ARMS = {
-    "fixed teacher": {"method": "kd"},
-    "online distillation": {"method": "prokt"},
-    "MetaDistil": {"method": "metadistil", "pilot_update": True, "pilot_rule": "sgd"},
-    "LGTM, weighted": {**AS_PRINTED, "influence": "weighted"},
-    "LGTM, printed": {**AS_PRINTED, "influence": "printed"},
-    "LGTM, meta": {**AS_PRINTED, "influence": "meta"},
-    "LGTM, meta, half as long": {**HALF_AS_LONG, "tangent": "jvp", "feedback_every": 1, "feedback_layers": None},
-    "LGTM, released": {"method": "lgtm", "influence": "released"},
-    "feedback from validation": {"method": "lgtm", "feedback_from": "validation", "feedback_fraction": 0.0},
-    "feedback from 5 %": {**AS_PRINTED, "influence": "weighted", "feedback_fraction": 0.05},
+    "fixed teacher": (["fixed"], {}),
+    "online distillation": (["online"], {}),
+    "MetaDistil": (["meta"], {}),
+    "LGTM, weighted": (WRITTEN, {"influence": "weighted"}),
+    "LGTM, printed": (WRITTEN, {"influence": "printed"}),
+    "LGTM, meta": (["meta at a weight of 1, watched"], {}),
+    "LGTM, meta, half as long": (["half as long"], {}),
+    "LGTM, released": (WRITTEN, {"influence": "released"}),
+    "feedback from validation": (["feedback from validation"], {}),
+    "feedback from 5 %": (["half the feedback"], {}),
 }
 
 
 def arm(name):
     """The records of one way to train, in the order of the seeds."""
-    wanted = {**COMMON, **ARMS[name]}
-    found = [r for r in records if all(r.config.get(key) == value for key, value in wanted.items())]
+    arms, axes = ARMS[name]
+    wanted = ({"task": "mini-mnli"} | axes).items()
+    found = [record for (one, *_), record in results.items() if one in arms and wanted <= record.config.items()]
     return sorted(found, key=lambda record: record.config["seed"])
 
 
 def scores(name, metric="test/accuracy"):
-    """A metric in per cent, one value for each seed."""
-    return pd.Series([100 * record.metrics[metric] for record in arm(name)])
+    """A metric in per cent, by seed."""
+    return pd.Series({record.config["seed"]: 100 * record.metrics[metric] for record in arm(name)})
 
 
 # %% [markdown]
@@ -710,10 +710,9 @@ for name in ("MetaDistil", "LGTM, weighted", "LGTM, meta, half as long"):
     earlier = torch.tensor([(100 * r.history_frame["teacher/validation/accuracy"]).tolist() for r in arm(name)])
     assert (earlier[:, -1] > 65).all(), "none of these ran away"
     for which, found in {"here": again, "of the tables below": earlier}.items():
-        change = found[:, -1] - found[:, 0]
-        low, high = stats.ttest_1samp(change, 0).confidence_interval(0.95)
-        print(f"{name}, runs {which}: the teacher's accuracy changes by {change.mean():+.1f} points", end=" ")
-        print(f"(95 % interval {low:+.1f} to {high:+.1f})")
+        change = paired(pd.Series(found[:, -1]), pd.Series(found[:, 0]))
+        print(f"{name}, runs {which}: the teacher's accuracy changes by {change.mean:+.1f} points", end=" ")
+        print(f"(95 % interval {change.low:+.1f} to {change.high:+.1f})")
 
 # %% [markdown]
 # In six epochs no student of this figure overfits as the paper's does. MetaDistil's students end where their loss was lowest or next to it, as those of a fixed teacher do, and its teacher, at the small rate that
@@ -722,21 +721,29 @@ for name in ("MetaDistil", "LGTM, weighted", "LGTM, meta, half as long"):
 # runs would overfit, six epochs cannot say.
 #
 # ### Does it help?
+#
+# Verdicts follow the rule of {doc}`05_pilot_updates`: *better*, *worse*, *equal* within half a point, a margin that was fixed after the runs, or *open*. The interval is that of a line alone, the word that of all lines
+# of a table together.
 
 
 # %%
 # NBVAL_CHECK_OUTPUT
-def compare(gain):
-    """Mean and standard deviation, 95 % interval, seeds in favour and what follows, for paired gains in points."""
-    gain = pd.Series(gain)
-    low, high = stats.ttest_1samp(gain, 0).confidence_interval(0.95)
-    word = "holds" if low > 0 else "fails" if high < 0 else "undecided"
-    return [
-        f"{gain.mean():+.1f} ± {gain.std():.1f}",
-        f"{low:+.1f} to {high:+.1f}",
-        f"{(gain > 0).sum()} of {len(gain)}",
-        word,
-    ]
+MARGIN = 0.5  # points within which two ways count as equal
+
+
+def judged(pairs):
+    """A line for each pair of values in points by seed: how much larger is the first, and what do all lines say?"""
+    return as_table({name: decide(Plan(MARGIN, (len(a),)), a, b) for name, (a, b) in pairs.items()})
+
+
+def as_table(decisions, unit=1):
+    """What the decisions on some claims say as a family; one point is so many units of theirs."""
+    words, rows = family(decisions)["verdict"], {}
+    for name, decision in decisions.items():
+        found = decision.difference
+        mean, deviation, low, high = (x / unit for x in (found.mean, found.std, found.low, found.high))
+        rows[name] = [f"{mean:+.1f} ± {deviation:.1f}", f"{low:+.1f} to {high:+.1f}", words[name]]
+    return pd.DataFrame.from_dict(rows, orient="index", columns=["gain (points)", "95 % interval", "verdict"])
 
 
 CLAIMS = [
@@ -748,11 +755,9 @@ CLAIMS = [
     ("LGTM, printed", "online distillation"),
     ("LGTM, released", "online distillation"),
 ]
-columns = ["gain (points)", "95 % interval", "seeds in favour", "verdict"]
-rows = [compare(scores(first) - scores(second)) for first, second in CLAIMS]
-helps = pd.DataFrame(rows, index=[f"{first} over {second}" for first, second in CLAIMS], columns=columns)
-printed_fails = {"LGTM, printed over online distillation": "fails"}
-expect(helps["verdict"], dict.fromkeys(helps.index, "undecided") | printed_fails)
+helps = judged({f"{first} over {second}": (scores(first), scores(second)) for first, second in CLAIMS})
+printed_fails = {"LGTM, printed over online distillation": "worse"}
+expect(helps["verdict"], dict.fromkeys(helps.index, "open") | printed_fails)
 helps
 
 # %%
@@ -765,16 +770,10 @@ for name in (name for name in ARMS if name != "LGTM, meta" and not name.startswi
 pd.DataFrame(rows).T.fillna("")
 
 # %% [markdown]
-# Only "printed" is decided. How many seeds would the other questions take? A student of two narrow layers sometimes gets stuck, and one such seed can make most of a standard deviation:
-
+# Only "printed" is decided. How many seeds would show a gain of one point with a chance of 80 %? A student of two narrow layers sometimes gets stuck, and one such seed can make most of a standard deviation:
 
 # %%
 # NBVAL_CHECK_OUTPUT
-def seeds_for(gain, points=1.0):
-    """Paired seeds that show a gain of so many points at 5 % with a chance of 80 %, if they spread as these do."""
-    return ((stats.norm.ppf(0.975) + stats.norm.ppf(0.8)) * gain.std() / points) ** 2
-
-
 online = scores("online distillation")
 stuck = online.idxmin()
 print(f"online distillation by seed (%): {', '.join(f'{score:.1f}' for score in online)}")
@@ -784,9 +783,9 @@ for name in ("LGTM, weighted", "LGTM, meta, half as long"):
     rows[f"{name} over online distillation"] = {
         "gain by seed": ", ".join(f"{value:+.1f}" for value in gain),
         "sd": f"{gain.std():.1f}",
-        "seeds for one point": f"{seeds_for(gain):.0f}",
+        "seeds for one point": f"{seeds_to_see(gain.std(), 1.0)}",
         f"sd without seed {stuck}": f"{gain.drop(stuck).std():.1f}",
-        f"seeds without seed {stuck}": f"{seeds_for(gain.drop(stuck)):.0f}",
+        f"seeds without seed {stuck}": f"{seeds_to_see(gain.drop(stuck).std(), 1.0)}",
     }
 teachers = scores("LGTM, printed", "teacher/validation/accuracy")
 shares = 100 * pd.Series(glue.load("miniglue", "mini-mnli").evaluation["validation"]["label"]).value_counts(
@@ -1017,34 +1016,31 @@ runs_of = {
 }
 
 
-def against(kind, rival, table):
-    """Rows of verdicts on kind over rival, by the first part of the table's keys."""
+def lines_of(table):
+    """The four questions, for each first part of the table's keys."""
+    claims = [("weighted", "fixed"), ("online", "fixed"), ("weighted", "online"), ("meta", "online")]
     names = list(dict.fromkeys(name for name, _ in table))
-    rows = [compare((table[name, kind] - table[name, rival]).tolist()) for name in names]
-    return pd.DataFrame(rows, index=[f"{name}: {kind} over {rival}" for name in names], columns=columns_of_verdicts)
+    by_seed = {key: pd.Series(accuracies) for key, accuracies in table.items()}
+    return {f"{n}: {a} over {b}": (by_seed[n, a], by_seed[n, b]) for a, b in claims for n in names}
 
 
-columns_of_verdicts = ["gain (points)", "95 % interval", "seeds in favour", "verdict"]
-claims = [("weighted", "fixed"), ("online", "fixed"), ("weighted", "online"), ("meta", "online")]
-by_objective = pd.concat([against(*claim, runs_of) for claim in claims])
-for name, word in {"squared error": "holds", "DIST": "fails"}.items():
+by_objective = judged(lines_of(runs_of))
+for name, word in {"squared error": "better", "DIST": "worse"}.items():
     expect(by_objective["verdict"], {f"{name}: {kind} over fixed": word for kind in ("weighted", "online")})
-expect(
-    by_objective["verdict"], {"KL: weighted over online": "undecided", "squared error: weighted over online": "fails"}
-)
+expect(by_objective["verdict"], {"KL: weighted over online": "equal", "squared error: weighted over online": "worse"})
 by_objective
 
 # %% [markdown]
 # LGTM's Table 2 compares the first of these pairs: its method against the plain objective with a fixed teacher. The second pair shows how much of that difference
-# is there without any influence, and the third what the influence adds.
+# is there without any influence, and the third what the influence adds: with KL nothing, for the two are equal within half a point.
 #
 # ### Counterpart of Table 4: a smaller student
 
 # %%
 sizes = {(f"{UNITS} units", kind): runs_of["KL", kind] for kind in ("fixed", "online", "weighted", "meta")}
 sizes |= {("4 units", kind): train_perceptrons(kind, units=4)[0] for kind in ("fixed", "online", "weighted", "meta")}
-by_size = pd.concat([against(*claim, sizes) for claim in claims])
-assert "holds" not in set(by_size["verdict"])
+by_size = judged(lines_of(sizes))
+assert "better" not in set(by_size["verdict"])
 by_size
 
 # %% [markdown]
@@ -1058,13 +1054,17 @@ by_alpha = {
 }
 best = max(ALPHAS, key=lambda alpha: by_alpha[alpha].mean())
 assert max(by_alpha[alpha].mean() for alpha in ALPHAS) - min(by_alpha[alpha].mean() for alpha in ALPHAS) < 1
-rows = [compare((by_alpha[0.6] - by_alpha[alpha]).tolist()) for alpha in ALPHAS if alpha != 0.6]
 print(
     "test accuracy (%):",
     ", ".join(f"α = {alpha}: {by_alpha[alpha].mean():.2f}" for alpha in ALPHAS),
     f"; highest at {best}",
 )
-pd.DataFrame(rows, index=[f"α = 0.6 over {alpha}" for alpha in ALPHAS if alpha != 0.6], columns=columns_of_verdicts)
+best_of_paper, *others = (pd.Series(by_alpha[alpha]) for alpha in (0.6, 1.0, 0.8, 0.4))
+by_label = judged(
+    {f"α = 0.6 over {a}": (best_of_paper, other) for a, other in zip((1.0, 0.8, 0.4), others, strict=True)}
+)
+expect(by_label["verdict"], "equal")
+by_label
 
 # %% [markdown]
 # ## Where the feedback comes from
@@ -1077,25 +1077,18 @@ pd.DataFrame(rows, index=[f"α = 0.6 over {alpha}" for alpha in ALPHAS if alpha 
 
 # %%
 # NBVAL_CHECK_OUTPUT
-def leak(first, second):
-    """The counterpart of LGTM's Table 6: gains of the first over the second in test and in validation accuracy, and how much larger the latter is."""
-    gains = {split: pd.Series(first[split]) - pd.Series(second[split]) for split in ("test", "validation")}
-    gains["leak: validation − test"] = gains["validation"] - gains["test"]
-    return {split: compare(gain) for split, gain in gains.items()}
+def leak(first, second="LGTM, weighted"):
+    """The counterpart of LGTM's Table 6: the first beside the second by test and by validation accuracy, and both."""
+    splits = ("test", "validation")
+    lines = {split: tuple(scores(name, f"{split}/accuracy") for name in (first, second)) for split in splits}
+    gains = {split: ours - theirs for split, (ours, theirs) in lines.items()}
+    return lines | {"leak: validation − test": (gains["validation"], gains["test"])}
 
 
-def both_splits(name):
-    return {split: scores(name, f"{split}/accuracy") for split in ("test", "validation")}
-
-
-others = {"validation feedback": "feedback from validation", "5 % of the training set": "feedback from 5 %"}
-rows = {
-    (name, split): row
-    for name, way in others.items()
-    for split, row in leak(both_splits(way), both_splits("LGTM, weighted")).items()
-}
-leaks = pd.DataFrame(rows, index=columns_of_verdicts).T.rename_axis(["over 10 % of the training set", ""])
-expect(leaks["verdict"], "undecided")
+feedback = {"validation feedback": "feedback from validation", "5 % of the training set": "feedback from 5 %"}
+leaks = judged({(name, split): line for name, way in feedback.items() for split, line in leak(way).items()})
+leaks.index = pd.MultiIndex.from_tuples(leaks.index, names=["over 10 % of the training set", ""])
+assert set(leaks["verdict"]) == {"open"}
 leaks
 
 # %% [markdown]
@@ -1204,18 +1197,9 @@ pd.DataFrame(rows).T
 
 # %%
 # NBVAL_CHECK_OUTPUT
-SAVINGS = {
-    "forward difference": {"tangent": "forward-difference"},
-    "feedback every second step": {"feedback_every": 2},
-    "last layer": {"feedback_layers": 1},
-}
-ARMS |= {name: {**HALF_AS_LONG, **options} for name, options in SAVINGS.items()}
-rows = {
-    (name, network): compare(scores(name, metric) - scores("LGTM, meta, half as long", metric))
-    for name in SAVINGS
-    for metric, network in METRICS.items()
-}
-pd.DataFrame(rows, index=columns_of_verdicts).T
+decisions = {str(pair): decision for pair, decision in study.decisions().items()}
+savings = as_table(decisions, unit=0.01)
+savings[savings.index.str.contains("− half as long")]
 
 # %% [markdown]
 # ## What of the story held here
@@ -1223,7 +1207,7 @@ pd.DataFrame(rows, index=columns_of_verdicts).T
 # | the paper says | here |
 # |---|---|
 # | eqs. (9) and (10) are about the same (Appendix B) | no: in the table of gradients, with KL, they are of different lengths and only roughly of one direction, and it is the wrong one; "printed" is minus the meta-gradient |
-# | weighting by influence helps the student to generalise | with KL a step of "weighted" raises the feedback loss in every seed of the digits; no gain in accuracy over online distillation that five seeds of BERTs or 20 of digits could see |
+# | weighting by influence helps the student to generalise | with KL a step of "weighted" raises the feedback loss in every seed of the digits; no gain in accuracy over online distillation that five seeds of BERTs could see, and on the digits the two are equal within half a point |
 # | eq. (10) approximates that | minimised as printed at weight 1 it brought every BERT teacher to one class for all pairs, and its student with it; the mechanism is exercise 2 |
 # | the code implements it | on the digits nearly the right direction, at a weight at which it does not matter |
 # | meta distillation is online distillation with an adaptive learning rate, eq. (19) | no: the last line of eq. (19) has little in common with the gradient that it is to approximate |
@@ -1231,12 +1215,12 @@ pd.DataFrame(rows, index=columns_of_verdicts).T
 # | influence is small at the beginning and at the end (Figure 4) | small at the beginning, yes; our short run does not get to such an end |
 # | the student escapes a wrong belief first, the teacher follows (Figure 3) | so it went in the one run above, for the accuracy as a whole; one run is an anecdote |
 # | better than plain MSE and DIST (Table 2) | for the squared error yes, for DIST the opposite, and online distillation without any influence does the same: it is the teacher's own learning; with the squared error the term costs some of it |
-# | $\alpha = 0.6$ is best (Table 7) | a nearly flat curve, less than a point from top to bottom |
-# | feedback from validation data or from the training set makes little difference (Table 6) | undecided for the student; the leak into the validation score is undecided at this size too |
+# | $\alpha = 0.6$ is best (Table 7) | a flat curve: 0.6 is equal to each of the others within half a point |
+# | feedback from validation data or from the training set makes little difference (Table 6) | open for the student; the leak into the validation score is open at this size too |
 # | difference quotients make it ten times faster (Table 3) | faster than a loop over samples, yes; unnecessary, since a tangent is exact and costs about as much |
 #
 # What is sound: the auxiliary loss. A teacher that goes on learning its task while it teaches does not depend on the feedback term behaving well, and with
-# "meta" at a bounded share the term did no such harm as "printed". What is undecided: whether *any* influence term helps a student of BERT's size. Our students are
+# "meta" at a bounded share the term did no such harm as "printed". What is open: whether *any* influence term helps a student of BERT's size. Our students are
 # so small that some seeds get stuck and the spread over seeds is several times the paper's gains. How many seeds a gain of one point would take is printed under "Does it help?"; the other way is full runs
 # ({doc}`12_glue`).
 #

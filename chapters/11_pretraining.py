@@ -62,6 +62,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 
 from kdlib import book, engine, models, plots, pretraining, runs
+from kdlib.classroom import expect
 
 plots.use_style()
 names_before = set(globals()) | {"names_before"}
@@ -392,7 +393,19 @@ for environment in sorted(
 print("precision:", ", ".join(sorted({r.config["precision"] for r in found})) or "nothing on record yet")
 
 # %% [markdown]
-# One seed has no standard deviation, and a gap that is no larger than the seeds' scatter is none. The scores are those of the validation split, which
+# Is one start better than another? The study file states the claims: paired differences by seed with their 95 % intervals, and one verdict for all claims
+# together (Holm's correction, {doc}`05_pilot_updates`), "equal" within half a point, a margin that was fixed after the runs.
+
+# %%
+# NBVAL_CHECK_OUTPUT
+claims = book.study("11_pretraining").verdicts()
+interval = (100 * claims[["low", "high"]]).map("{:+.1f}".format).agg(" to ".join, axis=1)
+expect(claims["verdict"], "open")
+said = {"points": (100 * claims["mean"]).map("{:+.1f}".format), "95 % interval": interval}
+pd.DataFrame({**said, "seeds": claims["seeds"], "verdict": claims["verdict"]})
+
+# %% [markdown]
+# All three are open: three seeds cannot tell a student that was distilled from one that was not. The scores are those of the validation split, which
 # selected nothing here: there is one evaluation, at the end. The paper's students see Wikipedia and BookCorpus for a million
 # steps and fine-tune on whole tasks, so its numbers, below, are not comparable.
 

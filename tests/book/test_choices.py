@@ -91,7 +91,7 @@ def test_chapter_6_takes_its_best_settings():
         assert {best(fixed, "learning_rate")} == settings(name, name="learning_rate", task=task)
     rates = settings(name, name="teaching_rate", method="ikd")
     assert rates == {best(plain_ones.query("method == 'ikd'"), "teaching_rate")}
-    assert settings(name, "beside PKD", name="pkd_weight") == {best(patient, "pkd_weight")}
+    assert settings(name, "PKD", "PKD with IKD", name="pkd_weight") == {best(patient, "pkd_weight")}
 
 
 def test_chapter_7_takes_the_rate_that_is_best_for_all():
