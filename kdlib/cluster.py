@@ -283,7 +283,7 @@ def tried(study: Study) -> pd.DataFrame:
     return table.join(grouped["teacher"].mean()).round(5).reset_index()  # the settings are not rounded
 
 
-def estimate(study: Study, units: Sequence[Unit], trying: bool = False) -> tuple[float, int]:
+def _expected(study: Study, units: Sequence[Unit], trying: bool = False) -> tuple[float, int]:
     """Seconds that those without a record will take one after the other, and how many are like none that has one.
 
     Alike are runs of one arm, else of one method and task.
@@ -320,7 +320,7 @@ def plan(study: Study, choosing: bool = False) -> str:
     ]
     lines = [f"{study.name}: {study.sheet.question}".strip(), pd.DataFrame(rows).to_string(index=False)]
     if todo:
-        seconds, unlike = estimate(study, units, choosing)
+        seconds, unlike = _expected(study, units, choosing)
         known = f"about {seconds / 60:.0f} minutes one after the other" if unlike < len(todo) else ""
         guess = f"{unlike} are like no run that has a record" if unlike else ""
         lines.append(f"{len(todo)} runs to do: " + "; ".join(filter(None, (known, guess))))
