@@ -868,7 +868,6 @@ plt.show()
 
 
 # %%
-# NBVAL_CHECK_OUTPUT
 def rise_and_fall(gap):
     """Gap at the other seeds' peak beside the first, and beside the last value; shape (seeds,) each."""
     peaks = [(gap.sum(dim=0) - own).argmax() for own in gap]
@@ -881,6 +880,8 @@ def mean_accuracy(records):
     return history(records, "validation/accuracy").mean(dim=1)
 
 
+# %%
+# NBVAL_CHECK_OUTPUT
 one, two = (recorded_gap(STARTS[name]) for name in ("one-stage", "two-stage"))
 rises, falls = rise_and_fall(one)
 onsets = [gap[:, 0] for gap in (two, one)]
@@ -965,7 +966,6 @@ compared
 # not.)
 
 # %%
-# NBVAL_CHECK_OUTPUT
 WAYS = {"alone": "fine_tune", "fixed teacher": "kd", "teacher first": "prokt", "mutual": "dml"}
 
 
@@ -986,6 +986,8 @@ def shown(values):
     return f"{100 * values.mean():.1f} ± {100 * values.std():.1f}"
 
 
+# %%
+# NBVAL_CHECK_OUTPUT
 rows = []
 for task in TASKS:
     for way in WAYS:

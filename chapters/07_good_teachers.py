@@ -593,6 +593,7 @@ ARMS = {
 }
 
 
+# %%
 def arm(name):
     """The records of one way to train, in the order of the seeds."""
     arms, axes = ARMS[name]
@@ -727,7 +728,6 @@ for name in ("MetaDistil", "LGTM, weighted", "LGTM, meta, half as long"):
 
 
 # %%
-# NBVAL_CHECK_OUTPUT
 MARGIN = 0.5  # points within which two ways count as equal
 
 
@@ -746,6 +746,8 @@ def as_table(decisions, unit=1):
     return pd.DataFrame.from_dict(rows, orient="index", columns=["gain (points)", "95 % interval", "verdict"])
 
 
+# %%
+# NBVAL_CHECK_OUTPUT
 CLAIMS = [
     ("LGTM, weighted", "fixed teacher"),
     ("LGTM, weighted", "online distillation"),

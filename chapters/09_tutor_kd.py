@@ -864,7 +864,6 @@ plt.show()
 
 
 # %%
-# NBVAL_CHECK_OUTPUT
 COLUMNS = ["gain", "95 % interval", "seeds in favour", "verdict"]
 
 
@@ -898,6 +897,8 @@ def text_claims():
     }
 
 
+# %%
+# NBVAL_CHECK_OUTPUT
 print("gains in nats of the teacher's loss and in r_S, at the end of the distillation")
 rows = {claim: row_of(*pair, 3) for claim, pair in text_claims().items()}
 of_the_text = pd.DataFrame.from_dict(rows, orient="index", columns=COLUMNS)
@@ -933,7 +934,6 @@ for axes, (task, gains) in zip(panels, over_nothing.items(), strict=True):
 plt.show()
 
 # %%
-# NBVAL_CHECK_OUTPUT
 CLAIMS = {
     "Table 3, rewards": [("tutor-kd", "without r_T"), ("tutor-kd", "without r_S"), ("tutor-kd", "no reward")],
     "Table 4, modification": [
@@ -960,6 +960,8 @@ def judged(group):
     return pd.DataFrame(rows).T
 
 
+# %%
+# NBVAL_CHECK_OUTPUT
 at_all = judged("any distillation")
 ends = [gain for gains in over_nothing.values() for gain in gains.values()]
 print(f"of {len(ends)} gains in the figure {sum(gain.mean <= 0 for gain in ends)} are at or below zero;", end=" ")
