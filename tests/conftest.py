@@ -20,6 +20,7 @@ os.environ.setdefault("JUPYTER_PLATFORM_DIRS", "1")  # else jupyter_core warns t
 os.environ.setdefault("MPLBACKEND", "agg")
 
 # Before anything imports them; `tools.typed` has to be imported, for jaxtyping imports `tools` only.
+tools.typed.import_libraries()
 jaxtyping.install_import_hook(tools.typed.rooms(), "tools.typed.checked")
 
 settings.register_profile("kdlib", deadline=None, derandomize=True, max_examples=30)
