@@ -94,9 +94,9 @@ def alone():
 
 @pytest.fixture(scope="module", params=[2, 3])
 def several(server, request, tmp_path_factory):
-    """What all processes have made; on three, one case of each method."""
+    """What all processes have made; on three, a few cases."""
     folder, size = tmp_path_factory.mktemp("several"), request.param
-    cases = [*together.CASES] if size == 2 else together.OF_EACH
+    cases = [*together.CASES] if size == 2 else together.ON_THREE
     assert start(server, together.make_all, size, folder, cases) == [0] * size
     return [torch.load(folder / f"{number}.pt") for number in range(size)]
 

@@ -25,7 +25,7 @@ from kdlib.methods.on_text import OnText, Student, TextCast
 from kdlib.methods.online import DML, ProKT
 from kdlib.methods.task_agnostic import MLM, DistilBERT, MiniLM, MiniLMv2, SoftLabels, TinyBERT
 from kdlib.methods.tutor import Tutor, TutorKD, Untutored
-from tests import exact
+from tests import exact, quick
 
 SIZES = (5, 1, 4)
 """Samples of a batch: an uneven cut, fewer than processes, and one that 2 divides and 3 does not."""
@@ -67,8 +67,15 @@ ON_TEXT = {
     "tutor, nothing inside": TutorKD(inner_weight=0.0, temperature=2.0),
 }
 CASES = {**ON_TASKS, **ON_TEXT}
-OF_EACH = [*{type(settings): case for case, settings in CASES.items()}.values()]
-"""One case of each method."""
+ON_THREE = [
+    "fine_tune",
+    "metadistil, two inner steps",
+    "ikd, after, feedback",
+    "lgtm, meta, shared",
+    "minilm_v2",
+    "tutor",
+]
+"""Every way of sharing the rows of a batch, for a cut that does not come out even."""
 
 
 def batches(sizes: tuple[int, ...], seed: int) -> Iterator[dict[str, torch.Tensor]]:
@@ -214,6 +221,7 @@ def run(number: int, size: int, port: int, folder: str, place: tuple[int, int, i
     """In one of several processes: the command line, what it prints into a file; `place` is the process that gets a
     signal, at which of a learner's gradients, before it is added up, and the signal."""
     enter(number, size, port)
+    quick.few_to_test()
     if place is not None and place[0] == number:
         calls, original = itertools.count(1), kdlib.learner.add_up
 
