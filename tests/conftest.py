@@ -20,6 +20,7 @@ os.environ.setdefault("JUPYTER_PLATFORM_DIRS", "1")  # else jupyter_core warns t
 os.environ.setdefault("MPLBACKEND", "agg")
 
 # Before anything imports them; `tools.typed` has to be imported, for jaxtyping imports `tools` only.
+tools.typed.import_libraries()
 jaxtyping.install_import_hook(tools.typed.rooms(), "tools.typed.checked")
 
 settings.register_profile("kdlib", deadline=None, derandomize=True, max_examples=30)
@@ -29,8 +30,18 @@ ROOT = Path(__file__).resolve().parents[1]
 ASKED = Path(tempfile.gettempdir()) / f"kdlib-asked-{os.getpid()}"
 
 
+LONGEST = ("book/test_site", "test_processes", "test_cluster", "test_resume", "book/test_book", "book/test_records")
+LONGEST += ("test_runs", "book/test_places", "methods/test_lgtm", "book/test_glue_chapter", "test_interrupts")
+"""What takes longest, in its order: begun last, it would leave the other worker without work."""
+
+
 def pytest_collection_modifyitems(items):
-    """Measure no coverage while the book's tests run: tracing takes half as long again, and tests/ mirrors kdlib."""
+    """Begin with what takes longest, and measure no coverage while the book's tests run.
+
+    Tracing takes half as long again, and tests/ mirrors kdlib.
+    """
+    rank = {ROOT / "tests" / f"{name}.py": number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: rank.get(item.path, len(rank)))
     for item in items:
         if item.path.is_relative_to(ROOT / "tests" / "book"):
             item.add_marker(pytest.mark.no_cover)

@@ -1,4 +1,4 @@
-"""A chapter with a form: its parameters, and a run of it with others, by papermill or in this process."""
+"""A chapter with a form: its parameters, and a run of it with others."""
 
 import ast
 import contextlib
@@ -9,7 +9,6 @@ from typing import Any
 
 import jupytext
 import matplotlib
-import papermill
 from matplotlib import pyplot as plt
 from papermill.iorw import load_notebook_node
 from papermill.parameterize import parameterize_notebook
@@ -22,20 +21,10 @@ def offered(chapter: Path) -> dict[str, Any]:
     return {node.targets[0].id: ast.literal_eval(node.value) for node in assignments}
 
 
-def execute(chapter: Path, folder: Path, **parameters: Any) -> str:
-    """Run a chapter from its source, runs under `folder`; return the executed notebook's printed text."""
-    notebook, out = folder / "chapter.ipynb", folder / "out.ipynb"
-    jupytext.write(jupytext.read(chapter), notebook)
-    parameters = {"output_dir": str(folder / "runs"), "device": "cpu", **parameters}
-    papermill.execute_notebook(
-        notebook, out, parameters, cwd=folder, kernel_name="python3", progress_bar=False, log_output=False
-    )
-    outputs = [output for cell in jupytext.read(out).cells for output in cell.get("outputs", [])]
-    return "".join(output.get("text", "") for output in outputs)
-
-
 def perform(chapter: Path, folder: Path, **parameters: Any) -> str:
-    """`execute` without a kernel, whose start takes longer than a small run: the cells in turn, in this process.
+    """Run a chapter from its source, runs under `folder`; return what it printed.
+
+    Without a kernel, whose start takes longer than a small run: the cells in turn, in this process.
 
     papermill puts the parameters in; every figure is drawn; what a cell raises is raised here.
     """

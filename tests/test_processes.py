@@ -1,12 +1,14 @@
 """Runs on several processes: the steps of one process to float64's rounding, and one fate for all."""
 
 import multiprocessing
+import os
 import signal
 import socket
 from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
+import coverage
 import pytest
 import torch
 
@@ -65,9 +67,12 @@ ON_TEXT = {
 @pytest.fixture(scope="module")
 def server():
     """Children of a process that has imported everything but computed nothing."""
+    if counts := coverage.Coverage.current():
+        os.environ[together.COUNTS] = counts.config.data_file
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.together"])
     yield context
+    os.environ.pop(together.COUNTS, None)
     forkserver._forkserver._stop()
 
 
@@ -94,9 +99,9 @@ def alone():
 
 @pytest.fixture(scope="module", params=[2, 3])
 def several(server, request, tmp_path_factory):
-    """What all processes have made; on three, one case of each method."""
+    """What all processes have made; on three, a few cases."""
     folder, size = tmp_path_factory.mktemp("several"), request.param
-    cases = [*together.CASES] if size == 2 else together.OF_EACH
+    cases = [*together.CASES] if size == 2 else together.ON_THREE
     assert start(server, together.make_all, size, folder, cases) == [0] * size
     return [torch.load(folder / f"{number}.pt") for number in range(size)]
 

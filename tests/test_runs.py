@@ -13,6 +13,7 @@ from kdlib.batches import Encoded
 from kdlib.methods import METHODS, ikd, lgtm
 from kdlib.methods.kd import KD
 from kdlib.settings import ConfigurationError, read_by, settings
+from tests import quick
 
 QUICK = {
     "task": "mini-mnli",
@@ -38,6 +39,15 @@ def config(folder):
 @pytest.fixture(scope="module")
 def record(config):
     return runs.run(config)
+
+
+@pytest.fixture
+def few_to_test(monkeypatch):
+    """For runs of which nobody looks at all predictions."""
+    configuration._loaded.cache_clear()
+    monkeypatch.setattr(glue, "load", quick.few_to_test(glue.load))
+    yield
+    configuration._loaded.cache_clear()
 
 
 def test_others_may_read_the_student(record, tmp_path):
@@ -153,6 +163,7 @@ class TestRun:
         with pytest.raises(ValueError, match=message):
             runs.run(config)
 
+    @pytest.mark.usefixtures("few_to_test")
     @pytest.mark.parametrize("method", ["kd", "metadistil", "ikd"])
     def test_a_head_that_was_never_trained_teaches_only_if_it_is_asked_for(self, tmp_path, method, monkeypatch):
         tokenizer = models.load_tokenizer("tiny-1x32")
@@ -169,6 +180,7 @@ class TestRun:
         assert runs.run(asked).config["untrained_teacher"] is True
         runs.run(runs.configure(**{**given, "teacher": str(tmp_path / "classifier")}))
 
+    @pytest.mark.usefixtures("few_to_test")
     def test_the_time_that_a_run_may_take_is_kept(self, tmp_path):
         given = runs.readable({**QUICK, "max_steps": 6}, "fine_tune") | {"method": "fine_tune"}
         config = runs.configure(**given, output_dir=str(tmp_path), max_seconds=1e-3)
@@ -180,6 +192,7 @@ class TestRun:
         plain = runs.run(dataclasses.replace(config, max_seconds=None, output_dir=str(tmp_path / "plain")))
         assert again.history == plain.history and again.run_id == plain.run_id
 
+    @pytest.mark.usefixtures("few_to_test")
     def test_both_learners_train_as_the_configuration_says(self, folder, monkeypatch):
         """Catches an optimiser that is given another setting than its own, in the run of the teacher, too."""
         made, schedules, train = [], [], trainer.train
@@ -269,6 +282,7 @@ class TestRun:
         assert student.config.vocab_size == len(tokenizer) and student.config.hidden_size == 264
 
 
+@pytest.mark.usefixtures("few_to_test")
 class TestChains:
     """A teacher may be a run of any method: a distilled one, as a teaching assistant is."""
 
@@ -320,6 +334,7 @@ class TestChains:
         assert told == [f"resume is False: {' and '.join(ids)} start afresh"]
 
 
+@pytest.mark.usefixtures("few_to_test")
 class TestTeachersThatLearn:
     @pytest.mark.parametrize(
         ("method", "options"),
@@ -457,6 +472,7 @@ def shown(batches: list[dict]) -> set[tuple[int, ...]]:
     return {tuple(row[keep].tolist()) for ids, mask in masked for row, keep in zip(ids, mask, strict=True)}
 
 
+@pytest.mark.usefixtures("few_to_test")
 def test_the_feedback_is_never_from_the_validation_split_unless_asked_for(monkeypatch, tmp_path):
     """Told by the sentences themselves, not by the numbers of their rows."""
     seen, splits = feedback_seen(monkeypatch, output_dir=str(tmp_path))
@@ -466,6 +482,7 @@ def test_the_feedback_is_never_from_the_validation_split_unless_asked_for(monkey
     assert not shown(seen) <= sentences(splits["validation"])
 
 
+@pytest.mark.usefixtures("few_to_test")
 def test_the_papers_way_takes_the_feedback_from_the_validation_split(monkeypatch, tmp_path):
     seen, splits = feedback_seen(monkeypatch, output_dir=str(tmp_path), feedback_from="validation")
     assert shown(seen) <= sentences(splits["validation"]) and len(shown(seen)) > 4

@@ -6,15 +6,16 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
+import coverage
 import torch
 from transformers import BertConfig, BertForMaskedLM
 
 import kdlib.learner
-from kdlib import __main__, corpus, models, processes
+from kdlib import __main__, corpus, glue, models, processes
 from kdlib.learner import Learner, NonFiniteLossError, accelerator_for, learner
 from kdlib.methods.base import Cast
 from kdlib.methods.ikd import IKD
@@ -25,7 +26,7 @@ from kdlib.methods.on_text import OnText, Student, TextCast
 from kdlib.methods.online import DML, ProKT
 from kdlib.methods.task_agnostic import MLM, DistilBERT, MiniLM, MiniLMv2, SoftLabels, TinyBERT
 from kdlib.methods.tutor import Tutor, TutorKD, Untutored
-from tests import exact
+from tests import exact, quick
 
 SIZES = (5, 1, 4)
 """Samples of a batch: an uneven cut, fewer than processes, and one that 2 divides and 3 does not."""
@@ -67,8 +68,17 @@ ON_TEXT = {
     "tutor, nothing inside": TutorKD(inner_weight=0.0, temperature=2.0),
 }
 CASES = {**ON_TASKS, **ON_TEXT}
-OF_EACH = [*{type(settings): case for case, settings in CASES.items()}.values()]
-"""One case of each method."""
+COUNTS = "KDLIB_COUNTS"
+"""Names the file beside which a child leaves its counts of lines, in the environment."""
+ON_THREE = [
+    "fine_tune",
+    "metadistil, two inner steps",
+    "ikd, after, feedback",
+    "lgtm, meta, shared",
+    "minilm_v2",
+    "tutor",
+]
+"""Every way of sharing the rows of a batch, for a cut that does not come out even."""
 
 
 def batches(sizes: tuple[int, ...], seed: int) -> Iterator[dict[str, torch.Tensor]]:
@@ -170,6 +180,21 @@ def made(case: str) -> tuple[dict[str, torch.Tensor], list[dict[str, float]]]:
     return changes, logged
 
 
+@contextmanager
+def measured(wanted: bool = True) -> Iterator[None]:
+    """Count the lines that this process runs, if the tests that started it count theirs: see `test_processes.py`."""
+    counts = None
+    if wanted and COUNTS in os.environ:
+        counts = coverage.Coverage(data_file=os.environ[COUNTS], data_suffix=True)  # pytest-cov combines them
+        counts.start()
+    try:
+        yield
+    finally:
+        if counts is not None:
+            counts.stop()
+            counts.save()
+
+
 def enter(number: int, size: int, port: int) -> None:
     """Be process `number` of so many, as torchrun would have it."""
     torch.set_num_threads(1)
@@ -180,9 +205,10 @@ def enter(number: int, size: int, port: int) -> None:
 def make_all(number: int, size: int, port: int, folder: str, cases: list[str]) -> None:
     """In one of several processes: make these cases, say a few words, and leave what came of them in a file."""
     enter(number, size, port)
-    processes.join("cpu")
-    torch.save({case: made(case) for case in cases} | {"words": words(number)}, Path(folder) / f"{number}.pt")
-    processes.leave()
+    with measured(len(cases) < len(CASES)):
+        processes.join("cpu")
+        torch.save({case: made(case) for case in cases} | {"words": words(number)}, Path(folder) / f"{number}.pt")
+        processes.leave()
 
 
 def words(number: int) -> dict[str, Any]:
@@ -214,6 +240,7 @@ def run(number: int, size: int, port: int, folder: str, place: tuple[int, int, i
     """In one of several processes: the command line, what it prints into a file; `place` is the process that gets a
     signal, at which of a learner's gradients, before it is added up, and the signal."""
     enter(number, size, port)
+    glue.load = quick.few_to_test(glue.load)
     if place is not None and place[0] == number:
         calls, original = itertools.count(1), kdlib.learner.add_up
 
@@ -223,6 +250,7 @@ def run(number: int, size: int, port: int, folder: str, place: tuple[int, int, i
             original(module)
 
         kdlib.learner.add_up = deadly
-    with open(Path(folder) / f"{number}.txt", "w") as file, redirect_stderr(file), redirect_stdout(file):
+    told = Path(folder) / f"{number}.txt"
+    with measured(place is not None), open(told, "w") as file, redirect_stderr(file), redirect_stdout(file):
         status = __main__.main(["run", *given])
     sys.exit(status)

@@ -11,6 +11,7 @@ from tools.chapters import ROOT
 from tools.execute import kernel_environment
 
 WORKERS = "2"
+SHARED = ["--dist", "loadscope", "--no-loadscope-reorder"]  # a file to a worker, in the order of tests/conftest.py
 PYTHON = ".venv/bin/python"  # as a reader types it
 
 
@@ -20,7 +21,7 @@ def steps() -> dict[str, list[str]]:
         "lint": ["ruff", "check", "."],
         "format": ["ruff", "format", "--check", "."],
         "types": ["mypy"],
-        "tests": ["pytest", "-q", "-n", WORKERS, "--dist", "loadscope", "--cov", "--cov-report", "term"],
+        "tests": ["pytest", "-q", "-n", WORKERS, *SHARED, "--cov", "--cov-report", "term"],
         "notebooks": ["tools.compare"],
     }
 

@@ -135,10 +135,10 @@ def test_two_chapters_run_side_by_side_and_each_is_measured_alone(small_book):
     assert 80 < second["peak_mib"] - first["peak_mib"] < 120
 
 
-def test_the_book_stops_at_the_first_failing_cell(small_book, capsys):
+def test_the_book_stops_at_the_first_failing_cell(small_book, capsys, monkeypatch):
     # The first two run side by side: one goes on until the other has failed, and has time to see a third begin.
     waits = "import time\nfrom pathlib import Path\n\nwhile not Path('../failing').exists():\n    time.sleep(0.05)\n"
-    small_book.write("01_first", f"# %%\n{waits}time.sleep(3)\n")
+    small_book.write("01_first", f"# %%\n{waits}time.sleep(1.5)\n")
     fails = "open('../failing', 'w').close()\nbound = 3\nassert bound > 5, 'the bound is broken'\n"
     small_book.write("02_second", f"# %%\n{fails}")
     small_book.write("03_third", "# %%\nopen('reached', 'w').close()\n")
@@ -152,6 +152,7 @@ def test_the_book_stops_at_the_first_failing_cell(small_book, capsys):
     assert re.search(r"^03_third +not run$", screen, re.MULTILINE)
     assert list(small_book.root.rglob("reached")) == []
     assert not (small_book.root / "_build" / "html").exists()
+    monkeypatch.setattr(book, "WORKERS", 1)
     assert book.main(["--store"], small_book.root) == 1, "a chapter that failed is not up to date, nor stored"
     assert list((small_book.root / "chapters").glob("*.ipynb")) == []
 

@@ -7,7 +7,7 @@ import pytest
 
 from kdlib import engine, glue, models, records, runs
 from kdlib.configuration import READ_BY
-from tests.forms import execute, offered, perform
+from tests.forms import offered, perform
 
 CHAPTER = "chapters/12_glue.py"
 
@@ -41,7 +41,7 @@ def test_awkward_data_of_ones_own_run_to_the_end(root, tmp_path):
     tokenizer = models.load_tokenizer("tiny-2x32")
     network = models.load("tiny-2x32", glue.generic_task("mine", "row", ("$", "$$", "$$$")), tokenizer)
     engine.save_pretrained(network.base_model, tokenizer, tmp_path / "network")
-    text = execute(
+    text = perform(
         root / CHAPTER,
         tmp_path,
         source=str(tmp_path / "data"),

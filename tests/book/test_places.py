@@ -106,12 +106,6 @@ def test_in_the_repository_the_repository_is_installed(bare, repository, elsewhe
     assert again.stdout == f"{library}\n", "it stays, for other folders and kernels"
 
 
-def test_elsewhere_the_folder_named_in_the_environment_is_installed(bare, repository, elsewhere):
-    (elsewhere / "kdlib").mkdir()  # a folder that Python takes for a package
-    answer = run(bare, elsewhere, KDLIB_SOURCE=str(repository))
-    assert answer.stdout == f"{repository / 'kdlib' / '__init__.py'}\n", answer.stderr
-
-
 def test_a_git_address_is_cloned_once(bare, repository, elsewhere):
     git = ["git", "-C", str(repository), "-c", "user.name=a", "-c", "user.email=a@example.org"]
     for command in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "The book"]):
@@ -145,8 +139,11 @@ def test_where_kdlib_is_installed_nothing_happens(root, elsewhere, monkeypatch):
 
 
 @pytest.mark.timeout(300)
-def test_the_preface_runs_from_another_folder_where_kdlib_is_missing(bare, repository, elsewhere, root, monkeypatch):
+def test_the_preface_runs_from_another_folder_where_kdlib_is_missing(
+    bare, repository, elsewhere, tmp_path, root, monkeypatch
+):
     """As on Colab: a notebook, a kernel, and an address."""
+    (elsewhere / "kdlib").mkdir()  # a folder that Python takes for a package
     kernels = elsewhere / "jupyter" / "kernels" / "bare"
     kernels.mkdir(parents=True)
     specification = {"argv": [str(bare), "-m", "ipykernel_launcher", "-f", "{connection_file}"]}
@@ -163,4 +160,4 @@ def test_the_preface_runs_from_another_folder_where_kdlib_is_missing(bare, repos
     assert [output.text for output in outputs if output.get("name") == "stderr"] == []
     assert {output.get("name") for output in outputs} == {"stdout"}
     assert outputs[-1].text.endswith("ready\n")
-    assert run(bare, elsewhere, "").stdout.strip() == str(repository / "kdlib" / "__init__.py")
+    assert run(bare, tmp_path, "").stdout.strip() == str(repository / "kdlib" / "__init__.py"), "for other folders, too"

@@ -1,6 +1,5 @@
 """Every rule of teaching with everything that can be imitated: what learns moves, what is fixed stays."""
 
-import itertools
 import math
 from typing import get_args
 
@@ -21,10 +20,17 @@ INFLUENCES = {f"lgtm {variant}": variant for variant in get_args(Variant)}
 RULES = ["kd", *get_args(Order), "metadistil", "ikd", *INFLUENCES]
 PAPERS = {"influence_weight": 1.0, "pilot_rule": "sgd"}  # also for what is otherwise as released
 OUTPUTS = {"two-way": 2, "three-way": 3, "regression": 1}
+WEIGHTS = (0.0, 0.7)
+# Every rule with every objective, for two ways and three, with hidden states and without them in turns.
 PAIRS = [
-    (rule, objective, weight, task)
-    for rule, objective, weight, task in itertools.product(RULES, losses.OBJECTIVES, (0.0, 0.7), OUTPUTS)
-    if task != "regression" or objective in losses.REGRESSION_OBJECTIVES
+    (rule, objective, WEIGHTS[(row + column) % 2], ("two-way", "three-way")[(row + column) % 2])
+    for row, rule in enumerate(RULES)
+    for column, objective in enumerate(losses.OBJECTIVES)
+]
+PAIRS += [
+    (rule, objective, WEIGHTS[row % 2], "regression")
+    for row, rule in enumerate(RULES)
+    for objective in losses.REGRESSION_OBJECTIVES
 ]
 
 
