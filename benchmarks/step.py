@@ -13,7 +13,7 @@ pieces" are the gradients of pilot and feedback, see `pilot_pieces` of `metadist
 
 Beside the seconds stands the limit: what the passes of such a step cost alone.  They are counted by hooks, and priced
 by a forward and a backward pass of each network that were timed in the same run, with dropout and without.  A pass that
-carries a tangent along is three forward passes, as many products as a forward and a backward pass have: a layer's y = Wx
+carries a tangent along is three forward passes, as many products as a forward and a backward pass have: a layer y = Wx
 has the tangent Wẋ + Ẇx, since the weights move as well as what comes in.  What a step takes more are its losses,
 optimisers and Python.
 
