@@ -74,7 +74,7 @@ def _text(record: RunRecord, config: dict[str, Any], networks: dict[str, report.
             *(f"{network.scores[m]:.4f}" if m in network.scores else "" for m in metrics),
             f"{network.parameters + network.embeddings:,}",
             f"{network.embeddings:,}",
-            f"{network.bytes:,}",
+            f"{network.stored_bytes:,}",
             "" if network.seconds is None else f"{network.seconds:.0f}",
         ]
         for network in networks.values()

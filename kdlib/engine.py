@@ -67,7 +67,7 @@ class Findings:
     samples: dict[str, int]
     parameters: int
     embeddings: int | None = None
-    bytes: int | None = None
+    stored_bytes: int | None = None
     teacher: str | None = None
     oracle: dict[str, float] = field(default_factory=dict)
     unknown: dict[str, float] = field(default_factory=dict)
@@ -179,7 +179,7 @@ class Sizes(TypedDict):
 
     parameters: int
     embeddings: int
-    bytes: int
+    stored_bytes: int
 
 
 def sizes(network: nn.Module, folder: Path) -> Sizes:
@@ -193,7 +193,7 @@ def sizes(network: nn.Module, folder: Path) -> Sizes:
     def stored() -> int:
         return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
 
-    return {"parameters": count([network]), "embeddings": count(tables), "bytes": processes.once(stored)}
+    return {"parameters": count([network]), "embeddings": count(tables), "stored_bytes": processes.once(stored)}
 
 
 def save_pretrained(network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:

@@ -47,7 +47,7 @@ class RunRecord:
     """what was decided when the data were read, see `glue.load`"""
     embeddings: int | None = None
     """how many of the parameters are tables of embeddings; None in records from before, as the next one"""
-    bytes: int | None = None
+    stored_bytes: int | None = None
     """of the student's weights on disk"""
     folder: Path = field(default=Path(), compare=False)
 

@@ -57,7 +57,7 @@ class Network:
     """without those in tables of embeddings"""
     embeddings: int
     """parameters in tables of embeddings"""
-    bytes: int
+    stored_bytes: int
     """of the weights on disk"""
     seconds: float | None
     """of its training; None where it was trained elsewhere"""
@@ -87,7 +87,7 @@ def _row(network: Network) -> dict[str, float]:
     row = {
         "million parameters": network.parameters / 1e6,
         "million in embeddings": network.embeddings / 1e6,
-        "MiB on disk": network.bytes / MIB,
+        "MiB on disk": network.stored_bytes / MIB,
         "seconds of training": float("nan") if network.seconds is None else network.seconds,
         **network.scores,
     }
@@ -144,7 +144,7 @@ def report(
     for name, file in (("student, ONNX", exports.ONNX), ("student, int8", exports.INT8)):
         path = record.folder / engine.STUDENT / file
         if path.exists():
-            own = dataclasses.replace(found[-1][0], name=name, bytes=path.stat().st_size, scores={})
+            own = dataclasses.replace(found[-1][0], name=name, stored_bytes=path.stat().st_size, scores={})
             done.append(measured(own, exports.onnx_logits(path), batches))
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
     return Report(record.run_id, tuple(done), f"{where}, {torch.get_num_threads()} threads")
@@ -177,8 +177,8 @@ def _network(
     scores = {n.removeprefix(prefix): v for n, v in values.items() if n.startswith(prefix)}
     if first is None and not taught:
         scores = {}
-    if first is not None and first.embeddings is not None and first.bytes is not None:
-        size = engine.Sizes(parameters=first.parameters, embeddings=first.embeddings, bytes=first.bytes)
+    if first is not None and first.embeddings is not None and first.stored_bytes is not None:
+        size = engine.Sizes(parameters=first.parameters, embeddings=first.embeddings, stored_bytes=first.stored_bytes)
     else:
         task = runs.load_data(config).task
         reader = models.load_tokenizer(config.reader if Path(where).is_dir() else where)

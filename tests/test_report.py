@@ -48,7 +48,7 @@ def test_a_record_tells_what_the_saved_weights_hold(record):
         assert len(tables) == 3  # words, positions, sentence
         assert each.parameters == sum(map(np.prod, found.values()))
         assert each.embeddings == sum(map(np.prod, tables))
-        assert each.bytes == (each.folder / engine.STUDENT / "model.safetensors").stat().st_size
+        assert each.stored_bytes == (each.folder / engine.STUDENT / "model.safetensors").stat().st_size
 
 
 def test_tied_embeddings_count_once(tmp_path):
@@ -72,12 +72,12 @@ def test_the_report_takes_its_numbers_from_the_records_and_loads_nothing(record,
     for network, source in ((teacher, theirs), (student, record)):
         assert network.parameters + network.embeddings == source.parameters
         assert network.scores == {"accuracy": source.metrics["validation/accuracy"]}
-        assert (network.seconds, network.bytes) == (source.seconds, source.bytes)
+        assert (network.seconds, network.stored_bytes) == (source.seconds, source.stored_bytes)
     assert list(found.table.index) == ["teacher", "student"]
 
 
 def test_records_from_before_are_looked_up_in_the_networks(record):
-    old = dataclasses.replace(record, embeddings=None, bytes=None)
+    old = dataclasses.replace(record, embeddings=None, stored_bytes=None)
     assert report.report(old, measure=False) == report.report(record, measure=False)
 
 
@@ -150,7 +150,7 @@ def test_a_teacher_that_was_there_is_scored_when_measured(record, tmp_path):
     plain, *_ = report.report(given, measure=False).networks
     measured, *_ = report.report(given, batch_sizes=(1,), seconds=0.01).networks
     known = records.read_record(record.folder.parent / record.teacher)
-    assert plain.scores == {} and plain.seconds is None and plain.bytes == known.bytes
+    assert plain.scores == {} and plain.seconds is None and plain.stored_bytes == known.stored_bytes
     assert measured.scores == {"accuracy": known.metrics["validation/accuracy"]}
 
 

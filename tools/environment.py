@@ -62,10 +62,12 @@ def main(root: Path = ROOT) -> None:
         print(f"Creating .venv with Python {version} (once; a few minutes)", flush=True)
         run(sys.executable, "-m", "venv", "--clear", str(environment))
     pip = (str(environment / "bin" / "python"), "-m", "pip", "install", "-qq", "--disable-pip-version-check")
-    pip += ("--no-compile",)  # of 20,000 files few are ever imported; Python compiles those by itself
+    pip += ("--no-compile",)  # on all cores below
     run(*pip, "-r", str(root / "requirements.txt"), "-c", str(root / "requirements.lock"))
     # Everything that kdlib needs is there by now, its build backend included: nothing more may be fetched.
     run(*pip, "--no-deps", "--no-build-isolation", "-e", str(root))
+    # Some packages carry files that are no valid Python, templates for instance: they are left out.
+    subprocess.run([pip[0], "-m", "compileall", "-q", "-q", "-j", "0", str(environment / "lib")])
     stamp.write_text(wanted)
     print(f"Set up in {time.monotonic() - started:.0f} s", flush=True)
 
