@@ -75,7 +75,9 @@ def main(arguments: list[str] | None = None) -> int:
 def _finished(folder: Path) -> "RunRecord":
     from kdlib.records import RECORD, read_record
 
-    if folder.is_dir() and not (folder / RECORD).exists():
+    if not folder.exists():
+        raise ValueError(f"there is no folder {folder}: give that of a finished run, which `run` prints")
+    if not (folder.is_dir() and (folder / RECORD).exists()) and folder.name != RECORD:
         raise ValueError(f"{folder} holds no {RECORD}: give the folder of a finished run, which `run` prints")
     return read_record(folder)
 

@@ -14,7 +14,8 @@ import logging
 import math
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -33,7 +34,7 @@ from kdlib.configuration import RunConfig
 from kdlib.engine import STUDENT
 from kdlib.pretraining import PretrainingConfig
 from kdlib.records import RunRecord, read_record
-from kdlib.study import Cell, Study, Unit, cell_of
+from kdlib.study import Cell, Study, Unit, cell_of, record_of
 
 MEMORY_OF_A_RUN = 2 * 2**30
 """Bytes that a worker of this machine counts on; BERT-base with a batch of 32 takes more, see --workers."""
@@ -133,8 +134,11 @@ def computed(job: Job, *teachers: object) -> str:
     _alone()
     unit = job.unit
     if unit.measure is not None:
-        module, _, name = unit.measure.partition(":")
-        return json.dumps(getattr(importlib.import_module(module), name)(job), indent=1)
+        found = _measuring(unit.measure)(job)
+        try:
+            return json.dumps(found, indent=1, allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{unit.measure} returns what JSON cannot hold: {error}") from error
     record = _run(job.config)
     later: dict[str, float] = {}
     for after in unit.after(student=str(record.folder / STUDENT), output_dir=str(record.folder.parent)):
@@ -146,6 +150,27 @@ def computed(job: Job, *teachers: object) -> str:
         teacher = configuration.teachers_config(unit.config)
         told["teacher"] = teacher and teacher.asked_id
     return json.dumps(told, indent=1)
+
+
+def _measuring(measure: str) -> Callable[[Job], Any]:
+    """The function that a study names.  Raises ValueError if there is none."""
+    module, _, name = measure.partition(":")
+    try:
+        found: Callable[[Job], Any] = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"measure is {measure!r}, and there is no such function: {error}") from error
+    return found
+
+
+def _ready(study: Study, units: Iterable[Unit], trying: bool) -> None:
+    """Before hours are spent: raise ValueError or OSError for functions that there are not and for folders of records
+    in which nothing can be written."""
+    for measure in dict.fromkeys(unit.measure for unit in units if unit.measure is not None):
+        _measuring(measure)
+    for folder in dict.fromkeys(study.record(unit, trying).parent for unit in units):
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
 
 
 def flat_record(
@@ -207,12 +232,15 @@ def conduct(
     `resources` are what each run takes of a worker's, {"GPU": 1} for instance.  What is tried before a study has its
     records elsewhere (`trying`).
 
-    Raises ConnectionError if the scheduler is gone: the same call goes on with what is there.
+    Raises ConnectionError if the scheduler is gone: the same call goes on with what is there.  Raises ValueError or
+    OSError, before anything is computed, for a measure that there is not or a folder that takes no records.
     """
     waiting: dict[Future[str], Job] = {}
     teachers: dict[str, Future[str]] = {}
     options: dict[str, Any] = {"pure": False, "resources": dict(resources or {})}
-    for place, unit in enumerate(missing(study, units, trying)):
+    todo = missing(study, units, trying)
+    _ready(study, todo, trying)
+    for place, unit in enumerate(todo):
         job = Job(unit, study.work.resolve() / unit.name, folders or {})
         needed: list[Future[str]] = []
         for config in job.teachers:
@@ -293,7 +321,7 @@ def _expected(study: Study, units: Sequence[Unit], trying: bool = False) -> tupl
         path = study.record(unit, trying)
         if path.exists():
             for kind in _kinds(unit):
-                known.setdefault(kind, []).append(json.loads(path.read_text())["seconds"])
+                known.setdefault(kind, []).append(record_of(path)["seconds"])
     todo = missing(study, units, trying)
     found = [next((median(known[kind]) for kind in _kinds(unit) if kind in known), None) for unit in todo]
     return sum(seconds for seconds in found if seconds is not None), found.count(None)
@@ -306,6 +334,7 @@ def _kinds(unit: Unit) -> list[str]:
 def plan(study: Study, choosing: bool = False) -> str:
     """For people: what there is of a study, what is to do and about how long that takes."""
     units = study.trials if choosing else study.units
+    _ = None if choosing else study.pairs  # claims are checked, too
     todo = missing(study, units, choosing)
     rows = [
         {
@@ -332,6 +361,7 @@ def to_do(study: Study) -> list[Unit]:
 
     Cells whose claims are all decided need no more.
     """
+    study.check_records()
     decisions = study.decisions()
     seeds: dict[Cell, set[int]] = {}
     for pair in study.pairs:

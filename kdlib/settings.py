@@ -135,7 +135,9 @@ def _sentence(kind: type, name: str, value: Any, error: Any) -> str:
         return f"{'/'.join(map(str, error['loc']))} is {error['input']!r}: {error['msg'][:1].lower()}{error['msg'][1:]}"
     options = _options(typing.get_type_hints(kind, include_extras=True)[name])
     bounds = {key: value for _, found in options for key, value in found.items()}
-    choices = [choice for option, _ in options for choice in typing.get_args(option)]
+    choices = [
+        c for option, _ in options if typing.get_origin(option) is typing.Literal for c in typing.get_args(option)
+    ]
     why = error["type"]
     if why == "printable":
         return f"{name} is {value!r}; expected {error['msg']}"

@@ -23,7 +23,8 @@ This room reads such files; `kdlib.cluster` computes what they ask for.
 import itertools
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -36,13 +37,15 @@ from kdlib import pretraining, runs
 from kdlib.compare import Decision, Plan, decide, family
 from kdlib.configuration import RunConfig
 from kdlib.pretraining import PretrainingConfig
-from kdlib.records import RunRecord, read_record
+from kdlib.records import NOT_IDENTITY, RunRecord, read_record
 from kdlib.settings import ConfigurationError, Name, Positive, Size, checked, names, nearest, settings
 
 CHOSEN = "chosen"
 """The value of a parameter that the table of choices decides."""
 NOTES = ("like", "seeds", "then", "measure", "note")
 """What an arm says besides parameters."""
+LONGEST_NAME = 200
+"""Bytes of a record's name; file systems take 255, and a file that is being written has a longer one."""
 
 
 @settings
@@ -193,13 +196,19 @@ class Study:
     def trials(self) -> list[Unit]:
         """What is tried before."""
         choosing = self.sheet.choose
-        return [] if choosing is None else _by_seed(self._units(choosing.arms, _seeds(choosing.seeds), None))
+        if choosing is None:
+            return []
+        found = _by_seed(self._units(choosing.arms, _seeds(choosing.seeds), None))
+        if problems := _mixed(found, choosing):
+            raise ConfigurationError(f"choose of the study {self.path} is wrong:\n  - {problems}")
+        return found
 
     def _units(self, arms: Mapping[str, Any], seeds: list[int], table: pd.DataFrame | None) -> list[Unit]:
         found, problems = [], []
         for arm in arms:
             try:
                 notes, own = _apart(_with_its_model(arm, arms, self.sheet.arms))
+                _check_arm(notes, own)
                 mine = _seeds(notes["seeds"]) if "seeds" in notes else seeds
                 for axes, point in _cells(own):
                     parameters = self._parameters(point, table)
@@ -208,6 +217,7 @@ class Study:
             except ValueError as error:
                 problems.append(f"arm {arm!r}: {error}")
         problems += [f"arm {unit.arm!r}{_at(unit)}: {said}" for unit, said in _wrong(found)]
+        problems += [] if problems else _alike(found)
         if problems:
             raise ConfigurationError(f"the study {self.path} is wrong:\n" + "\n".join(f"  - {p}" for p in problems))
         return found
@@ -247,6 +257,12 @@ class Study:
         rows = rows.dropna(subset=[name])
         if rows.empty:
             raise ValueError(f"{name} is {CHOSEN!r}, but {self.choices} has no trial with {told}: add one to choose")
+        if len(rows) > rows[name].nunique():
+            unlike = [one for one in choosing.by if one not in {name, *told} and rows[one].nunique(dropna=False) > 1]
+            raise ValueError(
+                f"{name} is {CHOSEN!r}, but {self.choices} has several trials for one value, which differ in "
+                f"{', '.join(unlike) or 'nothing'}: say in the arm which"
+            )
         score = rows.groupby(name)["mean" if choosing.rule == "best mean" else "worst"].mean()
         best = score.idxmax() if choosing.higher_is_better else score.idxmin()
         return best.item() if hasattr(best, "item") else best
@@ -254,6 +270,22 @@ class Study:
     def record(self, unit: Unit, trying: bool = False) -> Path:
         """Where the record of a unit is; those of trials are with the runs, apart from what the study reports."""
         return (self.work / "trials" if trying else self.records) / f"{unit.name}.json"
+
+    def check_records(self) -> None:
+        """Raise ValueError, naming the record, if one of a run and what comes after it was made by another file.
+
+        The record of a run alone has a name that says what it was made from.
+        """
+        for unit in self.units:
+            path = self.record(unit)
+            if unit.then and unit.measure is None and path.exists():
+                then = record_of(path).get("config", {})
+                now = {name: value for name, value in unit.config.flat.items() if name not in NOT_IDENTITY}
+                if changed := [name for name, value in now.items() if name in then and then[name] != value]:
+                    raise ValueError(
+                        f"{path} was made with {changed[0]} = {then[changed[0]]!r}, and the study now says "
+                        f"{now[changed[0]]!r}: move the record away, or give the arm another name"
+                    )
 
     @property
     def work(self) -> Path:
@@ -273,6 +305,12 @@ class Study:
                 [cell for cell in cells if cell[0] == name and _agree(dict(cell[1]), claim.where or {})]
                 for name in (claim.arm, claim.against)
             )
+            axes = {name for arm, place in cells if arm in (claim.arm, claim.against) for name, _ in place}
+            if strange := [name for name in claim.where or {} if name not in axes]:
+                raise ConfigurationError(
+                    f"{self.path}: the claim {claim.arm!r} against {claim.against!r} says where {strange[0]} is what, "
+                    f"which is no axis of these arms{nearest(strange[0], axes)}"
+                )
             pairs = [(a, b) for a in ours for b in theirs if _agree(dict(a[1]), dict(b[1]))]
             if not pairs or len({a for a, _ in pairs}) < len(pairs):
                 what = "nothing" if not pairs else "one cell with several: say in `where` which"
@@ -280,7 +318,27 @@ class Study:
                     f"{self.path}: the claim {claim.arm!r} against {claim.against!r} compares {what}"
                 )
             found += [Pair(claim, *pair) for pair in pairs]
+        for pair in found:
+            self._check_pair(pair)
         return found
+
+    def _check_pair(self, pair: Pair) -> None:
+        """Raise ConfigurationError for a claim that no record could decide."""
+        if len(seeds := self.seeds_of(pair)) < 2:
+            raise ConfigurationError(
+                f"{self.path}: the claim {pair} has {len(seeds)} seeds that both cells have; give them two at least"
+            )
+        units = [next(u for u in self.units if cell_of(u) == cell) for cell in (pair.arm, pair.against)]
+        if units[0].name == units[1].name:
+            raise ConfigurationError(f"{self.path}: the claim {pair} compares a run with itself")
+        for unit in units:
+            known = _metrics_of(unit)
+            if known and pair.claim.metric.rpartition("/")[2] not in known:
+                examples = [f"test/{name}" for name in known]
+                raise ConfigurationError(
+                    f"{self.path}: the claim {pair} is about {pair.claim.metric!r}, which runs of arm {unit.arm!r} do "
+                    f"not have; expected {' or '.join(examples)}, or another split"
+                )
 
     def seeds_of(self, pair: Pair) -> list[int]:
         """The seeds that both cells of a pair have."""
@@ -317,7 +375,7 @@ class Study:
         for unit in self.units:
             path = self.record(unit)
             if cell_of(unit) == cell and unit.seed in seeds and path.exists():
-                found[unit.seed] = _metric(json.loads(path.read_text()), metric, path)
+                found[unit.seed] = _metric(record_of(path), metric, path)
         return found
 
     def results(self) -> dict[tuple[str, tuple[tuple[str, Any], ...], int], RunRecord]:
@@ -345,9 +403,27 @@ class Study:
         return pd.DataFrame(rows, columns=["arm", *axes_of_all, "seed", *metrics])
 
 
+class _Loader(yaml.SafeLoader):  # type: ignore[misc]  # PyYAML has no annotations
+    """YAML in which a key stands once, and 1e-3 is the number 1.0e-3."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value != "<<":
+                if key.value in seen:
+                    raise yaml.MarkedYAMLError(problem=f"{key.value!r} is there twice", problem_mark=key.start_mark)
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+$"), [*"+-0123456789"]
+)
+
+
 def _sheet(path: Path) -> Sheet:
     try:
-        given = yaml.safe_load(path.read_text(encoding="utf-8"))
+        given = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigurationError(f"cannot read {path}: {error}") from error
     if not isinstance(given, dict):
@@ -358,11 +434,90 @@ def _sheet(path: Path) -> Sheet:
 def _check(sheet: Sheet, path: Path) -> None:
     rules = [rule for rule in sheet.rules or () if not isinstance(rule.get("where"), dict)]
     problems = [f"a rule needs `where`: {rule}" for rule in rules]
+    problems += [
+        f"{place} says seed: {one['seed']!r}, which a study gives: see seeds"
+        for place, one in [("common", sheet.common), *(("a rule", rule) for rule in sheet.rules or ())]
+        if "seed" in one
+    ]
+    problems += [f"{place} are none" for place, arms in _places(sheet) if not arms]
+    if sheet.choose is not None and (both := {*_seeds(sheet.choose.seeds)} & {*_seeds(sheet.seeds)}):
+        problems.append(
+            f"choose has seed {min(both)}, which is one of the study's: what is chosen by it looks too good"
+        )
     looks = sheet.looks or []
     if any(look < 2 for look in looks) or looks != sorted(set(looks)):
         problems.append(f"looks are {looks}; expected increasing numbers of seeds, from two on")
     if problems:
         raise ConfigurationError(f"the study {path} is wrong:\n" + "\n".join(f"  - {problem}" for problem in problems))
+
+
+def _places(sheet: Sheet) -> list[tuple[str, Mapping[str, Any]]]:
+    return [("arms", sheet.arms)] + ([("arms of choose", sheet.choose.arms)] if sheet.choose else [])
+
+
+def _check_arm(notes: Mapping[str, Any], own: Mapping[str, Any]) -> None:
+    """Raise ValueError for what an arm says in a form that nobody reads."""
+    then, measure = notes.get("then", []), notes.get("measure")
+    if not isinstance(then, list) or not all(isinstance(one, dict) for one in then):
+        raise ValueError(f"then is {then!r}; expected a list of runs, such as [{{task: mini-mnli}}]")
+    if measure is not None and not (isinstance(measure, str) and re.fullmatch(r"[\w.]+:\w+", measure)):
+        raise ValueError(f"measure is {measure!r}; expected module:function")
+    if "seed" in own:
+        raise ValueError(f"seed is {own['seed']!r}, which a study gives: see seeds")
+    for name, value in own.items():
+        if value == []:
+            raise ValueError(f"{name} is an empty list: give it a value, or leave it out")
+        if isinstance(value, dict) or (name == "method" and not isinstance(value, (str, list))):
+            raise ValueError(f"{name} is {value!r}; expected a value, or a list of values")
+
+
+def _alike(units: Sequence[Unit]) -> list[str]:
+    """What is wrong with the names of records: a cell that is there twice, two that share a record, a long one."""
+    problems, owners = [], dict[str, Cell]()
+    for unit in units:
+        ours = unit.measure is not None or bool(unit.then)
+        if ours and len(unit.name.encode()) > LONGEST_NAME:
+            problems.append(
+                f"arm {unit.arm!r}: its record's name has more than {LONGEST_NAME} bytes: shorten the arm's"
+            )
+        elif ours and owners.setdefault(unit.name, cell_of(unit)) != cell_of(unit):
+            problems.append(
+                f"arm {unit.arm!r}{_at(unit)} and arm {owners[unit.name][0]!r} would share {unit.name}.json"
+            )
+    counts = Counter((str(cell_of(unit)), unit.seed) for unit in units)
+    twice = dict.fromkeys(cell_of(unit) for unit in units if counts[str(cell_of(unit)), unit.seed] > 1)
+    problems += [f"arm {arm!r} has the cell {dict(place)} twice" for arm, place in twice]
+    return list(dict.fromkeys(problems))
+
+
+def _mixed(trials: Sequence[Unit], choosing: Choosing) -> str:
+    """What is wrong with how trials are told apart and compared: the first problem, or nothing."""
+    cells: dict[tuple[str, ...], Unit] = {}
+    for unit in trials:
+        if unit.measure is not None:
+            continue
+        told = unit.config.flat
+        if strange := [name for name in choosing.by if name not in told]:
+            return f"by names {strange[0]!r}, which is no parameter of arm {unit.arm!r}{nearest(strange[0], told)}"
+        known = _metrics_of(unit)
+        if known and choosing.metric.rpartition("/")[2] not in known:
+            return f"metric is {choosing.metric!r}, which arm {unit.arm!r} does not have; it has {', '.join(known)}"
+        other = cells.setdefault((str(unit.seed), *(repr(told[name]) for name in choosing.by)), unit)
+        if other.name != unit.name:
+            before = other.config.flat
+            unlike = [n for n in told if n not in NOT_IDENTITY and told[n] != before.get(n)]
+            return (
+                f"by {', '.join(choosing.by)} does not tell trials apart that differ in {', '.join(unlike)}: add "
+                f"{'one of them' if len(unlike) > 1 else 'it'}"
+            )
+    return ""
+
+
+def _metrics_of(unit: Unit) -> tuple[str, ...]:
+    """The last parts of the names of a run's metrics; none where only the record knows."""
+    if unit.measure is not None or not isinstance(unit.config, RunConfig):
+        return ()
+    return tuple(dict.fromkeys(name for one in (unit.config, *unit.after()) for name in one.glue_task.metrics))
 
 
 def _choosing(path: Path, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -404,6 +559,8 @@ def _with_its_model(name: str, *places: Mapping[str, Any]) -> dict[str, Any]:
     seen: list[int] = []
     path, following = [name], name
     while following is not None:
+        if not isinstance(following, str):
+            raise ValueError(f"is like {following!r}; expected the name of an arm")
         named = [arms[following] for arms in places if following in arms]
         own = next((arm for arm in named if id(arm) not in seen), None)
         if own is None and named:
@@ -437,6 +594,17 @@ def _metric(record: Mapping[str, Any], metric: str, path: Path) -> float:
     if not isinstance(found, (int, float)):
         raise ValueError(f"{path} has no {metric!r}: it has {', '.join(record.get('metrics', record))}")
     return float(found)
+
+
+def record_of(path: Path) -> dict[str, Any]:
+    """A record of any form.  Raises ValueError that names the file if it is damaged."""
+    try:
+        found = json.loads(path.read_text())
+        if not isinstance(found, dict):
+            raise ValueError("it is not an object")
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}): delete it, and it is computed again") from error
+    return found
 
 
 def _is(value: Any, wanted: Any) -> bool:

@@ -111,6 +111,27 @@ def test_what_fails_is_told_at_the_end_and_the_others_go_on(workers, tmp_path):
     assert len(kept(study)) == 4
 
 
+def test_before_hours_are_spent_functions_and_folders_are_there(workers, tmp_path):
+    arms = {"a": {"method": "kd", "measure": "tests.test_cluster:no_such_function"}}
+    study = Study(written(tmp_path, arms=arms))
+    with pytest.raises(ValueError, match="no_such_function', and there is no such function"):
+        cluster.conduct(study, study.units, workers)
+    study = Study(written(tmp_path))
+    study.records.write_text("a file")
+    with pytest.raises(OSError, match=str(study.records)):
+        cluster.conduct(study, study.units, workers)
+
+
+def no_number(job):
+    return {"metrics": {"value": float("nan")}}
+
+
+def test_a_measurement_is_json_without_nan(tmp_path):
+    study = Study(written(tmp_path, arms={"a": {"method": "kd", "measure": "tests.test_cluster:no_number"}}))
+    with pytest.raises(ValueError, match="no_number returns what JSON cannot hold"):
+        cluster.computed(cluster.Job(study.units[0], tmp_path))
+
+
 def test_trials_make_a_table_and_the_best_of_it_is_taken(workers, tmp_path):
     choose = {"arms": {"tried": {"method": "kd", "learning_rate": [1e-6, 2e-3]}}, "seeds": "100-101"}
     choose["by"] = ["method", "learning_rate"]

@@ -260,3 +260,11 @@ def test_the_doctor_gets_what_is_meant_for_it(monkeypatch):
 def test_it_is_a_command(root):
     done = subprocess.run([sys.executable, "-m", "kdlib", "run", "--odd"], cwd=root, capture_output=True, text=True)
     assert done.returncode == 2 and "unrecognized arguments: --odd" in done.stderr
+
+
+@pytest.mark.parametrize(("name", "said"), [("study.yml", "holds no record.json"), ("nowhere", "there is no folder")])
+def test_nobody_is_told_to_delete_a_file_that_is_no_record(name, said, tmp_path, capsys):
+    (tmp_path / "study.yml").write_text("question: why?\n")
+    assert __main__.main(["report", str(tmp_path / name)]) == 1
+    shown = capsys.readouterr().err
+    assert said in shown and "delete it" not in shown

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 
 import pytest
 import yaml
@@ -140,12 +141,75 @@ class TestMistakes:
 
     def test_a_claim_compares_one_cell_with_one(self, study):
         arms = {"alone": {"method": "fine_tune", "epochs": [1, 2]}, "fixed": {"method": "kd"}}
-        claim = {"arm": "fixed", "against": "alone", "metric": "m", "margin": 1.0}
+        claim = {"arm": "fixed", "against": "alone", "metric": "test/accuracy", "margin": 1.0}
         with pytest.raises(ConfigurationError, match="one cell with several"):
             _ = study(arms=arms, claims=[claim]).pairs
         with pytest.raises(ConfigurationError, match="compares nothing"):
             _ = study(arms=arms, claims=[{**claim, "where": {"epochs": 3}}]).pairs
+        with pytest.raises(ConfigurationError, match=r"epoch is what.*did you mean 'epochs'"):
+            _ = study(arms=arms, claims=[{**claim, "where": {"epoch": 2}}]).pairs
         assert len(study(arms=arms, claims=[{**claim, "where": {"epochs": 2}}]).pairs) == 1
+
+    @pytest.mark.parametrize(
+        ("changes", "said"),
+        [
+            ({"metric": "test/acuracy"}, "'test/acuracy', which runs of arm 'fixed' do not have"),
+            ({"arm": "alone"}, "compares a run with itself"),
+            ({"arm": "later"}, "has 0 seeds"),
+            ({"arm": "once"}, "has 1 seeds"),
+        ],
+    )
+    def test_a_claim_can_be_decided(self, study, changes, said):
+        arms = {**ARMS, "later": {"method": "kd", "seeds": "7-9"}, "once": {"method": "kd", "seeds": 1}}
+        claim = {"arm": "fixed", "against": "alone", "metric": "test/accuracy", "margin": 1.0, **changes}
+        with pytest.raises(ConfigurationError, match=said):
+            _ = study(arms=arms, claims=[claim]).pairs
+
+    @pytest.mark.parametrize(
+        ("changes", "said"),
+        [
+            ({"arms": {"a": {"method": "kd", "alpha": [0.1, "1e-1"]}}}, "the cell {'alpha': 0.1} twice"),
+            ({"arms": {"a": {"method": "kd", "alpha": []}}}, "alpha is an empty list"),
+            ({"arms": {"a": {"method": "kd", "seed": 3}}}, "seed is 3"),
+            ({"common": {"seed": 3}}, "common says seed: 3"),
+            ({"arms": {"a": {"method": {"kd": 1}}}}, "method is {'kd': 1}"),
+            ({"arms": {"a": {"like": ["b"]}}}, "is like ['b']"),
+            ({"arms": {"a": {"method": "kd", "then": {"task": "mini-mnli"}}}}, "expected a list of runs"),
+            ({"arms": {"a": {"method": "kd", "then": None}}}, "expected a list of runs"),
+            ({"arms": {"a": {"method": "kd", "measure": "function"}}}, "expected module:function"),
+            ({"arms": {"x" * 300: {"method": "kd", "measure": "m:f"}}}, "more than 200 bytes"),
+            ({"looks": 5}, "looks is 5 (int); expected list"),
+            ({"claims": {"arm": "fixed"}}, "(dict); expected list"),
+        ],
+    )
+    def test_are_sentences(self, study, changes, said):
+        with pytest.raises(ConfigurationError, match=re.escape(said)):
+            _ = study(**changes).units
+
+    def test_two_arms_do_not_share_a_record(self, study):
+        then = [{"task": "mini-mnli"}]
+        arms = {"a b": {"method": "kd", "then": then}, "a-b": {"method": "prokt", "then": then}}
+        with pytest.raises(ConfigurationError, match=r"arm 'a-b' and arm 'a b' would share a-b-seed0\.json"):
+            _ = study(arms=arms).units
+
+    def test_an_arm_is_not_there_twice(self, study):
+        path = study().path
+        path.write_text(path.read_text() + "seeds: 0-9\n")
+        with pytest.raises(ConfigurationError, match=r"'seeds' is there twice(?s:.*)line \d+"):
+            Study(path)
+
+    def test_there_are_arms(self, study, tmp_path):
+        with pytest.raises(ConfigurationError, match="arms are none"):
+            Study(_written(tmp_path / "x.yml", {"common": {}, "arms": {}, "seeds": 0}))
+
+
+def test_a_number_is_the_same_however_it_is_written(study):
+    """Else a rule for 1.0e-3 would silently not hold for 1e-3, a text to YAML."""
+    path = study(arms={"a": {"method": "kd", "learning_rate": 0.001}}).path
+    path.write_text(
+        path.read_text().replace("0.001", "1e-3") + "rules: [{where: {learning_rate: 0.001}, alpha: 0.3}]\n"
+    )
+    assert told(Study(path), "alpha") == [0.3]
 
 
 CHOOSE = {"arms": {"t": {"method": "kd", "learning_rate": [0.1, 0.2]}}, "seeds": "100-101"}
@@ -176,6 +240,31 @@ class TestChosen:
         choose["arms"] = arms
         with pytest.raises(ConfigurationError, match="a trial gives the values"):
             _ = study(arms=arms, choose=choose).trials
+
+    @pytest.mark.parametrize(
+        ("changes", "said"),
+        [
+            ({"by": ["learning_rat"]}, "'learning_rat', which is no parameter.*did you mean 'learning_rate'"),
+            ({"by": ["task"]}, "by task does not tell trials apart that differ in learning_rate: add it"),
+            ({"by": ["learning_rate"], "metric": "validation/acc"}, "metric is 'validation/acc'"),
+        ],
+    )
+    def test_trials_can_be_told_apart(self, study, changes, said):
+        with pytest.raises(ConfigurationError, match=said):
+            _ = study(choose={**CHOOSE, **changes}).trials
+
+    def test_trials_have_seeds_of_their_own(self, study):
+        with pytest.raises(ConfigurationError, match="choose has seed 1"):
+            study(choose={**CHOOSE, "by": ["learning_rate"], "seeds": "1-3"})
+
+    def test_is_one_trial_not_the_mean_of_several(self, study, tmp_path):
+        (tmp_path / "a-study").mkdir()
+        (tmp_path / "a-study" / "choices.csv").write_text("alpha,learning_rate,mean,worst\n0.1,1,1,1\n0.2,1,1,1\n")
+        choose = {**CHOOSE, "by": ["alpha", "learning_rate"]}
+        arm = {"method": "kd", "learning_rate": "chosen"}
+        with pytest.raises(ConfigurationError, match="several trials for one value, which differ in alpha"):
+            _ = study(arms={"a": arm}, choose=choose).units
+        assert told(study(arms={"a": {**arm, "alpha": 0.1}}, choose=choose), "learning_rate") == [1.0]
 
 
 CLAIM = {"arm": "fixed", "against": "alone", "metric": "test/accuracy", "margin": 0.05}
@@ -230,6 +319,25 @@ class TestDecisions:
         self.keep(found, [0.1, 0.2, 0.1, 0.2, 0.1])
         found.record(next(unit for unit in found.units if unit.seed == 1)).unlink()
         assert found.decisions() == {}
+
+    def test_name_a_record_that_is_damaged(self, study):
+        found = study(claims=[CLAIM])
+        self.keep(found, [0.1, 0.2])
+        path = found.record(found.units[0])
+        path.write_text(path.read_text()[:20])
+        with pytest.raises(ValueError, match=f"{path} is damaged"):
+            found.decisions()
+
+    def test_are_not_of_records_that_another_file_has_made(self, study):
+        """The name of a run says what it was made from; that of a run and what comes after it does not."""
+        arms = {"a": {"method": "kd", "then": [{"task": "mini-mnli"}]}}
+        found = study(arms=arms, seeds=0)
+        path, config = found.record(found.units[0]), dict(found.units[0].config.flat)
+        path.parent.mkdir()
+        path.write_text(json.dumps({"config": {**config, "device": "elsewhere"}}))
+        found.check_records()
+        with pytest.raises(ValueError, match="was made with epochs = 2, and the study now says 3"):
+            study(arms={"a": {**arms["a"], "epochs": 3}}, seeds=0).check_records()
 
     def test_a_table_has_a_row_for_each_record(self, study):
         found = study(arms={"fixed": {"method": "kd", "alpha": [0.1, 0.2]}, "alone": {"method": "fine_tune"}})
