@@ -13,6 +13,7 @@ somebody asked to end, or whose `max_seconds` were over: the same command goes o
 
 import argparse
 import os
+import signal
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -241,6 +242,7 @@ def _study(options: argparse.Namespace) -> int:
         todo = [study for study in studies if not cluster.finished(study, options.choose)]  # reads all of them
     except ValueError as error:
         return _said(error, WRONG)
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # what a batch system sends, like Ctrl-C
     try:
         work = cluster.choose if options.choose else cluster.carry_out
         failed = []
@@ -252,6 +254,8 @@ def _study(options: argparse.Namespace) -> int:
         return _said(RuntimeError("stopped: the same command goes on with what is missing"), INTERRUPTED)
     except (OSError, ImportError, ValueError) as error:
         return _said(error, FAILED)
+    finally:
+        signal.signal(signal.SIGTERM, before)
     if failed:
         return _said(RuntimeError("\n".join([f"{len(failed)} failed:", *map(str, failed)])), FAILED)
     for study in studies:

@@ -130,6 +130,12 @@ class Unit:
         return [runs.configure(**{**shared, **settings, **here}) for settings in self.then]
 
     @property
+    def asked(self) -> dict[str, Any]:
+        """What a measurement is asked, as its record keeps it."""
+        own = {name: value for name, value in self.parameters.items() if name not in NOT_IDENTITY}
+        return {"measure": self.measure, **own, **({"then": list(self.then)} if self.then else {})}
+
+    @property
     def name(self) -> str:
         """The name of its record: the run's own, or arm and seed where there is more to it than one run."""
         if self.measure is None and not self.then:
@@ -278,6 +284,11 @@ class Study:
         """
         for unit in self.units:
             path = self.record(unit)
+            if unit.measure is not None and path.exists() and record_of(path).get("asked", unit.asked) != unit.asked:
+                raise ValueError(
+                    f"{path} was measured with {record_of(path)['asked']}, and the study now says {unit.asked}: "
+                    "move the record away, or give the arm another name"
+                )
             if unit.then and unit.measure is None and path.exists():
                 then = record_of(path).get("config", {})
                 now = {name: value for name, value in unit.config.flat.items() if name not in NOT_IDENTITY}
@@ -320,6 +331,9 @@ class Study:
             found += [Pair(claim, *pair) for pair in pairs]
         for pair in found:
             self._check_pair(pair)
+        counts = Counter((frozenset([str(pair.arm), str(pair.against)]), pair.claim.metric) for pair in found)
+        if any(count > 1 for count in counts.values()):
+            raise ConfigurationError(f"{self.path}: two claims compare the same cells: leave one of them out")
         return found
 
     def _check_pair(self, pair: Pair) -> None:
@@ -428,6 +442,9 @@ def _sheet(path: Path) -> Sheet:
         raise ConfigurationError(f"cannot read {path}: {error}") from error
     if not isinstance(given, dict):
         raise ConfigurationError(f"{path} should hold a study: common, arms, seeds")
+    arms = given.get("arms")
+    if isinstance(arms, dict) and (odd := [name for name in arms if not isinstance(name, str)]):
+        raise ConfigurationError(f"{path}: an arm is called {odd[0]!r}, which is no text: put its name in quotes")
     return _made(Sheet, {**given, **_choosing(path, given)}, f"the study {path}")
 
 
@@ -440,6 +457,10 @@ def _check(sheet: Sheet, path: Path) -> None:
         if "seed" in one
     ]
     problems += [f"{place} are none" for place, arms in _places(sheet) if not arms]
+    if idle := [
+        rule["where"] for rule in sheet.rules or () if isinstance(rule.get("where"), dict) and _idle(rule, sheet)
+    ]:
+        problems.append(f"a rule where {idle[0]} holds for no arm: it does nothing")
     if sheet.choose is not None and (both := {*_seeds(sheet.choose.seeds)} & {*_seeds(sheet.seeds)}):
         problems.append(
             f"choose has seed {min(both)}, which is one of the study's: what is chosen by it looks too good"
@@ -451,6 +472,18 @@ def _check(sheet: Sheet, path: Path) -> None:
         raise ConfigurationError(f"the study {path} is wrong:\n" + "\n".join(f"  - {problem}" for problem in problems))
 
 
+def _idle(rule: Mapping[str, Any], sheet: Sheet) -> bool:
+    """Whether no arm can have what a rule asks: a parameter that nobody gives, or a value."""
+    given: list[Mapping[str, Any]] = [sheet.common, *(sheet.rules or ())]
+    given += [arm for _, arms in _places(sheet) for arm in arms.values()]
+    for name, wanted in rule["where"].items():
+        values = [one[name] for one in given if name in one]
+        found = [value for one in values for value in (one if isinstance(one, list) else [one])]
+        if not any(_is(value, wanted) for value in found):
+            return True
+    return False
+
+
 def _places(sheet: Sheet) -> list[tuple[str, Mapping[str, Any]]]:
     return [("arms", sheet.arms)] + ([("arms of choose", sheet.choose.arms)] if sheet.choose else [])
 
@@ -460,6 +493,8 @@ def _check_arm(notes: Mapping[str, Any], own: Mapping[str, Any]) -> None:
     then, measure = notes.get("then", []), notes.get("measure")
     if not isinstance(then, list) or not all(isinstance(one, dict) for one in then):
         raise ValueError(f"then is {then!r}; expected a list of runs, such as [{{task: mini-mnli}}]")
+    if twice := [task for task, count in Counter(str(one.get("task")) for one in then).items() if count > 1]:
+        raise ValueError(f"then has the task {twice[0]} twice: its numbers would stand in one place")
     if measure is not None and not (isinstance(measure, str) and re.fullmatch(r"[\w.]+:\w+", measure)):
         raise ValueError(f"measure is {measure!r}; expected module:function")
     if "seed" in own:

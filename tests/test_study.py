@@ -212,8 +212,42 @@ def test_a_number_is_the_same_however_it_is_written(study):
     assert told(Study(path), "alpha") == [0.3]
 
 
+CLAIM = {"arm": "fixed", "against": "alone", "metric": "test/accuracy", "margin": 0.05}
 CHOOSE = {"arms": {"t": {"method": "kd", "learning_rate": [0.1, 0.2]}}, "seeds": "100-101"}
 TABLE = "method,task,learning_rate,mean,worst\nkd,mini-sst2,0.1,0.9,0.1\nkd,mini-sst2,0.2,0.8,0.7\n"
+
+
+class TestMoreMistakes:
+    def test_a_rule_that_holds_for_nothing_is_told(self, study):
+        for where in ({"metod": "kd"}, {"method": "dk"}, {"method": "kd", "alpha": 0.3}):
+            with pytest.raises(ConfigurationError, match="holds for no arm"):
+                study(rules=[{"where": where, "learning_rate": 0.1}])
+
+    def test_a_claim_may_not_be_made_twice(self, study):
+        mirrored = {**CLAIM, "arm": CLAIM["against"], "against": CLAIM["arm"]}
+        for other in (CLAIM, mirrored):
+            with pytest.raises(ConfigurationError, match="two claims compare the same cells"):
+                _ = study(claims=[CLAIM, other]).pairs
+
+    def test_a_task_comes_once_after_a_run(self, study):
+        then = [{"task": "mini-mnli"}, {"task": "mini-mnli", "epochs": 3}]
+        with pytest.raises(ConfigurationError, match="mini-mnli twice"):
+            _ = study(arms={"a": {"method": "kd", "then": then}}).units
+
+    def test_a_name_that_yaml_takes_for_something_else_needs_quotes(self, study):
+        with pytest.raises(ConfigurationError, match="called True, which is no text: put its name in quotes"):
+            study(arms={True: {"method": "kd"}})
+
+    def test_a_measurement_that_was_asked_something_else_is_no_record(self, study):
+        arms = {"a": {"method": "kd", "measure": "some.module:function", "alpha": 0.5}}
+        found = study(arms=arms, seeds=0)
+        found.records.mkdir()
+        (unit,) = found.units
+        found.record(unit).write_text(json.dumps({"value": 1, "asked": unit.asked}))
+        study(arms=arms, seeds=0).check_records()
+        arms["a"]["alpha"] = 0.6
+        with pytest.raises(ValueError, match=r"'alpha': 0.5.*the study now says.*'alpha': 0.6"):
+            study(arms=arms, seeds=0).check_records()
 
 
 class TestChosen:
@@ -265,9 +299,6 @@ class TestChosen:
         with pytest.raises(ConfigurationError, match="several trials for one value, which differ in alpha"):
             _ = study(arms={"a": arm}, choose=choose).units
         assert told(study(arms={"a": {**arm, "alpha": 0.1}}, choose=choose), "learning_rate") == [1.0]
-
-
-CLAIM = {"arm": "fixed", "against": "alone", "metric": "test/accuracy", "margin": 0.05}
 
 
 class TestDecisions:
