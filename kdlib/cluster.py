@@ -121,7 +121,9 @@ def queued(system: str, jobs: int) -> Iterator[Client]:
 
 def workers(asked: argparse.Namespace) -> AbstractContextManager[Client]:
     """Those that the command line asks for; what goes wrong among them is told by what fails, not by their logs."""
-    logging.getLogger("distributed").setLevel(logging.CRITICAL)
+    for name in [*logging.root.manager.loggerDict]:
+        if name.startswith(("distributed", "tornado")):
+            logging.getLogger(name).setLevel(logging.CRITICAL + 1)
     if asked.scheduler:
         return connected(asked.scheduler)
     if asked.queue:
