@@ -72,6 +72,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import pandas as pd
 from IPython.display import Markdown
+from matplotlib.ticker import LogLocator, NullLocator
 
 from kdlib import book, models, plots, report, runs
 from kdlib.classroom import expect
@@ -351,12 +352,15 @@ costs.table.T.round(3)
 
 # %% mystnb={"image": {"alt": "Validation metric against the milliseconds that a sentence takes, for teacher and student, each alone and in batches of 32."}, "figure": {"name": "fig-glue-latency", "caption": "What a sentence costs and what it gets, median and interquartile range: the student should stand left of its teacher, and not far below."}}
 figure, axes = plt.subplots()
-for network in costs.networks:
+for place, network in enumerate(costs.networks):
     for each, marker in zip(network.latency, "os", strict=True):
-        label = f"{network.name}, {each.batch_size} at a time"
+        look = {"fmt": marker, "color": f"C{place}", "capsize": 2}
+        look["label"] = f"{network.name}, {each.batch_size} at a time"
         score, width = network.scores[data.task.metrics[0]], 1e3 * each.spread / 2
-        axes.errorbar(1e3 * each.median, score, xerr=width, fmt=marker, capsize=2, label=label)
+        axes.errorbar(1e3 * each.median, score, xerr=width, **look)
 axes.set(xscale="log", xlabel="milliseconds a sentence", ylabel=metric.replace("/", " "))
+axes.xaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), major_formatter="{x:g}")
+axes.xaxis.set_minor_locator(NullLocator())
 axes.legend()
 plt.show()
 

@@ -73,7 +73,7 @@ def test_eight_bits_are_smaller_and_close_and_in_the_report(record, folder, onnx
     assert 1e-6 < np.abs(outputs - exact).max() < 0.2
     found = {network.name: network for network in report.report(record, batch_sizes=(2,), seconds=0.01).networks}
     assert list(found) == ["teacher", "student", "student, ONNX", "student, int8"]
-    assert found["student, int8"].bytes == small.stat().st_size
+    assert found["student, int8"].stored_bytes == small.stat().st_size
     score = metrics.compute(["accuracy"], outputs, encoded.labels.numpy())["accuracy"]
     assert found["student, int8"].scores == {"accuracy": score} and found["student, int8"].memory is None
 
