@@ -1,6 +1,7 @@
 """What all tests share: the real GLUE files if they are there, no network, one thread, reproducible examples."""
 
 import os
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -56,6 +57,29 @@ def no_other_machine(monkeypatch):
         asked = sorted(set(ASKED.read_text().splitlines()))
         ASKED.unlink()
         pytest.fail(f"no test needs the network, but this one asked for {', '.join(asked)}")
+
+
+@pytest.fixture(scope="session")
+def quick_runs(tmp_path_factory):
+    """A folder with a finished run and its teacher's, and the run's name."""
+    from kdlib import runs
+    from tests.quick import QUICK
+
+    folder = tmp_path_factory.mktemp("quick")
+    return folder, runs.run(runs.configure(**QUICK, output_dir=str(folder))).run_id
+
+
+@pytest.fixture(scope="module")
+def finished_run(quick_runs, tmp_path_factory):
+    """The record of a finished run, with folders for one file alone: what it writes beside them nobody else sees."""
+    from kdlib.records import read_record
+
+    folder, name = quick_runs
+    copy = tmp_path_factory.mktemp("runs") / "runs"
+    shutil.copytree(folder, copy)
+    record = read_record(copy / name)
+    record.config["output_dir"] = str(copy)
+    return record
 
 
 @pytest.fixture

@@ -10,6 +10,16 @@ from kdlib import glue
 get_checkpoint_conversion_mapping("bert")  # transformers compiles a thousand patterns for its first network
 
 FEW = 50
+QUICK = {
+    "task": "mini-mnli",
+    "teacher": "tiny-2x64",
+    "student": "tiny-2x32",
+    "max_train": 200,
+    "epochs": 1,
+    "teacher_epochs": 1,
+    "device": "cpu",
+}
+"""A run with a teacher of its own, finished in seconds."""
 
 
 def few_to_test(load: Callable[..., glue.TaskData]) -> Callable[..., glue.TaskData]:

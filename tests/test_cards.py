@@ -8,20 +8,10 @@ from huggingface_hub import ModelCard
 
 from kdlib import cards, engine, models, records, runs
 
-QUICK = {
-    "task": "mini-mnli",
-    "teacher": "tiny-2x64",
-    "student": "tiny-2x32",
-    "max_train": 200,
-    "epochs": 1,
-    "teacher_epochs": 1,
-    "device": "cpu",
-}
-
 
 @pytest.fixture(scope="module")
-def record(tmp_path_factory):
-    return runs.run(runs.configure(**QUICK, output_dir=str(tmp_path_factory.mktemp("runs"))))
+def record(finished_run):
+    return finished_run
 
 
 def test_a_card_says_what_the_record_says(record):

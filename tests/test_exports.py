@@ -12,20 +12,10 @@ import torch
 
 from kdlib import engine, exports, glue, metrics, models, report, runs
 
-QUICK = {
-    "task": "mini-mnli",
-    "teacher": "tiny-2x64",
-    "student": "tiny-2x32",
-    "max_train": 200,
-    "epochs": 1,
-    "teacher_epochs": 1,
-    "device": "cpu",
-}
-
 
 @pytest.fixture(scope="module")
-def record(tmp_path_factory):
-    return runs.run(runs.configure(**QUICK, output_dir=str(tmp_path_factory.mktemp("runs"))))
+def record(finished_run):
+    return finished_run
 
 
 @pytest.fixture(scope="module")

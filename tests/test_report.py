@@ -11,21 +11,12 @@ from torch.profiler import ProfilerActivity, profile
 
 from kdlib import engine, exports, glue, metrics, models, records, report, runs
 from kdlib.batches import collate
-
-QUICK = {
-    "task": "mini-mnli",
-    "teacher": "tiny-2x64",
-    "student": "tiny-2x32",
-    "max_train": 200,
-    "epochs": 1,
-    "teacher_epochs": 1,
-    "device": "cpu",
-}
+from tests.quick import QUICK
 
 
 @pytest.fixture(scope="module")
-def record(tmp_path_factory):
-    return runs.run(runs.configure(**QUICK, output_dir=str(tmp_path_factory.mktemp("runs"))))
+def record(finished_run):
+    return finished_run
 
 
 @pytest.fixture(scope="module")
