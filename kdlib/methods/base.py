@@ -143,7 +143,7 @@ class Method:
 
     def step(self, cast: Any) -> Step:
         """What a run does with each batch."""
-        raise NotImplementedError
+        raise TypeError(f"{type(self).__name__} has no step: a method says what a run does with each batch")
 
 
 @settings

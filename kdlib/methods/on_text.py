@@ -105,7 +105,7 @@ class OnText(Method):
 
     def loss(self, cast: TextCast) -> TextLoss:
         """What the student minimises, unless there is more than that."""
-        raise NotImplementedError
+        raise TypeError(f"{type(self).__name__} has no loss: a method says what its student minimises")
 
     def step(self, cast: TextCast) -> Step:
         """What a run does with each batch."""
