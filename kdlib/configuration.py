@@ -16,7 +16,7 @@ from kdlib import glue, miniglue, models
 from kdlib.engine import name_of
 from kdlib.learner import BATCH_SIZE, WARMUP_RATIO, WEIGHT_DECAY
 from kdlib.methods import METHODS
-from kdlib.methods.base import TRAINING, Imitating, suitable_rates
+from kdlib.methods.base import TRAINING, Taught, suitable_rates
 from kdlib.records import NOT_IDENTITY
 from kdlib.settings import (
     Layers,
@@ -65,8 +65,9 @@ class RunConfig:
     "accuracy", "f1", "micro_f1", "macro_f1", "matthews_correlation", of scores "pearson", "spearmanr"; None: accuracy,
     of scores both"""
     method: Annotated[str, among(METHODS)] = "kd"
-    """"fine_tune" (the student alone), "kd" (a fixed teacher), and those whose teacher learns: "prokt", "dml",
-    "metadistil", "ikd", "lgtm\""""
+    """"fine_tune" (the student alone); those with a fixed teacher, "kd", "pkd", "dist", "skd", "takd", "rco",
+    "annealing", "theseus", "tinybert_task"; those whose teacher learns, "pesf", "prokt", "dml", "metadistil", "ikd",
+    "lgtm\""""
     teacher: Name | None = None
     """"tiny-<layers>x<hidden>", "book-teacher", "minilm", a hub id, a folder, …, see `models`; None: tiny-2x64"""
     student: Name | None = None
@@ -151,7 +152,7 @@ class RunConfig:
         later = {name for name in _LATER if own[name] is None}
         # Fields that the first records had for all methods are there for all.
         found = {**own, **dict.fromkeys(_FIRST), "teacher_seed": 0, **self.settings.identity}
-        if isinstance(self.settings, Imitating) and self.settings.teacher_epochs:
+        if isinstance(self.settings, Taught) and self.settings.teacher_epochs:
             theirs = {name: getattr(self.settings, f"teacher_{name}") for name in TRAINING}
             found |= {f"teacher_{n}": v for n, v in theirs.items() if n not in _FIRST and v != getattr(self, n)}
         return {name: value for name, value in found.items() if name not in later}
@@ -300,7 +301,7 @@ def _network_problems(given: RunConfig) -> list[str]:
 
 def teachers_config(config: RunConfig) -> RunConfig | None:
     """The run that makes the teacher of `config`, the same for every run that can share it; None if it is there."""
-    own = config.settings.teachers_run(config) if isinstance(config.settings, Imitating) else None
+    own = config.settings.teachers_run(config) if isinstance(config.settings, Taught) else None
     if own is None:
         return None
     both = {name: getattr(config, name) for name in names(RunConfig) if name not in (*TRAINING, "settings")}

@@ -25,6 +25,8 @@ from kdlib.trainer import Result, Training
 
 STUDENT, TEACHER_FOLDER = "student", "teacher"
 """The networks that a run leaves, as folders for `from_pretrained`."""
+ADAPTER = "adapter.safetensors"
+"""What a run leaves of a teacher of which only a part has learned."""
 
 
 class Config(Protocol):
@@ -164,13 +166,15 @@ def _remove(folder: Path) -> None:
     shutil.rmtree(folder / trackers.TRACKED, ignore_errors=True)
     for state in (trainer.CHECKPOINT, trainer.BEST):
         (folder / state).unlink(missing_ok=True)
+    for anchor in folder.glob(f"{trainer.ANCHOR}*"):
+        anchor.unlink()
 
 
 def _clear(folder: Path) -> None:
     """Remove what only a finished run has: networks, predictions, logits."""
     for network in (STUDENT, TEACHER_FOLDER):
         shutil.rmtree(folder / network, ignore_errors=True)
-    for left in (*folder.glob(f"{trainer.LOGITS}*"), *folder.glob("*.tsv")):
+    for left in (*folder.glob(f"{trainer.LOGITS}*"), *folder.glob("*.tsv"), *folder.glob(ADAPTER)):
         left.unlink()
 
 

@@ -1,7 +1,9 @@
 """A network that learns: the module with its optimiser and schedule, as every method file needs it."""
 
+import bisect
+import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,7 +13,6 @@ from accelerate.scheduler import AcceleratedScheduler
 from accelerate.state import AcceleratorState
 from accelerate.utils import DataLoaderConfiguration
 from torch import Tensor, nn
-from transformers import get_linear_schedule_with_warmup
 
 from kdlib import processes
 
@@ -46,6 +47,11 @@ class Learner:
     accelerator: Accelerator = field(repr=False)
     max_grad_norm: float = 1.0
     micro_batches: int = 1
+
+    @property
+    def taken(self) -> int:
+        """How many steps it has taken."""
+        return int(self.schedule.state_dict()["last_epoch"])
 
     def minimise(self, loss_function: Callable[[Batch], Tensor], batch: Batch) -> float:
         """One optimiser step on the mean of `loss_function(batch)`, one value per sample; return that mean.
@@ -150,16 +156,32 @@ def learner(
     warmup_ratio: float = WARMUP_RATIO,
     max_grad_norm: float = 1.0,
     micro_batches: int = 1,
+    stages: Sequence[float] = (1.0,),
 ) -> Learner:
     """A Learner with AdamW and linear warm-up and decay over `total_steps`; biases and LayerNorms are not decayed.
 
-    The module is moved to the accelerator's device.
+    With several `stages`, shares of the steps, the learning rate rises and falls in each of them.  The module is moved
+    to the accelerator's device.
     """
     module.to(accelerator.device)
     optimizer = torch.optim.AdamW(weight_decay_groups(module, weight_decay), lr=learning_rate, fused=True)
-    schedule = get_linear_schedule_with_warmup(optimizer, round(warmup_ratio * total_steps), total_steps)
+    ends = stage_ends(stages, total_steps)
+
+    def factor(step: int) -> float:
+        stage = min(bisect.bisect_right(ends, step), len(ends) - 1)
+        start = 0 if stage == 0 else ends[stage - 1]
+        steps, done = ends[stage] - start, step - start
+        warmup = round(warmup_ratio * steps)
+        return done / warmup if done < warmup else max(0.0, (steps - done) / max(1, steps - warmup))
+
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
     optimizer, schedule = accelerator.prepare(optimizer, schedule)
     return Learner(name, module, optimizer, schedule, accelerator, max_grad_norm, micro_batches)
+
+
+def stage_ends(stages: Sequence[float], total_steps: int) -> list[int]:
+    """After how many steps each stage of a training ends, the stages being given as shares of all steps."""
+    return [round(share * total_steps) for share in itertools.accumulate(stages)]
 
 
 def weight_decay_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

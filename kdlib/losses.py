@@ -217,6 +217,29 @@ def dist(
     return reduce(values, reduction)
 
 
+def spherical(
+    student_logits: Float[Tensor, "batch classes"],
+    teacher_logits: Float[Tensor, "batch classes"],
+    temperature: float = 1.0,
+    reduction: Reduction = "mean",
+) -> Tensor:
+    """`kl_divergence` after the student's logits were given the teacher's length, sample by sample.
+
+    Logits less their mean over the classes are a direction times a length, the standard deviation; only the direction
+    is imitated.  Two classes have but one direction and its opposite, so there the gradient is zero.  The released code
+    scales the labels' cross entropy in the same way; here the labels see the logits as they are.
+
+    Raises as `kl_divergence` does.
+
+    Source: SKD (Guo et al., 2022), a rival in LGTM Table 1.
+    """
+    _check_pair(student_logits, teacher_logits, temperature, softmax=True)
+    ours, theirs = (logits - logits.mean(-1, keepdim=True) for logits in (student_logits, teacher_logits))
+    # The small number keeps the derivative finite where all logits are equal, as at a classifier of zeros.
+    lengths = [(logits.square().mean(-1, keepdim=True) + 1e-8).sqrt() for logits in (ours, theirs)]
+    return kl_divergence(ours * (lengths[1] / lengths[0]), theirs, temperature, reduction=reduction)
+
+
 def correlation_distance(a: Float[Tensor, "rows columns"], b: Float[Tensor, "rows columns"], dim: int) -> Tensor:
     """One minus Pearson's correlation along `dim`, entry by entry: the sum over `dim` is the distance.
 
@@ -241,6 +264,7 @@ OBJECTIVES: dict[str, Objective] = {
     "logit_mse": logit_mse,
     "probability_mse": probability_mse,
     "dist": dist,
+    "spherical": spherical,
 }
 """Distillation objectives by the name used in run configurations; each is called as
 `objective(student_logits, teacher_logits, temperature=T, reduction=…)`."""

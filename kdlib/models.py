@@ -482,6 +482,14 @@ def _fresh_config(name: str, tokenizer: PreTrainedTokenizerBase, num_labels: int
     return (tiny_config if is_tiny(name) else shape_config)(name, len(tokenizer), num_labels)
 
 
+def shape_of(name: str, tokenizer: PreTrainedTokenizerBase, task: glue.Task) -> PretrainedConfig:
+    """The configuration of the network that `load` would make, without its weights.
+
+    Raises what `load` raises where nothing is there.
+    """
+    return _fresh_config(name, tokenizer, task.num_labels) if is_fresh(name) else _configured(name, task)[1]
+
+
 def _with_vocabulary(name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
     if model.config.vocab_size < len(tokenizer):
         raise ValueError(
@@ -502,11 +510,11 @@ def first_layers(model: PreTrainedModel, layers: int, seed: int = 0) -> PreTrain
 
     Source: IKD section 3.2 (students initialised from the first k layers); PKD starts the same way.
     """
-    depth = len(_layers(model))
+    depth = len(encoder_layers(model))
     if not 1 <= layers <= depth:
         raise ValueError(f"student_layers is {layers}, but the teacher has {depth} layers: choose 1 … {depth}")
     student = copy.deepcopy(model)
-    del _layers(student)[layers:]
+    del encoder_layers(student)[layers:]
     student.config.num_hidden_layers = layers
     drawn: set[nn.Parameter] = set()
     if hasattr(student, "classifier"):
@@ -553,16 +561,17 @@ def last_layers(model: PreTrainedModel, layers: int) -> list[str]:
 
     Raises ValueError if `layers` is negative or larger than the depth, or if `model` has no BERT-like encoder.
     """
-    depth = len(_layers(model))
+    depth = len(encoder_layers(model))
     if not 0 <= layers <= depth:
         raise ValueError(f"layers is {layers}, but the network has {depth}: choose 0 (pooler and head) … {depth}")
     base = model.base_model
-    below = [base.embeddings, getattr(base, "embeddings_project", nn.Identity()), *_layers(model)[: depth - layers]]
+    lower = encoder_layers(model)[: depth - layers]
+    below = [base.embeddings, getattr(base, "embeddings_project", nn.Identity()), *lower]
     fixed = {id(parameter) for module in below for parameter in module.parameters()}
     return [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in fixed]
 
 
-def _layers(model: nn.Module) -> nn.ModuleList:
+def encoder_layers(model: nn.Module) -> nn.ModuleList:
     """The encoder layers, the first one first."""
     found = getattr(getattr(getattr(model, "base_model", None), "encoder", None), "layer", None)
     if not isinstance(found, nn.ModuleList):
@@ -605,8 +614,11 @@ def encode_tokens(
     input_ids: Int[Tensor, "batch tokens"],
     attention_mask: Int[Tensor, "batch tokens"],
     projections: Sequence[int] = (),
+    token_type_ids: Int[Tensor, "batch tokens"] | None = None,
 ) -> Encoding:
-    """One pass of the encoder of a masked language model, a classifier or a bare encoder, all tokens of type 0.
+    """One pass of the encoder of a masked language model, a classifier or a bare encoder.
+
+    Without `token_type_ids` all tokens are of type 0.
 
     `projections` are the layers, counted from 1, whose queries, keys and values are kept, in this order.  They are
     caught where they are made, so that the fast attention can stay on and no other layer costs memory.  Everything has
@@ -614,7 +626,7 @@ def encode_tokens(
 
     Raises ValueError for a layer that is not there, or if `model` has no BERT-like encoder.
     """
-    layers = _layers(model)
+    layers = encoder_layers(model)
     for layer in projections:
         if not 1 <= layer <= len(layers):
             raise ValueError(
@@ -634,7 +646,9 @@ def encode_tokens(
                 hook = catch(layer, what, model.config.num_attention_heads)
                 made = layers[layer - 1].get_submodule(f"attention.self.{what}")
                 hooks.enter_context(made.register_forward_hook(hook))
-        answer = model.base_model(input_ids=input_ids, attention_mask=attention_mask, output_hidden_states=True)
+        read = {"input_ids": input_ids, "attention_mask": attention_mask}
+        read |= {} if token_type_ids is None else {"token_type_ids": token_type_ids}
+        answer = model.base_model(**read, output_hidden_states=True)
     kept = (tuple(caught[layer, what] for layer in projections) for what in ("query", "key", "value"))
     return Encoding(tuple(answer.hidden_states), *kept)
 

@@ -142,17 +142,21 @@ def patient(
     """
     if normalisation not in ("sum", "mean"):
         raise ValueError(f"normalisation is {normalisation!r}; expected 'sum' or 'mean'")
-    widths = student_states[0].shape[-1], teacher_states[0].shape[-1]
-    if widths[0] != widths[1]:
-        raise ValueError(
-            f"PKD compares hidden states, but the student has {widths[0]} units and the teacher {widths[1]}: choose a "
-            "student of the teacher's width (student_layers), or leave pkd_weight at 0"
-        )
+    check_patient_widths(student_states[0].shape[-1], teacher_states[0].shape[-1])
     pairs = patient_layers(len(student_states) - 1, len(teacher_states) - 1, layers)
     ours = torch.stack([F.normalize(student_states[mine][:, 0], dim=-1) for mine, _ in pairs], dim=1)
     theirs = torch.stack([F.normalize(teacher_states[their][:, 0], dim=-1) for _, their in pairs], dim=1)
     squares = (ours - theirs).square().flatten(1)
     return reduce(squares.sum(-1) if normalisation == "sum" else squares.mean(-1), reduction)
+
+
+def check_patient_widths(student_width: int, teacher_width: int) -> None:
+    """Raise ValueError for two networks whose hidden states `patient` cannot compare."""
+    if student_width != teacher_width:
+        raise ValueError(
+            f"PKD compares hidden states, but the student has {student_width} units and the teacher {teacher_width}: "
+            "choose a student of the teacher's width (student_layers), or leave pkd_weight at 0"
+        )
 
 
 # Attention

@@ -8,15 +8,16 @@ again.  The teacher is a run too, so runs that need the same teacher share it.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 from accelerate import Accelerator
 from scipy.special import log_softmax
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from kdlib import engine, glue, metrics, models, processes, trainer
+from kdlib import checkpoints, engine, glue, metrics, models, processes, trainer
 from kdlib.batches import Encoded
 from kdlib.configuration import RunConfig, configure, load_data, readable, teachers_config
 from kdlib.engine import STUDENT, TEACHER_FOLDER, Findings, Prepared, forget, save_pretrained, sizes
@@ -76,7 +77,7 @@ def prepare(config: RunConfig) -> Prepared:
     course = encoded["feedback" if alone and config.settings.carves else "train"]
     teacher, record = (None, None) if alone else load_teacher(config, data.task, tokenizer, network, encoded)
     if teacher is not None:
-        config.settings.prepare(network, teacher)
+        config.settings.prepare(network, teacher, config.seed)
     student = _learner("student", network, config, accelerator, len(course))
     cast = _cast(config, student, teacher, record, encoded, next(iter(data.evaluation)))
     learners = [student] if cast.teacher is None else [student, cast.teacher]
@@ -90,11 +91,13 @@ def prepare(config: RunConfig) -> Prepared:
         select=f"{next(iter(data.evaluation))}/{data.task.metrics[0]}",
         feedback=_feedback(config, data, encoded),
         feedback_batch_size=getattr(config.settings, "feedback_batch_size", None),
+        anchors=getattr(config.settings, "anchors", 0) if alone else 0,
     )
 
     def finish(result: trainer.Result) -> Findings:
         if cast.teacher is not None:
-            save_pretrained(cast.teacher.module, tokenizer, config.folder / TEACHER_FOLDER)
+            _save_teacher(cast.teacher, tokenizer, config.folder)
+        config.settings.release(student.module)
         return _finish(config, data, encoded, student, tokenizer, result, record)
 
     return Prepared(training, finish)
@@ -131,6 +134,10 @@ def load_teacher(
     Raises ConfigurationError for a head that was never trained where it must know the task; ValueError if it does not
     fit its student or the data.
     """
+    own = teachers_config(config)
+    shape = models.shape_of(config.reader if own is None else own.student or own.reader, tokenizer, task)
+    shape.num_hidden_layers = (own and own.student_layers) or shape.num_hidden_layers
+    config.settings.check_shapes(student.config, shape)
     where, record = teacher_of(config)
     # What the fine-tuning drew has made another head; a teacher that starts untrained has a seed of its own.
     network = models.load(where, task, tokenizer, config.settings.teacher_seed)
@@ -147,8 +154,10 @@ def teacher_of(config: RunConfig) -> tuple[str, RunRecord | None]:
     if own is None:
         return config.reader, None
     record = run(own)
-    if not processes.once((record.folder / STUDENT / "config.json").exists):
-        notice(f"the network of the finished run {record.run_id} is gone: it is computed again")
+    needed = [record.folder / STUDENT / "config.json"]
+    needed += [record.folder / f"{trainer.ANCHOR}{n}.safetensors" for n in range(getattr(own.settings, "anchors", 0))]
+    if not processes.once(lambda: all(path.exists() for path in needed)):
+        notice(f"a network of the finished run {record.run_id} is gone: it is computed again")
         forget(record.folder)
         record = run(own)
     return str(record.folder / STUDENT), record
@@ -169,17 +178,36 @@ def _cast(
         rows = range(min(count, len(encoded[held_out])))
         return trainer.training_batch(encoded[held_out], list(rows), accelerator.device)
 
+    cast = Cast(student, total=_schedule(config).total_steps(len(encoded["train"])), seed=config.seed)
     if teacher is None:
-        return Cast(student)
+        return cast
     if isinstance(settings, Learning):
         learning = _learner("teacher", teacher, config, accelerator, len(encoded["train"]))
-        return Cast(student, learning, held_out=first_rows)
-    if settings.wanted:  # hidden states of a whole training set are too many to keep
-        teacher.to(accelerator.device)
-        return Cast(student, answers=lambda batch: models.targets(teacher, batch, **settings.wanted))
-    cache = None if record is None else record.folder
-    looked_up = trainer.teacher_logits(teacher, encoded["train"], accelerator, cache=cache)
-    return Cast(student, answers=lambda batch: Outputs(looked_up(batch)))
+        return dataclasses.replace(cast, teacher=learning, held_out=first_rows)
+    teacher.to(accelerator.device)
+
+    def answers_of(network: PreTrainedModel) -> Callable[[Batch], Outputs]:
+        if settings.wanted:  # hidden states of a whole training set are too many to keep
+            return lambda batch: models.targets(network, batch, **settings.wanted)
+        cache = None if record is None else record.folder
+        looked_up = trainer.teacher_logits(network, encoded["train"], accelerator, cache=cache)
+        return lambda batch: Outputs(looked_up(batch))
+
+    if settings.asks == "network":
+        return dataclasses.replace(cast, network=teacher)
+    if settings.asks == "route":
+        assert record is not None
+        anchors = trainer.anchors(record.folder, settings.anchors - 1, teacher)
+        return dataclasses.replace(cast, route=[answers_of(network) for network in (*anchors, teacher)])
+    return dataclasses.replace(cast, answers=answers_of(teacher))
+
+
+def _save_teacher(teacher: Learner, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """What has learned of a teacher: a folder for `from_pretrained`, or the weights of the part that did."""
+    if all(parameter.requires_grad for parameter in teacher.module.parameters()):
+        return save_pretrained(teacher.module, tokenizer, folder / TEACHER_FOLDER)
+    learned = {name: value.contiguous() for name, value in models.trainable(teacher.module).items()}
+    return processes.once(lambda: checkpoints.write_tensors(folder / engine.ADAPTER, learned))
 
 
 def check_lengths(encoded: Mapping[str, Encoded], network: PreTrainedModel, name: str) -> None:
@@ -224,6 +252,7 @@ def _learner(name: str, network: PreTrainedModel, config: RunConfig, accelerator
         config.warmup_ratio,
         1.0 if config.max_grad_norm is None else config.max_grad_norm,
         config.micro_batches,
+        config.settings.stages,
     )
 
 

@@ -4,6 +4,7 @@ The loop knows nothing of the method: it calls a `Step` once a batch.  It is our
 the later methods update two networks in turns.
 """
 
+import copy
 import hashlib
 import itertools
 import math
@@ -33,6 +34,8 @@ from kdlib.progress import bar, line, notice
 CHECKPOINT, BEST = "checkpoint.safetensors", "best.safetensors"
 LOGITS = "logits-"
 """How the files begin that keep a fixed teacher's logits."""
+ANCHOR = "anchor-"
+"""How the files begin that keep the network as it was on its way, numbered from 0."""
 PROCESSES = "processes"
 """Under which name a checkpoint's identity says how many wrote it, where it was not one."""
 LOSS = "loss"
@@ -165,6 +168,9 @@ class Training:
     in a training batch, drawn in an order of their own; `data` itself may be given for them, which says that the two
     are meant to be one.  `prepare(batch, number)` may add to the batch of step `number`, from 0, what is drawn anew
     each time, such as masks; it must depend on its arguments only.
+
+    So many `anchors` of the first learner are kept in the run's folder, after equal numbers of steps: with three, after
+    a quarter, a half and three quarters of them.
     """
 
     step: Step
@@ -176,6 +182,7 @@ class Training:
     feedback: Encoded | None = None
     feedback_batch_size: int | None = None
     prepare: Callable[[Batch, int], Batch] | None = None
+    anchors: int = 0
 
     @property
     def kept(self) -> Learner:
@@ -288,6 +295,8 @@ def train(
                 state.add(training.step(*data))
             except NonFiniteLossError as error:
                 raise _located(error, state.step + 1, folder) from error
+            if folder is not None:  # before the checkpoint, or a killed run would go on without
+                _keep_anchor(training, state.step, folder)
             if _due(state.step, schedule, len(training.data), total):
                 row = _row(training, state)
                 kept.accelerator.log(row, step=state.step)  # to nobody unless the run asked for a tracker
@@ -311,6 +320,25 @@ def train(
         learner.module.eval()
     seconds = before + time.perf_counter() - started
     return Result(pd.DataFrame(state.history), state.best_step, state.best_metrics, seconds)
+
+
+def _keep_anchor(training: Training, step: int, folder: Path) -> None:
+    """Write the network if this is one of the steps after which it is kept."""
+    for number in range(training.anchors):
+        if step == round(training.total * (number + 1) / (training.anchors + 1)):
+            _write(folder / f"{ANCHOR}{number}.safetensors", checkpoints.module_tensors(training.kept.module))
+
+
+def anchors(folder: Path, count: int, network: PreTrainedModel) -> Iterator[PreTrainedModel]:
+    """The networks that a run kept on its way, the first one first, each as a copy of `network` with other weights.
+
+    Raises CheckpointError for a file that is damaged or gone.
+    """
+    for number in range(count):
+        weights, _ = checkpoints.read_tensors(folder / f"{ANCHOR}{number}.safetensors")
+        anchor = copy.deepcopy(network)
+        anchor.load_state_dict(weights)
+        yield anchor.eval()
 
 
 def _seed(seed: int) -> None:

@@ -3,19 +3,34 @@
 A method is one file and one entry here.
 """
 
+from kdlib.methods.annealing import AnnealingKD
 from kdlib.methods.base import Method
 from kdlib.methods.ikd import IKD
-from kdlib.methods.kd import KD, FineTune
+from kdlib.methods.kd import DIST, KD, PKD, SKD, FineTune
 from kdlib.methods.lgtm import LGTM
 from kdlib.methods.metadistil import MetaDistil
 from kdlib.methods.on_text import OnText
 from kdlib.methods.online import DML, ProKT
+from kdlib.methods.pesf import PESFKD
+from kdlib.methods.rco import RCO
+from kdlib.methods.takd import TAKD
 from kdlib.methods.task_agnostic import MLM, DistilBERT, MiniLM, MiniLMv2, SoftLabels, TinyBERT
+from kdlib.methods.theseus import Theseus
+from kdlib.methods.tinybert_task import TinyBERTOnTask
 from kdlib.methods.tutor import TutorKD, Untutored
 
 METHODS: dict[str, type[Method]] = {
     "fine_tune": FineTune,
     "kd": KD,
+    "pkd": PKD,
+    "dist": DIST,
+    "skd": SKD,
+    "takd": TAKD,
+    "rco": RCO,
+    "annealing": AnnealingKD,
+    "theseus": Theseus,
+    "tinybert_task": TinyBERTOnTask,
+    "pesf": PESFKD,
     "prokt": ProKT,
     "dml": DML,
     "metadistil": MetaDistil,

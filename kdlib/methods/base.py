@@ -6,14 +6,15 @@ copy of the student (`Piloting`, `Feedback`); a method's class is put together f
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal, Protocol, runtime_checkable
 
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
+from transformers import PretrainedConfig, PreTrainedModel
 
 from kdlib import glue, losses, models, representations
 from kdlib.learner import BATCH_SIZE, WARMUP_RATIO, WEIGHT_DECAY, Batch, Learner
@@ -59,7 +60,17 @@ class Run(Protocol):
     @property
     def teacher(self) -> str | None: ...
     @property
+    def student(self) -> str | None: ...
+    @property
     def epochs(self) -> int: ...
+    @property
+    def learning_rate(self) -> float: ...
+    @property
+    def weight_decay(self) -> float: ...
+    @property
+    def warmup_ratio(self) -> float: ...
+    @property
+    def max_grad_norm(self) -> float | None: ...
     @property
     def batch_size(self) -> int: ...
     @property
@@ -76,14 +87,21 @@ class Run(Protocol):
 class Cast:
     """Who takes part in a run, and what a step is made of.
 
-    `teacher` is there if it learns, `answers` if it is fixed: the outputs for a batch, looked up or computed on the
-    spot.  `held_out(rows)` is the beginning of the validation split as one batch.
+    `teacher` is there if it learns.  Of one that is fixed there is what the method asks for (`Taught.asks`): `answers`,
+    its outputs for a batch, looked up or computed on the spot; its `network`; or `route`, the answers of its anchors,
+    the first one first.  `held_out(rows)` is the beginning of the validation split as one batch.
     """
 
     student: Learner
     teacher: Learner | None = None
     answers: Callable[[Batch], Outputs] | None = None
     held_out: Callable[[int], Batch] | None = None
+    network: PreTrainedModel | None = None
+    route: Sequence[Callable[[Batch], Outputs]] = ()
+    total: int = 0
+    """steps of the whole training"""
+    seed: int = 0
+    """of the student"""
 
     @property
     def pair(self) -> tuple[Learner, Learner]:
@@ -138,8 +156,19 @@ class Method:
         """Whether it needs rows that nobody trains on."""
         return self.feedback == "feedback"
 
-    def prepare(self, student: nn.Module, teacher: nn.Module) -> None:
-        """What happens to the networks before they become learners."""
+    @property
+    def stages(self) -> tuple[float, ...]:
+        """The parts of the training, as shares of its steps: in each the learning rate rises and falls once."""
+        return (1.0,)
+
+    def check_shapes(self, student: PretrainedConfig, teacher: PretrainedConfig) -> None:
+        """Raise ValueError for a pair of networks that the method cannot teach with, before the teacher is made."""
+
+    def prepare(self, student: PreTrainedModel, teacher: PreTrainedModel, seed: int = 0) -> None:
+        """What happens to the networks before they become learners; whatever is drawn is drawn from `seed`."""
+
+    def release(self, student: PreTrainedModel) -> None:
+        """What happens to the student after its training, before it is saved: what was only for learning goes."""
 
     def step(self, cast: Any) -> Step:
         """What a run does with each batch."""
@@ -177,6 +206,8 @@ class Taught(Method):
 
     starts_untrained: ClassVar[bool] = False
     """Whether its teacher may learn the task while it teaches."""
+    asks: ClassVar[Literal["answers", "network", "route"]] = "answers"
+    """What a fixed teacher is asked for, see `Cast`."""
 
     teacher_epochs: Number = by_rule()
     """epochs of fine-tuning before the teacher teaches; 0: take it as it is, fine-tuned elsewhere or not at all;
@@ -226,6 +257,16 @@ class Taught(Method):
         own = {name: getattr(self, f"teacher_{name}") for name in TRAINING}
         return {"method": "fine_tune", "student": run.teacher, "predict_test": False, **own}
 
+    @property
+    def wanted(self) -> WantedStates:
+        """What the networks must answer besides logits, as arguments of `models.outputs` and `models.apply`."""
+        return {}
+
+    @property
+    def compares_samples(self) -> bool:
+        """Whether a batch cannot be cut into pieces."""
+        return False
+
 
 TRAINING = tuple(name.removeprefix("teacher_") for name in Taught.__annotations__ if name.startswith("teacher_"))
 """What the two runs have each for itself, by the names that they have in a run."""
@@ -244,6 +285,8 @@ class Imitating(Taught):
     """
 
     silent: ClassVar[Mapping[str, Any]] = {"pkd_weight": 0.0}
+    has_one_objective: ClassVar[bool] = False
+    """Whether the method is its objective, so that none can be chosen."""
 
     alpha: Share = by_rule()
     """weight of the hard labels, 1 − α that of the teacher; None: 0.5, without labels 0"""
@@ -265,16 +308,23 @@ class Imitating(Taught):
 
     @classmethod
     def defaults(cls, run: Run) -> dict[str, Any]:
-        regression = {"objective": "logit_mse"} if run.glue_task.is_regression else {}
+        regression = {"objective": "logit_mse"} if run.glue_task.is_regression and not cls.has_one_objective else {}
         return {**super().defaults(run), **regression}
 
     def problems(self, run: Run) -> list[str]:
         found = super().problems(run)
+        if self.objective == "spherical" and run.glue_task.num_labels == 2:
+            found.append(
+                f"objective is 'spherical', but {run.glue_task.name} has two classes, whose logits have one direction "
+                "and its opposite: it has no gradient there. Take another objective, or a task of three classes"
+            )
         for name in ("objective", "teacher_objective") if run.glue_task.is_regression else ():
             if getattr(self, name, "logit_mse") not in losses.REGRESSION_OBJECTIVES:
+                expected = ", ".join(losses.REGRESSION_OBJECTIVES)
                 found.append(
                     f"{name} is {getattr(self, name)!r}, but {run.glue_task.name} is a regression task, where a "
-                    f"softmax has no meaning; expected {', '.join(losses.REGRESSION_OBJECTIVES)}"
+                    f"softmax has no meaning; "
+                    + ("take method kd" if self.has_one_objective else f"expected {expected}")
                 )
         if self.compares_samples and run.micro_batches > 1:
             found.append(
@@ -288,14 +338,19 @@ class Imitating(Taught):
             found.append(f"alpha is {self.alpha}, a weight for the labels of a course that has none; expected 0")
         return found
 
+    def check_shapes(self, student: PretrainedConfig, teacher: PretrainedConfig) -> None:
+        super().check_shapes(student, teacher)
+        if self.pkd_weight:
+            depths = student.num_hidden_layers, teacher.num_hidden_layers
+            representations.patient_layers(*depths, self.pkd_layers or "skip")
+            representations.check_patient_widths(student.hidden_size, teacher.hidden_size)
+
     @property
     def compares_samples(self) -> bool:
-        """Whether a batch cannot be cut into pieces."""
         return self.objective in losses.BATCH_OBJECTIVES
 
     @property
     def wanted(self) -> WantedStates:
-        """What the networks must answer besides logits, as arguments of `models.outputs` and `models.apply`."""
         return {"hidden_states": True} if self.pkd_weight > 0 else {}
 
     def loss(self, student: Outputs, teacher: Outputs, labels: Tensor) -> Float[Tensor, "batch"]:
@@ -335,7 +390,7 @@ def _mixture(
 
 
 @settings
-class Trained(Imitating):
+class Trained(Taught):
     """For a method whose teacher knows the task before it teaches."""
 
     silent: ClassVar[Mapping[str, Any]] = {"untrained_teacher": False}
@@ -357,6 +412,20 @@ def untrained(teacher: str | None, method: str) -> str:
         "teacher_epochs out, or give the epochs of a fine-tuning, or a teacher that was fine-tuned elsewhere "
         "(untrained_teacher=True asks for this one by name)"
     )
+
+
+@settings
+class TwoStages(Trained):
+    """For a method that teaches one thing first and another one afterwards, in one run with a fixed teacher."""
+
+    teaches: ClassVar[Literal["nobody", "fixed", "learning"]] = "fixed"
+
+    first_stage: Share = 0.5
+    """share of the steps that the first stage has; each stage has a warm-up and a decay of its own"""
+
+    @property
+    def stages(self) -> tuple[float, ...]:
+        return self.first_stage, 1 - self.first_stage
 
 
 @settings
@@ -382,28 +451,16 @@ class Learning(Imitating):
 
 @settings
 class Mutual(Learning):
-    """A teacher that learns the task while it teaches, and imitates its student."""
-
-    starts_untrained: ClassVar[bool] = True
+    """A teacher that learns from the labels, and imitates its student."""
 
     teacher_alpha: Share = by_rule()
     """weight of the labels for the teacher, 1 − this that of the student; None: alpha"""
     teacher_objective: Annotated[str, among(losses.TEACHER_OBJECTIVES)] = by_rule()
     """what the teacher imitates in the student; None: the student's objective, roles exchanged"""
-    zero_classifiers: bool | None = None
-    """start both classifiers at zero; None: where the teacher is not fine-tuned, dist aside"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         fill(self, teacher_alpha=self.alpha, teacher_objective=self.objective)
-
-    def completed(self, run: Run) -> dict[str, Any]:
-        untrained = self.teacher_epochs == 0 and run.teacher != models.BOOK_TEACHER and self.objective != "dist"
-        return {**super().completed(run), "zero_classifiers": untrained}
-
-    def prepare(self, student: nn.Module, teacher: nn.Module) -> None:
-        for network in (student, teacher) if self.zero_classifiers else ():
-            models.zero_classifier(network)
 
     def teachers_loss(self, teacher: Outputs, student: Outputs, labels: Tensor) -> Float[Tensor, "batch"]:
         """The loss of every sample for the teacher's outputs, given the student's.
@@ -413,6 +470,24 @@ class Mutual(Learning):
         """
         objective = losses.TEACHER_OBJECTIVES[self.teacher_objective]
         return _mixture(teacher, student, labels, self.teacher_alpha, self.temperature, objective)
+
+
+@settings
+class Together(Mutual):
+    """A teacher that may learn the task while it teaches it."""
+
+    starts_untrained: ClassVar[bool] = True
+
+    zero_classifiers: bool | None = None
+    """start both classifiers at zero; None: where the teacher is not fine-tuned, dist aside"""
+
+    def completed(self, run: Run) -> dict[str, Any]:
+        untrained = self.teacher_epochs == 0 and run.teacher != models.BOOK_TEACHER and self.objective != "dist"
+        return {**super().completed(run), "zero_classifiers": untrained}
+
+    def prepare(self, student: PreTrainedModel, teacher: PreTrainedModel, seed: int = 0) -> None:
+        for network in (student, teacher) if self.zero_classifiers else ():
+            models.zero_classifier(network)
 
 
 @settings

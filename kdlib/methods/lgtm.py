@@ -17,7 +17,7 @@ from torch import Tensor
 
 from kdlib import models, pilot, processes
 from kdlib.learner import Batch, Learner
-from kdlib.methods.base import Cast, Feedback, Mutual, Step, check_whole_batch, mean_entropy
+from kdlib.methods.base import Cast, Feedback, Step, Together, check_whole_batch, mean_entropy
 from kdlib.models import Outputs
 from kdlib.settings import Number, Steps, Weight, by_rule, fill, settings
 from kdlib.tangent import distillation_influence, feedback_gradient, student_tangent
@@ -27,7 +27,7 @@ Watch = Callable[[Batch, Float[Tensor, "batch"], Outputs, Outputs], None]
 
 
 @settings
-class LGTM(Feedback, Mutual):
+class LGTM(Feedback, Together):
     """The teacher learns the task, stays close to its student, and minds what its lesson does to the student."""
 
     silent: ClassVar[Mapping[str, Any]] = {"auxiliary": True}
@@ -136,7 +136,7 @@ def lgtm(student: Learner, teacher: Learner, settings: LGTM, watch: Watch | None
         with teacher.accelerator.autocast():
             teacher_outputs = models.outputs(teacher.module, batch, **wanted)
         targets, influences = models.detached(teacher_outputs), None
-        if student.schedule.state_dict()["last_epoch"] % settings.feedback_every == 0:
+        if student.taken % settings.feedback_every == 0:
             # Lines 3 to 7.
             influences, student_outputs, feedback_loss = _influences(
                 student, batch, feedback, teacher_outputs, settings, names

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from kdlib import losses, models
 from kdlib.learner import Batch, Learner
@@ -164,12 +164,12 @@ class ComparingAttention(OnText):
 
     def check(self, student: PreTrainedModel, teacher: PreTrainedModel) -> None:
         if self.compares(student, teacher):
-            check_heads(student, teacher, "leave attention out")
+            check_heads(student.config, teacher.config, "leave attention out")
 
 
-def check_heads(student: PreTrainedModel, teacher: PreTrainedModel, remedy: str) -> None:
+def check_heads(student: PretrainedConfig, teacher: PretrainedConfig, remedy: str) -> None:
     """Raise ValueError unless both have the same number of heads."""
-    heads, theirs = (one.config.num_attention_heads for one in (student, teacher))
+    heads, theirs = (one.num_attention_heads for one in (student, teacher))
     if heads != theirs:
         raise ValueError(
             f"the student has {heads} heads, the teacher {theirs}, and attention is compared head by head: {remedy}"

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kdlib import models
 from kdlib.learner import Batch, Learner, minimise_together
-from kdlib.methods.base import Cast, Mutual, Step, mean_entropy
+from kdlib.methods.base import Cast, Mutual, Step, Together, mean_entropy
 from kdlib.models import Outputs, WantedStates
 from kdlib.settings import Temperature, settings
 
@@ -20,7 +20,7 @@ Order = Literal["teacher", "student", "simultaneous"]
 
 
 @settings
-class ProKT(Mutual):
+class ProKT(Together):
     """Teacher and student learn from the labels and from each other, in turns."""
 
     first: Order = "teacher"
@@ -72,11 +72,18 @@ def online_distillation(student: Learner, teacher: Learner, settings: ProKT) -> 
         of_teacher = update_teacher(batch)
         return _summary(*update_student(batch), *of_teacher)
 
-    def at_once(batch: Batch) -> dict[str, float]:
+    return at_once(student, teacher, settings) if settings.first == "simultaneous" else in_turns
+
+
+def at_once(student: Learner, teacher: Learner, settings: Mutual) -> Step:
+    """Both learn from the labels and from the other as it was, in one step."""
+
+    def step(batch: Batch) -> dict[str, float]:
         logits: list[tuple[Tensor, Tensor]] = []
 
         def losses(piece: Batch) -> list[Tensor]:
-            of_student, of_teacher = (models.outputs(who.module, piece, **wanted) for who in (student, teacher))
+            both = (models.outputs(who.module, piece, **settings.wanted) for who in (student, teacher))
+            of_student, of_teacher = both
             logits.append((of_student.logits.detach(), of_teacher.logits.detach()))
             return [
                 settings.loss(of_student, models.detached(of_teacher), piece["labels"]),
@@ -87,7 +94,7 @@ def online_distillation(student: Learner, teacher: Learner, settings: ProKT) -> 
         student_logits, teacher_logits = (torch.cat(pieces) for pieces in zip(*logits, strict=True))
         return _summary(loss, student_logits, teacher_loss, teacher_logits)
 
-    return at_once if settings.first == "simultaneous" else in_turns
+    return step
 
 
 def _update(

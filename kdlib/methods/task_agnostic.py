@@ -100,7 +100,7 @@ class MiniLM(OnText):
     """The last layer's attention and relations between its values."""
 
     def check(self, student: PreTrainedModel, teacher: PreTrainedModel) -> None:
-        check_heads(student, teacher, "take minilm_v2, or such a student")
+        check_heads(student.config, teacher.config, "take minilm_v2, or such a student")
 
     def loss(self, cast: TextCast) -> TextLoss:
         return minilm(*cast.pair)

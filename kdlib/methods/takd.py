@@ -1,0 +1,58 @@
+"""TAKD: between a large teacher and a small student stand assistants, each distilled from the one before.
+
+Source: TAKD (Mirzadeh et al., 2020), a rival in LGTM Table 1, MetaDistil Table 1 and IKD Table 1.
+"""
+
+from typing import Any
+
+from kdlib import models
+from kdlib.methods.base import TRAINING, Run
+from kdlib.methods.kd import KD
+from kdlib.settings import Name, by_rule, settings
+
+
+@settings
+class TAKD(KD):
+    """A fixed teacher that was distilled itself, from a larger one: a teaching assistant."""
+
+    assistants: Name = by_rule()
+    """their networks, the largest first, joined by commas; a number stands for so many of the teacher's first layers;
+    None: for tiny networks one between teacher and student"""
+
+    @classmethod
+    def defaults(cls, run: Run) -> dict[str, Any]:
+        return {**super().defaults(run), "assistants": _between(run.teacher or "", run.student or "")}
+
+    def problems(self, run: Run) -> list[str]:
+        found = super().problems(run)
+        if not self.names:
+            found.append(
+                "assistants is missing: name the networks between teacher and student, such as assistants=10, which is "
+                "the teacher's first ten layers, or assistants=tiny-3x96,tiny-2x64"
+            )
+        return found
+
+    @property
+    def names(self) -> list[str]:
+        """The assistants, one by one."""
+        return [name.strip() for name in (self.assistants or "").split(",") if name.strip()]
+
+    def teachers_run(self, run: Run) -> dict[str, Any]:
+        """The last assistant's: distilled as the student is, from the teacher or from the assistant before."""
+        *before, last = self.names
+        networks = {"student_layers": int(last)} if last.isdecimal() else {"student": last}
+        own = {name: value for name, value in self.flat.items() if name not in ("assistants", "labelled_course")}
+        trained = {name: getattr(run, name, None) for name in TRAINING}
+        chain = {"method": "takd", "assistants": ",".join(before)} if before else {"method": "kd"}
+        rates = {"learning_rate": None, "seed": self.teacher_seed, "evaluate_every": None, "predict_test": False}
+        return {**trained, **own, **rates, **chain, "teacher": run.teacher, **networks}
+
+
+def _between(teacher: str, student: str) -> str | None:
+    """A tiny network half-way between two."""
+    if not (models.is_tiny(teacher) and models.is_tiny(student)):
+        return None
+    shapes = [models.tiny_config(name, 1, 1) for name in (teacher, student)]
+    layers = round(sum(shape.num_hidden_layers for shape in shapes) / 2)
+    width = sum(shape.hidden_size for shape in shapes) // 32 * 16
+    return f"tiny-{layers}x{width}h{width // 16}"
