@@ -65,7 +65,7 @@ def tinybert_on_task(cast: Cast, settings: TinyBERTOnTask) -> Step:
 
     def of_rows(rows: Batch) -> Tensor:
         words, real, types = rows["input_ids"], rows["attention_mask"], rows["token_type_ids"]
-        with torch.no_grad():
+        with torch.no_grad(), models.evaluating(teacher):
             theirs = models.encode_tokens(teacher, words, real, [their for _, their in compared], types)
         ours = models.encode_tokens(student.module, words, real, [mine for mine, _ in compared], types)
         states = ours.hidden_states, theirs.hidden_states
