@@ -66,6 +66,15 @@ OTHERS = {
     "influence_weight": "student_rate",
     "feedback_every": 2,
     "feedback_layers": 1,
+    "anchors": 2,
+    "assistants": "tiny-2x64",
+    "first_stage": 0.25,
+    "max_temperature": 5,
+    "replacing_rate": 0.5,
+    "replaced_after": 0.75,
+    "replacement": "constant",
+    "attention": False,
+    "adapter_size": 8,
 }
 CHANGED = {
     "alpha": 0.3,
@@ -325,7 +334,9 @@ class TestMethods:
         used = readable(OTHERS, method)
         config = configure(method=method, **used)
         assert all(getattr(config.settings, name) == value for name, value in used.items())
-        counts = {"fine_tune": 0, "kd": 3, "prokt": 8, "dml": 8, "metadistil": 12, "ikd": 11, "lgtm": 17}
+        counts = {"fine_tune": 1, "kd": 3, "prokt": 8, "dml": 8, "metadistil": 12, "ikd": 11, "lgtm": 17}
+        counts |= {"pkd": 3, "dist": 3, "skd": 3, "takd": 4, "rco": 4, "pesf": 7}
+        counts |= {"annealing": 2, "theseus": 3, "tinybert_task": 2}
         assert len(used) == counts[method]
         with pytest.raises(ConfigurationError) as caught:
             configure(method=method, **OTHERS)
@@ -340,7 +351,10 @@ class TestMethods:
         plain |= {"exam": "train"} if (method, name) == ("ikd", "feedback_batch_size") else {}
         plain |= {"teacher_epochs": 1} if name in TEACHERS_OWN and name != "teacher_epochs" else {}
         value = {**OTHERS, **CHANGED}[name]
-        if method in READ_BY[name]:
+        if (method, name) in (("dist", "objective"), ("skd", "objective")):
+            with pytest.raises(ConfigurationError, match="objective is 'reverse_kl'; expected one of"):
+                configure(**{**plain, name: value})
+        elif method in READ_BY[name]:
             assert configure(**{**plain, name: value}).run_id != configure(**plain).run_id
         else:
             with pytest.raises(ConfigurationError, match=rf"does not read .*{name} = "):

@@ -28,12 +28,19 @@ TABLE = {
     losses.logit_mse: SOFTENED,
     losses.probability_mse: SOFTENED,
     losses.dist: {**SOFTENED, "inter": 1.0, "intra": 1.0},
+    losses.spherical: SOFTENED,
     losses.distillation_loss: {**SOFTENED, "alpha": 0.5, "objective": losses.kl_divergence},
     # PKD (Sun et al., 2019): "skip" is the better of its two, and the paper adds up.
     representations.patient_layers: {"layers": "skip"},
     representations.patient: {"layers": "skip", "normalisation": "sum", "reduction": "mean"},
     # BERT's own: a tenth of warm-up, decay 0.01, clipping at one; and the whole batch at once.
-    learner.learner: {"weight_decay": 0.01, "warmup_ratio": 0.1, "max_grad_norm": 1.0, "micro_batches": 1},
+    learner.learner: {
+        "weight_decay": 0.01,
+        "warmup_ratio": 0.1,
+        "max_grad_norm": 1.0,
+        "micro_batches": 1,
+        "stages": (1.0,),
+    },
     learner.Learner: {"max_grad_norm": 1.0, "micro_batches": 1},
     learner.accelerator_for: {"device": "auto", "precision": "fp32"},
     # DARTS and LGTM's code move by 0.01.
@@ -100,17 +107,29 @@ IMITATING = {
 }
 TRAINED = {"untrained_teacher": False}
 LEARNING = {"teaching_rate": None}
-MUTUAL = {**LEARNING, "teacher_alpha": None, "teacher_objective": None, "zero_classifiers": None}
+MUTUAL = {**LEARNING, "teacher_alpha": None, "teacher_objective": None}
+TOGETHER = {**MUTUAL, "zero_classifiers": None}
 # The tangent is exact and in full precision, and nothing is cut, unless somebody asks for less.
 PILOTING = {"pilot_learning_rate": None, "tangent": "jvp", "tangent_precision": "fp32", "feedback_batch_size": None}
 FEEDBACK = {**PILOTING, "pilot_rule": None, "pilot_pieces": 1, "feedback_from": None, "observe": False}
 WORDS = {"untrained_teacher": False}
 UNTUTORED = {**WORDS, "attention": None, "logit_weight": 25.0, "inner_weight": 0.5}  # Tutor-KD: λ₁ = 25, λ₂ = 0.5
+KD = {**IMITATING, **TRAINED, **UNLABELLED}
+STAGED = {**TAUGHT, **TRAINED, "first_stage": 0.5}
 SETTINGS = {
-    "fine_tune": UNLABELLED,
-    "kd": {**IMITATING, **TRAINED, **UNLABELLED},
-    "prokt": {**IMITATING, **MUTUAL, "first": "teacher"},  # LGTM eqs. (3)-(4)
-    "dml": {**IMITATING, **MUTUAL, "temperature": 1.0, "first": "simultaneous"},  # Zhang et al.: both do the same
+    "fine_tune": {**UNLABELLED, "anchors": 0},
+    "kd": KD,
+    "pkd": {**KD, "pkd_weight": 1.0},
+    "dist": {**KD, "objective": "dist", "temperature": 1.0},  # its released code
+    "skd": {**KD, "objective": "spherical"},
+    "takd": {**KD, "assistants": None},
+    "rco": {**KD, "anchors": 4},  # MetaDistil's Table 1
+    "annealing": {**STAGED, "max_temperature": 10},
+    "theseus": {**TAUGHT, **TRAINED, "replacing_rate": 0.3, "replaced_after": 0.5, "replacement": "linear"},
+    "tinybert_task": {**STAGED, "temperature": 1.0, "attention": None},
+    "pesf": {**IMITATING, **TRAINED, **MUTUAL, "objective": "probability_mse", "adapter_size": 64},  # its released code
+    "prokt": {**IMITATING, **TOGETHER, "first": "teacher"},  # LGTM eqs. (3)-(4)
+    "dml": {**IMITATING, **TOGETHER, "temperature": 1.0, "first": "simultaneous"},  # Zhang et al.: both do the same
     "metadistil": {**IMITATING, **TRAINED, **LEARNING, **FEEDBACK, "pilot_update": True, "inner_steps": 1},
     "ikd": {
         **IMITATING,
@@ -124,7 +143,7 @@ SETTINGS = {
     },
     "lgtm": {
         **IMITATING,
-        **MUTUAL,
+        **TOGETHER,
         **FEEDBACK,
         "influence": "weighted",  # eq. (9)
         "influence_weight": None,  # 1, as in the paper
