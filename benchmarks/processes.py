@@ -62,13 +62,14 @@ def call_of(method: str, size: argparse.Namespace) -> Callable[[], object]:
     del batch["teacher_logits"]
     if method in METHODS:
         make = partial(BertForSequenceClassification._from_config, attn_implementation=models.FAST_ATTENTION)
-        student, teacher = learned("student", make(students)), learned("teacher", make(teachers))
+        networks, settings = (make(students), make(teachers)), METHODS[method]()
+        settings.prepare(*networks)
+        student, teacher = (learned(name, one) for name, one in zip(("student", "teacher"), networks, strict=True))
 
         def answers(batch: Batch) -> models.Outputs:
-            return models.targets(teacher.module, batch)
+            return models.targets(teacher.module, batch, **settings.wanted)
 
-        settings = METHODS[method]()
-        step = settings.step(Cast(student, teacher, answers))
+        step = settings.step(Cast(student, teacher, answers, None, teacher.module, [answers], total=1000))
         return partial(step, batch, batch) if settings.feedback else partial(step, batch)
     make = partial(AutoModelForMaskedLM.from_config, attn_implementation=models.FAST_ATTENTION)
     settings, network, teacher, maker = ON_TEXT[method](), make(students), None, None

@@ -191,10 +191,14 @@ class Training:
 
     @property
     def total(self) -> int:
-        """The number of optimiser steps.  Raises ValueError if there is nothing to train on."""
+        """The number of optimiser steps.  Raises ValueError if there is nothing to train on, or too little to keep."""
         total = self.schedule.total_steps(len(self.data))
         if total < 1:
             raise ValueError(f"nothing to train on: {len(self.data)} samples, {self.schedule.epochs} epochs")
+        if total <= self.anchors:
+            raise ValueError(
+                f"{self.anchors} networks are to be kept on a way of {total} steps: give fewer anchors, or train longer"
+            )
         return total
 
     def identity(self) -> dict[str, Any]:

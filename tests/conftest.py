@@ -113,3 +113,15 @@ def shared() -> Path:
             f"no real GLUE data: {folder / 'glue'} is missing (set KDLIB_SHARED to the folder that holds glue/)"
         )
     return folder
+
+
+@pytest.fixture
+def few_to_test(monkeypatch):
+    """For runs of which nobody looks at all predictions."""
+    from kdlib import configuration, glue
+    from tests import quick
+
+    configuration._loaded.cache_clear()
+    monkeypatch.setattr(glue, "load", quick.few_to_test(glue.load))
+    yield
+    configuration._loaded.cache_clear()

@@ -13,7 +13,6 @@ from kdlib.batches import Encoded
 from kdlib.methods import METHODS, ikd, lgtm
 from kdlib.methods.kd import KD
 from kdlib.settings import ConfigurationError, read_by, settings
-from tests import quick
 
 QUICK = {
     "task": "mini-mnli",
@@ -39,15 +38,6 @@ def config(folder):
 @pytest.fixture(scope="module")
 def record(config):
     return runs.run(config)
-
-
-@pytest.fixture
-def few_to_test(monkeypatch):
-    """For runs of which nobody looks at all predictions."""
-    configuration._loaded.cache_clear()
-    monkeypatch.setattr(glue, "load", quick.few_to_test(glue.load))
-    yield
-    configuration._loaded.cache_clear()
 
 
 def test_others_may_read_the_student(record, tmp_path):

@@ -17,14 +17,20 @@ from transformers import BertConfig, BertForMaskedLM
 import kdlib.learner
 from kdlib import __main__, corpus, glue, models, processes
 from kdlib.learner import Learner, NonFiniteLossError, accelerator_for, learner
+from kdlib.methods.annealing import AnnealingKD
 from kdlib.methods.base import Cast
 from kdlib.methods.ikd import IKD
-from kdlib.methods.kd import KD, FineTune
+from kdlib.methods.kd import DIST, KD, PKD, SKD, FineTune
 from kdlib.methods.lgtm import LGTM, RELEASED
 from kdlib.methods.metadistil import MetaDistil
 from kdlib.methods.on_text import OnText, Student, TextCast
 from kdlib.methods.online import DML, ProKT
+from kdlib.methods.pesf import PESFKD
+from kdlib.methods.rco import RCO
+from kdlib.methods.takd import TAKD
 from kdlib.methods.task_agnostic import MLM, DistilBERT, MiniLM, MiniLMv2, SoftLabels, TinyBERT
+from kdlib.methods.theseus import Theseus
+from kdlib.methods.tinybert_task import TinyBERTOnTask
 from kdlib.methods.tutor import Tutor, TutorKD, Untutored
 from tests import exact, quick
 
@@ -37,6 +43,15 @@ ON_TASKS = {
     "fine_tune": FineTune(),
     "kd": KD(alpha=0.3, **PATIENT),
     "kd, dist": KD(objective="dist"),
+    "pkd": PKD(),
+    "dist": DIST(alpha=0.2),
+    "skd": SKD(),
+    "takd": TAKD(),
+    "rco": RCO(anchors=1),
+    "annealing": AnnealingKD(max_temperature=2),
+    "theseus": Theseus(replacing_rate=0.5),
+    "tinybert_task": TinyBERTOnTask(),
+    "pesf": PESFKD(adapter_size=6, **PATIENT),
     "prokt": ProKT(first="teacher", **PATIENT),
     "prokt, student first, dist": ProKT(first="student", objective="dist", teacher_objective="kl"),
     "dml": DML(teacher_alpha=0.8),
@@ -88,9 +103,17 @@ def batches(sizes: tuple[int, ...], seed: int) -> Iterator[dict[str, torch.Tenso
 
 
 def on_task(settings) -> tuple[list[Learner], Callable[[], Iterator[dict[str, float]]]]:
-    student, teacher = exact.learners()
-    cast = Cast(student, teacher, lambda batch: models.targets(teacher.module, batch, **settings.wanted), held_out)
-    step = settings.step(cast)
+    networks = exact.bert(0, 2, 0.0), exact.bert(1, 4 if isinstance(settings, Theseus) else 3, 0.0)
+    settings.prepare(*networks)
+    student, teacher = (
+        learner(name, one.double(), accelerator_for("cpu"), 1e-2, 100, warmup_ratio=0.0)
+        for name, one in zip(("student", "teacher"), networks, strict=True)
+    )
+
+    def answers(batch: dict[str, torch.Tensor]) -> models.Outputs:
+        return models.targets(teacher.module, batch, **settings.wanted)
+
+    step = settings.step(Cast(student, teacher, answers, held_out, teacher.module, [answers], len(SIZES)))
 
     def steps() -> Iterator[dict[str, float]]:
         for batch, feedback in zip(batches(SIZES, 10), batches(FEEDBACK, 20), strict=True):

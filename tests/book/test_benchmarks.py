@@ -78,7 +78,7 @@ def test_every_way_of_tutor_kd_makes_a_step():
 
 @pytest.mark.parametrize("method", [*METHODS, *ON_TEXT])
 def test_every_method_makes_a_step_in_the_benchmark_of_processes(method):
-    size = argparse.Namespace(layers=(2, 1), hidden=32, batch=3, tokens=8)
+    size = argparse.Namespace(layers=(4, 2), hidden=32, batch=3, tokens=8)
     assert processes.call_of(method, size)()["loss"] > 0
 
 
