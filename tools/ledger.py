@@ -1,17 +1,19 @@
 """Write docs/papers.md, the page "From paper to code", from data/ledger.yml: `python -m tools.ledger`.
 
 The ledger says of every equation, algorithm, figure and table of the four papers where it stands in the book, in kdlib
-and in the tests.  `problems` says what in it is not true; nothing is imported or executed for that.
+and in the tests; of tables that a study file computes, also which of its rows have a method here, and which of these
+have run.  `problems` says what in it is not true; nothing is imported or executed for that.
 """
 
 import ast
 import csv
+import json
 import re
 import sys
-from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import yaml
 
@@ -21,6 +23,8 @@ ROOT = Path(__file__).resolve().parents[1]
 LEDGER = "data/ledger.yml"
 PAGE = "docs/papers.md"
 STATUSES = ("derived", "measured", "shown", "not yet", "left out")
+DATA = r"\bdigits\b|MiniGLUE|mini-corpus|SST-2"
+"""What a remark on a measurement has to name: the data that it was made on."""
 KINDS = {"": "equation", "alg": "algorithm", "fig": "figure", "tab": "table"}
 
 
@@ -59,8 +63,10 @@ meanings are in our words and our notation, see {{doc}}`notation`.
 
 {counts}
 
-No table was computed at a paper's size: that takes a GPU, the hub and the files in `configs`. Only what a paper numbers
-is listed; the rivals, data sets and pairs of networks of a table that do not exist here are named in its remark.
+No table was computed at a paper's size: that takes GPUs, the hub and the files in `experiments/tables` or `configs`. Of
+the tables that have a file in `experiments/tables`, a second list says which of their rows kdlib has a method for, and
+in which chapters that ran at the size of this book: tiny networks on MiniGLUE, in chapters 11 and 12 larger ones on
+small parts of one and of two real tasks. Data sets and networks that do not exist here are named in the remarks.
 
 The numbers that the papers print in their tables are in `data/published`, but for one table of example sentences.
 """
@@ -80,6 +86,8 @@ class Entry:
     tests: tuple[str, ...] = ()
     why: str = ""
     transcribed: str = ""
+    study: str = ""
+    no_arm: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def paper(self) -> str:
@@ -202,6 +210,70 @@ def announced(root: Path) -> dict[str, set[str]]:
     return found
 
 
+@dataclass(frozen=True)
+class Way:
+    """How a student is taught, as far as the papers' tables tell ways apart: a method, and what else has a row of its
+    own."""
+
+    method: str
+    objective: str | None = None
+    patient: bool = False
+    pilot_update: bool = True
+    student: str | None = None
+
+    @classmethod
+    def of(cls, settings: Mapping[str, Any], student: str | None = None) -> "Way":
+        """That of a run's settings: `pkd` and `dist` are `kd` with an objective of their own."""
+        method, objective = settings["method"], settings.get("objective")
+        patient = method == "pkd" or bool(settings.get("pkd_weight"))
+        objective = "dist" if method == "dist" else objective if objective in ("dist", "logit_mse") else None
+        pilot = settings.get("pilot_update") is not False
+        return cls("kd" if method in ("pkd", "dist") else method, objective, patient, pilot, student)
+
+
+def arms(root: Path, study: str) -> dict[str, dict[str, Any]]:
+    """The arms of a study file, each with what it takes from others; `common` and rules are left out."""
+    own = yaml.safe_load((root / study).read_text())["arms"]
+
+    def whole(name: str) -> dict[str, Any]:
+        return {**(whole(own[name]["like"]) if "like" in own[name] else {}), **own[name]}
+
+    return {name: whole(name) for name in own}
+
+
+def ways(root: Path, study: str) -> dict[str, Way]:
+    """How each arm of a study file teaches, its teacher's own row left out."""
+    found = {name: arm for name, arm in arms(root, study).items() if name != "teacher"}
+    return {name: Way.of(arm, arm.get("student")) for name, arm in found.items()}
+
+
+def methods(root: Path) -> set[str]:
+    """The names in kdlib's METHODS."""
+    tree = ast.parse((root / "kdlib" / "methods" / "__init__.py").read_text())
+    for node in tree.body:
+        if isinstance(node, ast.AnnAssign) and getattr(node.target, "id", "") == "METHODS":
+            return {key.value for key in node.value.keys}
+    return set()
+
+
+def on_record(root: Path) -> dict[Way, list[int]]:
+    """The chapters whose records in data/runs have a run of a way, on tasks with classes; their students are ours."""
+    found: dict[Way, set[int]] = {}
+    for path in sorted((root / "data" / "runs").glob("[0-9]*/*.json")):
+        config = json.loads(path.read_text()).get("config", {})
+        if "task" in config and not config["task"].endswith("stsb"):
+            found.setdefault(Way.of(config), set()).add(int(path.parent.name[:2]))
+    return {way: sorted(chapters) for way, chapters in found.items()}
+
+
+def printed(root: Path, entry: Entry) -> set[str]:
+    """The methods that have a row of scores in a table, as far as it is transcribed."""
+    if not entry.transcribed:
+        return set()
+    with (root / entry.transcribed).open(newline="") as lines:
+        return {row["method"] for row in csv.DictReader(lines) if row["table"] == entry.id} - {"all"}
+
+
 # What must hold
 
 
@@ -213,6 +285,7 @@ def problems(entries: list[Entry], root: Path = ROOT) -> list[str]:
         *place_problems(entries, root),
         *source_problems(entries, root),
         *transcription_problems(entries, root),
+        *study_problems(entries, root),
     ]
 
 
@@ -249,6 +322,10 @@ def field_problems(entry: Entry) -> Iterator[str]:
         yield f"{entry.status}, but it has an anchor"
     if entry.status != "derived" and not entry.why:
         yield f"{entry.status}, but no remark says on what, where or why"
+    if entry.status == "measured" and entry.why and not re.search(DATA, entry.why):
+        yield f"measured, but the remark does not say on which data: {entry.why!r}"
+    if entry.no_arm and not entry.study:
+        yield "rows without an arm, but no study has the others"
     if entry.status == "left out" and (entry.functions or entry.tests):
         yield "left out, but it has functions or tests"
     if (entry.status == "derived" or entry.functions) and not entry.tests:
@@ -301,6 +378,27 @@ def transcription_problems(entries: list[Entry], root: Path) -> Iterator[str]:
     yield from (f"{id}: its numbers are not in {path}" for id, path in sorted(said - there))
 
 
+def study_problems(entries: list[Entry], root: Path) -> Iterator[str]:
+    """Every study of a table is named, and has an arm, by a method that exists, for each row without a reason."""
+    named, known = [entry.study for entry in entries if entry.study], methods(root)
+    for path in sorted((root / "experiments" / "tables").glob("*.yml")):
+        if (name := path.relative_to(root).as_posix()) not in named:
+            yield f"{name} is named by no entry"
+    for entry in entries:
+        if not entry.study:
+            continue
+        if not (root / entry.study).exists():
+            yield f"{entry.id}: there is no {entry.study}"
+            continue
+        there, rows = arms(root, entry.study), printed(root, entry)
+        yield from (f"{entry.id}: no arm for {row}" for row in sorted(rows - there.keys() - entry.no_arm.keys()))
+        yield from (f"{entry.id}: {row} has no arm, it says, but it has" for row in entry.no_arm.keys() & there.keys())
+        yield from (f"{entry.id}: no row is called {row}" for row in entry.no_arm.keys() - rows)
+        for arm, settings in there.items():
+            if settings["method"] not in known:
+                yield f"{entry.id}: arm {arm} has method {settings['method']}, which kdlib does not have"
+
+
 # The page
 
 
@@ -311,6 +409,9 @@ def page(entries: list[Entry], root: Path = ROOT) -> str:
     for key, paper in PAPERS.items():
         rows = [row(entry, places, known) for entry in entries if entry.paper == key]
         parts.append("\n".join([f"## {paper.name}", "", f"{paper.work}.", "", *table(COLUMNS, rows), ""]))
+        if of_tables := table_rows([entry for entry in entries if entry.paper == key and entry.study], root):
+            title = f"### The rows of {paper.name}'s tables"
+            parts.append("\n".join([title, "", *table(("row", "method", "tables", "run at our size"), of_tables), ""]))
     return "\n".join(parts)
 
 
@@ -321,6 +422,33 @@ def count_table(entries: list[Entry]) -> str:
         states = [entry.status for entry in entries if entry.kind == kind]
         rows.append([f"{kind}s", *(str(states.count(status)) for status in STATUSES), str(len(states))])
     return "\n".join(table(("", *STATUSES, "all"), rows))
+
+
+def table_rows(entries: list[Entry], root: Path) -> list[list[str]]:
+    """A line for each row of the tables that have a study: its method here, the tables, and where it ran."""
+    ran = on_record(root)
+    numbers: dict[tuple[str, Way | str], list[str]] = {}
+    for entry in entries:
+        there, rows = ways(root, entry.study), printed(root, entry)
+        for name in [name for name in (*there, *entry.no_arm) if name in rows]:
+            how = there.get(name) or entry.no_arm[name]
+            numbers.setdefault((name, how), []).append(entry.id.partition("-tab")[2])
+    return [[name, *_told(how, ", ".join(tables), ran)] for (name, how), tables in numbers.items()]
+
+
+def _told(how: Way | str, tables: str, ran: Mapping[Way, list[int]]) -> tuple[str, str, str]:
+    """The cells of a row after its name: method, tables, and where it ran."""
+    if isinstance(how, str):
+        return "none", tables, f"no; {how}"
+    names = {Way("kd", patient=True): "pkd", Way("kd", objective="dist"): "dist"}
+    name = names.get(how, how.method)
+    more = [f"objective {how.objective}"] if how.objective not in (None, name) else []
+    more += ["with PKD's term"] if how.patient and name != "pkd" else []
+    more += [] if how.pilot_update else ["without the pilot update"]
+    more += [f"from {how.student}"] if how.student else []
+    chapters = ran.get(how, [])
+    places = f"chapter{'s' if len(chapters) > 1 else ''} {', '.join(map(str, chapters))}" if chapters else "no"
+    return ", ".join([f"`{name}`", *more]), tables, places
 
 
 def row(entry: Entry, places: dict[str, str], known: dict[str, tuple[str, str]]) -> list[str]:

@@ -1,8 +1,10 @@
 """PESF-KD: of the teacher only an adapter learns, together with the student.
 
-Source: PESF-KD (Rao et al., 2022), a rival in LGTM Table 1.  The code released with it means to fix the rest of the
-teacher, but sets an attribute that does not exist (`required_grad`) and gives all weights to the optimiser: there the
-whole teacher learns (1170300319/PESF-KD at d3f6aa8, nlp/run_glue_distillation.py).  Here it is as the paper has it.
+Source: PESF-KD (Rao et al., 2022), a rival in LGTM Table 1.
+
+The code released with it means to fix the rest of the teacher, but sets an attribute that does not exist
+(`required_grad`) and gives all weights to the optimiser: there the whole teacher learns (1170300319/PESF-KD at d3f6aa8,
+nlp/run_glue_distillation.py).  Here it is as the paper has it.
 """
 
 from typing import Annotated

@@ -1,7 +1,7 @@
 """The ledger of the four papers' equations, algorithms, figures and tables: true, complete, and on its page."""
 
-import csv
 import functools
+import json
 import re
 import shutil
 from dataclasses import replace
@@ -53,18 +53,19 @@ def test_every_printed_table_of_numbers_is_transcribed(entries):
     assert [entry.id for entry in tables if not entry.transcribed] == ["tutor-tab6"]
 
 
-RIVALS = {"KD", "PKD", "DIST", "DML", "ProKT", "MetaDistil", "LGTM", "IKD", "Tutor-KD"}  # that kdlib has
+RIVALS = {"KD", "MetaDistil", "LGTM", "IKD", "Tutor-KD"}  # that kdlib has
 RIVALS |= {"DistilBERT", "TinyBERT", "MiniLM", "MiniLMv2"}  # as ways to pretrain a student
 
 
 def unnamed_rivals(entries, root) -> list[str]:
-    """The methods with a row in a paper's table of scores that are neither in RIVALS nor in the remark on the table."""
+    """The methods with a row in a paper's table of scores that are neither in RIVALS nor in the remark on the table.
+
+    Where a study computes the table, its arms say what exists, see `ledger.study_problems`.
+    """
     found = []
     for entry in entries:
-        if entry.kind == "table" and entry.transcribed and entry.status != "left out":
-            with (root / entry.transcribed).open(newline="") as lines:
-                rows = {row["method"] for row in csv.DictReader(lines) if row["table"] == entry.id}
-            rows -= RIVALS | {"all", "teacher", "student alone", "MSE"}
+        if entry.kind == "table" and entry.transcribed and entry.status != "left out" and not entry.study:
+            rows = ledger.printed(root, entry) - RIVALS - {"teacher", "student alone"}
             rows = {name for name in rows if name.split(" with")[0] not in RIVALS - {"TinyBERT"}}
             words = re.sub(r"[-,]", " ", entry.why)
             found += [f"{entry.id}: {name}" for name in sorted(rows) if name.replace("-", " ") not in words]
@@ -73,8 +74,8 @@ def unnamed_rivals(entries, root) -> list[str]:
 
 def test_a_rival_in_a_papers_table_exists_here_or_is_named_as_missing(entries, root):
     assert unnamed_rivals(entries, root) == []
-    silent = changed(entries, "lgtm-tab1", {"why": "chapter 12 has the methods side by side"})
-    assert unnamed_rivals(silent, root) == [f"lgtm-tab1: {name}" for name in ("PESF-KD", "RCO", "SKD", "TAKD")]
+    silent = changed(entries, "ikd-tab1", {"why": "chapter 12 has TAKD and others", "study": ""})
+    assert unnamed_rivals(silent, root) == ["ikd-tab1: Annealing-KD"]
 
 
 def test_the_page_is_up_to_date(entries, root):
@@ -147,6 +148,14 @@ def test_sources_are_found_on_several_lines_and_end_where_the_derivation_is_name
         ("lgtm-4", {"meaning": "short"}, "lgtm-4: the meaning has 5 characters"),
         ("lgtm-tab1", {"transcribed": ""}, "lgtm-tab1: its numbers are in data/published/lgtm.csv"),
         ("tutor-tab6", {"transcribed": "data/published/tutor_kd.csv"}, "tutor-tab6: its numbers are not in data/pub"),
+        ("lgtm-tab7", {"why": "a sweep"}, "lgtm-tab7: measured, but the remark does not say on which data"),
+        ("lgtm-tab1", {"study": ""}, "experiments/tables/lgtm_table1.yml is named by no entry"),
+        ("lgtm-tab1", {"study": "experiments/tables/no.yml"}, "lgtm-tab1: there is no experiments/tables/no.yml"),
+        ("lgtm-tab1", {"study": "experiments/tables/lgtm_table4.yml"}, "lgtm-tab1: no arm for DML"),
+        ("metadistil-tab1", {"no_arm": {}}, "metadistil-tab1: no arm for MiniLM"),
+        ("lgtm-tab1", {"no_arm": {"KD": "why not"}}, "lgtm-tab1: KD has no arm, it says, but it has"),
+        ("lgtm-tab1", {"no_arm": {"XKD": "why not"}}, "lgtm-tab1: no row is called XKD"),
+        ("ikd-tab4", {"no_arm": {"IKD": "why not"}}, "ikd-tab4: rows without an arm, but no study has the others"),
         (
             "lgtm-4",  # the head of chapter 1 announces eqs. (1) and (2) of LGTM
             {"status": "derived", "anchor": "chapters/01_distillation#eq-dist-step"},
@@ -314,8 +323,69 @@ def test_a_row_of_the_page(small):
     assert "| figures | 0 | 1 | 0 | 0 | 0 | 1 |" in ledger.count_table(SMALL)
 
 
+STUDY = """\
+arms:
+  teacher: {method: fine_tune, student: a}
+  KD: {method: kd, objective: dist, pkd_weight: 2.0}
+  IKD: {like: KD, method: ikd, objective: kl}
+  other: {method: fine_tune, student: a}
+"""
+
+
+def test_what_runs_at_our_size_is_read_from_the_records(tmp_path):
+    folder = tmp_path / "data" / "runs"
+    for place, config in (
+        ("04_a/1", {"task": "mini-mnli", "method": "kd", "objective": "kl", "pkd_weight": 0.0}),
+        ("12_b/1", {"task": "sst2", "method": "kd", "objective": "kl"}),
+        ("12_b/2", {"task": "mini-stsb", "method": "kd", "objective": "logit_mse"}),
+        ("06_c/1", {"task": "sst2", "method": "kd", "objective": "kl", "pkd_weight": 1.0}),
+        ("10_d/1", {"task": "sst2", "method": "pkd", "pkd_weight": 1.0, "student": "tiny-2x32"}),
+        ("05_e/1", {"task": "sst2", "method": "metadistil", "pilot_update": False}),
+        ("05_e/2", {"task": "sst2", "method": "lgtm", "objective": "dist", "pilot_update": None}),
+        ("09_f/1", {"corpus": "mini-corpus", "method": "tutor"}),
+        ("teachers/1", {"task": "sst2", "method": "fine_tune"}),
+    ):
+        (folder / place).parent.mkdir(parents=True, exist_ok=True)
+        (folder / f"{place}.json").write_text(json.dumps({"config": config}))
+    ran = ledger.on_record(tmp_path)
+    assert ran == {
+        ledger.Way("kd"): [4, 12],
+        ledger.Way("kd", patient=True): [6, 10],
+        ledger.Way("metadistil", pilot_update=False): [5],
+        ledger.Way("lgtm", objective="dist"): [5],
+    }
+    (tmp_path / "study.yml").write_text(STUDY)
+    assert ledger.ways(tmp_path, "study.yml") == {
+        "KD": ledger.Way("kd", objective="dist", patient=True),
+        "IKD": ledger.Way("ikd", patient=True),
+        "other": ledger.Way("fine_tune", student="a"),
+    }
+
+
+def test_the_rows_of_a_table_on_the_page(root, entries):
+    rows = {line[0]: line[1:] for line in ledger.table_rows([e for e in entries if e.id == "metadistil-tab1"], root)}
+    assert rows["MiniLM"][0] == "none" and rows["MiniLM"][2].startswith("no; ")
+    assert rows["PKD"] == ["`pkd`", "1", "chapter 6"]
+    assert rows["DistilBERT"] == ["`fine_tune`, from distilbert-base-uncased", "1", "no"]
+    assert rows["MetaDistil without pilot update"][0] == "`metadistil`, without the pilot update"
+    rows = {
+        line[0]: line[1:] for line in ledger.table_rows([e for e in entries if e.paper == "lgtm" and e.study], root)
+    }
+    assert rows["DIST"][:2] == ["`dist`", "1, 2, 4"] and rows["LGTM with MSE"][0] == "`lgtm`, objective logit_mse"
+
+
+def test_an_arm_by_a_method_that_there_is_not_is_found(root, entries, tmp_path):
+    for folder in ("kdlib/methods", "experiments/tables", "data/published"):
+        shutil.copytree(root / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    assert list(ledger.study_problems(entries, tmp_path)) == []
+    path = tmp_path / "kdlib" / "methods" / "__init__.py"
+    path.write_text(path.read_text().replace('"rco":', '"rc0":'))
+    found = list(ledger.study_problems(entries, tmp_path))
+    assert found == [f"{id}-tab1: arm RCO has method rco, which kdlib does not have" for id in ("lgtm", "metadistil")]
+
+
 def test_the_command_writes_the_page_once_and_nothing_from_a_wrong_ledger(tmp_path, root, capsys):
-    for folder in ("kdlib", "chapters", "tests", "data/published"):
+    for folder in ("kdlib", "chapters", "tests", "data/published", "data/runs", "experiments/tables"):
         shutil.copytree(root / folder, tmp_path / folder, ignore=shutil.ignore_patterns("*.ipynb", "__pycache__"))
     shutil.copy(root / ledger.LEDGER, tmp_path / ledger.LEDGER)
     (tmp_path / "docs").mkdir()
