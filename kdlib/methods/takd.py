@@ -40,7 +40,8 @@ class TAKD(KD):
     def teachers_run(self, run: Run) -> dict[str, Any]:
         """The last assistant's: distilled as the student is, from the teacher or from the assistant before."""
         *before, last = self.names
-        networks = {"student_layers": int(last)} if last.isdecimal() else {"student": last}
+        named = None if last.isdecimal() else last
+        networks = {"student": named, "student_layers": None if named else int(last)}
         own = {name: value for name, value in self.flat.items() if name not in ("assistants", "labelled_course")}
         trained = {name: getattr(run, name, None) for name in TRAINING}
         chain = {"method": "takd", "assistants": ",".join(before)} if before else {"method": "kd"}

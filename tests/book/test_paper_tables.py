@@ -7,7 +7,7 @@ import re
 import pandas as pd
 import pytest
 
-from kdlib import cluster
+from kdlib import cluster, configuration
 from kdlib.study import Study
 from tests.book.studies import ROOT
 from tools import ledger
@@ -131,6 +131,23 @@ def test_lgtm_and_metadistil_take_their_feedback_from_where_the_paper_says():
             own = unit.arm == "feedback from train"
             assert unit.config.settings.feedback == ("feedback" if own else "validation")
             assert unit.config.feedback_fraction == (0.1 if own else 0.0)
+
+
+@pytest.mark.parametrize(
+    ("name", "chain"),
+    [
+        ("lgtm_table1", [(None, 10), ("bert-base-uncased", None)]),
+        ("metadistil_table1", [(None, 10), ("bert-base-uncased", None)]),
+        ("ikd_table1", [("bert-base-uncased", None), ("bert-large-uncased", None)]),
+    ],
+)
+def test_the_assistant_of_takd_stands_between_teacher_and_student(name, chain):
+    study = Study(ROOT / "experiments" / "tables" / f"{name}.yml")
+    config = next(unit.config for unit in study.trials or study.units if unit.config.method == "takd")
+    for student, layers in chain:
+        config = configuration.teachers_config(config)
+        assert (config.student, config.student_layers) == (student, layers)
+    assert config.method == "fine_tune" and configuration.teachers_config(config) is None
 
 
 def test_settings_are_chosen_by_the_metric_of_each_task(tmp_path, monkeypatch):
