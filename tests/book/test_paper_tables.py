@@ -47,13 +47,13 @@ def published(table: str) -> list[dict[str, str]]:
         return [row for row in csv.DictReader(lines) if row["table"] == table and row["method"] != "all"]
 
 
-@pytest.fixture(params=FILES, ids=lambda path: path.stem)
-def study(request, tmp_path) -> Study:
+@pytest.fixture(scope="module", params=FILES, ids=lambda path: path.stem)
+def study(request, tmp_path_factory) -> Study:
     """A table's study, with a table of choices in which all that is tried is equally good."""
     found = Study(request.param)
     if found.trials:
         tried = [{name: unit.config.flat[name] for name in found.sheet.choose.by} for unit in found.trials]
-        found.choices = tmp_path / "choices.csv"
+        found.choices = tmp_path_factory.mktemp(found.name) / "choices.csv"
         pd.DataFrame(tried).drop_duplicates().assign(mean=0.5, worst=0.5).to_csv(found.choices, index=False)
     return found
 
