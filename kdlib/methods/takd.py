@@ -45,8 +45,8 @@ class TAKD(KD):
         own = {name: value for name, value in self.flat.items() if name not in ("assistants", "labelled_course")}
         trained = {name: getattr(run, name, None) for name in TRAINING}
         chain = {"method": "takd", "assistants": ",".join(before)} if before else {"method": "kd"}
-        rates = {"learning_rate": None, "seed": self.teacher_seed, "evaluate_every": None, "predict_test": False}
-        return {**trained, **own, **rates, **chain, "teacher": run.teacher, **networks}
+        rates = {"learning_rate": run.learning_rate, "seed": self.teacher_seed, "evaluate_every": None}
+        return {**trained, **own, **rates, **chain, "predict_test": False, "teacher": run.teacher, **networks}
 
 
 def _between(teacher: str, student: str) -> str | None:

@@ -33,7 +33,7 @@ class Theseus(Trained):
 
     def problems(self, run: Run) -> list[str]:
         found = super().problems(run)
-        if run.student is not None and not models.is_fresh(run.student):
+        if run.student not in (None, run.teacher) and not models.is_fresh(run.student or ""):
             found.append(
                 f"student is {run.student!r}, whose weights theseus would not use, for its student begins as the "
                 "teacher's first layers: give student_layers instead"
