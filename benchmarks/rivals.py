@@ -5,8 +5,8 @@
 Passes are counted by hooks on the encoder layers, in passes of the whole encoder: a network half of whose layers run
 has half a pass.  A pass that carries a tangent along counts as three, see `benchmarks/step.py`.  A fixed teacher whose
 logits are all that is asked for answers once for a whole training, which a step does not pay.  Seconds are those of
-whole steps with their updates, the fastest of the turns; "saved" is the most that autograd keeps for its backward passes
-at a time.
+whole steps with their updates, the fastest of the turns; "saved" is the most that autograd keeps for backward passes
+at one time.
 
 Ratios within one run are what counts.  --write stores the table in data/benchmarks/rivals.csv.
 """
