@@ -49,6 +49,8 @@ class RunRecord:
     """how many of the parameters are tables of embeddings; None in records from before, as the next one"""
     stored_bytes: int | None = None
     """of the student's weights on disk"""
+    asked: dict[str, Any] = field(default_factory=dict)
+    """what a study asked for where that is more than this run, see `study.Unit`"""
     folder: Path = field(default=Path(), compare=False)
 
     @property

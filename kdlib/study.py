@@ -35,6 +35,7 @@ import pandas as pd
 from kdlib import pretraining, runs
 from kdlib.compare import Decision, Plan, decide, family
 from kdlib.configuration import RunConfig
+from kdlib.engine import STUDENT
 from kdlib.pretraining import PretrainingConfig
 from kdlib.records import NOT_IDENTITY, RunRecord, read_record
 from kdlib.settings import ConfigurationError, nearest
@@ -76,15 +77,24 @@ class Unit:
         kind = pretraining if pretraining.is_text(self.parameters) else runs
         return kind.configure(**self.parameters)
 
-    def after(self, **here: Any) -> list[RunConfig]:
-        """The runs that come after it, with `here` for what is known only then; seed and device are its own."""
+    def after(self, student: str = STUDENT, **here: Any) -> list[RunConfig]:
+        """The runs that come after it, with the folder of its student and what else is known only then.
+
+        Seed and device are its own.
+        """
         shared: dict[str, Any] = {n: v for n, v in self.parameters.items() if n in ("seed", "device")}
         shared["method"] = "fine_tune"
-        return [runs.configure(**{**shared, **settings, **here}) for settings in self.then]
+        return [runs.configure(**{**shared, **settings, "student": student, **here}) for settings in self.then]
 
     @property
     def asked(self) -> dict[str, Any]:
-        """What a measurement is asked, as its record keeps it."""
+        """What its record cannot tell by its name, as the record keeps it.
+
+        Of what comes after a run all settings that count; of a measurement what the study says.
+        """
+        if self.measure is None:
+            after = [{n: v for n, v in one.identity.items() if v is not None} for one in self.after()]
+            return {"then": json.loads(json.dumps(after))} if after else {}
         own = {name: value for name, value in self.parameters.items() if name not in NOT_IDENTITY}
         return {"measure": self.measure, **own, **({"then": list(self.then)} if self.then else {})}
 
@@ -220,26 +230,17 @@ class Study:
         """Where the record of a unit is; those of trials are with the runs, apart from what the study reports."""
         return (self.work / "trials" if trying else self.records) / f"{unit.name}.json"
 
-    def check_records(self) -> None:
-        """Raise ValueError, naming the record, if one of a run and what comes after it was made by another file.
+    def check_records(self, trying: bool = False) -> None:
+        """Raise ValueError, naming the record, if one of more or something else than a run was made by another file.
 
-        The record of a run alone has a name that says what it was made from.
+        The record of a run alone has a name that says what it was made from.  `trying` looks at what is tried before.
         """
-        for unit in self.units:
-            path = self.record(unit)
-            if unit.measure is not None and path.exists() and record_of(path).get("asked", unit.asked) != unit.asked:
-                raise ValueError(
-                    f"{path} was measured with {record_of(path)['asked']}, and the study now says {unit.asked}: "
-                    "move the record away, or give the arm another name"
-                )
-            if unit.then and unit.measure is None and path.exists():
-                then = record_of(path).get("config", {})
-                now = {name: value for name, value in unit.config.flat.items() if name not in NOT_IDENTITY}
-                if changed := [name for name, value in now.items() if name in then and then[name] != value]:
-                    raise ValueError(
-                        f"{path} was made with {changed[0]} = {then[changed[0]]!r}, and the study now says "
-                        f"{now[changed[0]]!r}: move the record away, or give the arm another name"
-                    )
+        for unit in self.trials if trying else self.units:
+            path = self.record(unit, trying)
+            if (unit.measure is not None or unit.then) and path.exists():
+                problem = (_run_problem if unit.measure is None else _measurement_problem)(unit, record_of(path))
+                if problem:
+                    raise ValueError(f"{path} was {problem}: move the record away, or give the arm another name")
 
     @property
     def work(self) -> Path:
@@ -409,6 +410,44 @@ def _metrics_of(unit: Unit) -> tuple[str, ...]:
     return tuple(dict.fromkeys(name for one in (unit.config, *unit.after()) for name in one.glue_task.metrics))
 
 
+def _measurement_problem(unit: Unit, record: Mapping[str, Any]) -> str:
+    """What a measurement was asked that is not asked now, or nothing."""
+    then, now = record.get("asked", unit.asked), unit.asked
+    return "" if then == now else f"measured with {then}, and the study now says {now}"
+
+
+def _run_problem(unit: Unit, record: Mapping[str, Any]) -> str:
+    """What made a run and those after it that is not asked now, or nothing."""
+    now = {name: value for name, value in unit.config.flat.items() if name not in NOT_IDENTITY}
+    if changed := _changed({n: v for n, v in record.get("config", {}).items() if n in now}, now):
+        return f"made with {changed}"
+    then, wanted = _by_task(record.get("asked", {})), _by_task(unit.asked)
+    tasks = list(then or _tasks(record))
+    if {*tasks} != {*wanted}:
+        return f"made with then on {', '.join(tasks) or 'nothing'}, and the study now says {', '.join(wanted)}"
+    for task, settings in then.items():
+        both = dict.fromkeys([*wanted[task], *settings])
+        if changed := _changed({**both, **settings}, {**both, **wanted[task]}):
+            return f"made with then on {task} with {changed}"
+    return ""
+
+
+def _changed(then: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """The first of the values that are not the same any more."""
+    told = [f"{n} = {value!r}, and the study now says {now[n]!r}" for n, value in then.items() if now[n] != value]
+    return told[0] if told else ""
+
+
+def _by_task(asked: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    return {settings["task"]: settings for settings in asked.get("then", ())}
+
+
+def _tasks(record: Mapping[str, Any]) -> list[str]:
+    """The tasks after a run by the names of its metrics, for records that do not say what they were asked."""
+    parts = [name.split("/") for name in record.get("metrics", {})]
+    return [name for name in dict.fromkeys(part[0] for part in parts if len(part) > 2) if name != "teacher"]
+
+
 def _metric(record: Mapping[str, Any], metric: str, path: Path) -> float:
     """A number of a record, by its name among the metrics, or, in a record of another form, by its path in it."""
     found: Any = record.get("metrics", {}).get(metric)
@@ -450,7 +489,7 @@ def _wrong(units: Iterable[Unit]) -> Iterator[tuple[Unit, str]]:
         if cell not in seen:
             seen.add(cell)
             try:
-                _ = None if unit.measure else (unit.config, unit.after(student=unit.parameters.get("student")))
+                _ = None if unit.measure else (unit.config, unit.after())
             except ValueError as error:
                 yield unit, str(error).replace("\n", "\n    ")
 

@@ -202,6 +202,8 @@ def test_what_comes_after_a_run_is_in_its_record(workers, undisturbed, tmp_path)
     after = runs.run(runs.configure(**then[0], **by_hand, output_dir=str(tmp_path)))
     assert record.run_id == "soft-labels-seed3"
     assert record.metrics == {**distilled.metrics, **{f"mini-sst2/{n}": v for n, v in after.metrics.items()}}
+    ((asked,),) = record.asked.values()
+    assert asked.items() >= {**then[0], "seed": 3, "method": "fine_tune"}.items() and str(tmp_path) not in str(asked)
 
 
 def test_what_a_run_leaves_is_removed_only_if_asked_and_after_its_record_is_there(workers, undisturbed, tmp_path):
