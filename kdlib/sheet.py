@@ -42,7 +42,7 @@ class Choosing:
 
     arms: dict[str, dict[str, Any]]
     """what is tried, in the form of the study's arms"""
-    seeds: str | int
+    seeds: str | int | list[Any]
     by: list[str]
     """the parameters that tell the trials apart: the columns of the table"""
     metric: Name = "validation/accuracy"
@@ -62,8 +62,8 @@ class Sheet:
     """more parameters, each with `where`, the values of others for which they hold; later ones go first"""
     arms: dict[str, dict[str, Any]]
     """what is compared, by names of one's own"""
-    seeds: str | int
-    """a range such as 0-9, or one seed"""
+    seeds: str | int | list[Any]
+    """a range such as 0-9, one seed, or a list of them"""
     looks: list[Size] | None = None
     """after how many seeds the claims are looked at; None: once, after all"""
     choose: Choosing | None = None
@@ -77,7 +77,14 @@ class Sheet:
 
 
 class _Loader(yaml.SafeLoader):  # type: ignore[misc]  # PyYAML has no annotations
-    """YAML in which a key stands once, and 1e-3 is the number 1.0e-3."""
+    """YAML in which a key stands once, 1e-3 is the number 1.0e-3, and a whole number is as it reads: in decimals."""
+
+    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
+        if re.fullmatch(r"[+-]?0[0-7_]+|.*:.*", node.value):
+            problem = f"{node.value} is the number {super().construct_yaml_int(node)} to YAML, in octal or by sixties: "
+            raise yaml.MarkedYAMLError(problem=problem + "write it in decimals", problem_mark=node.start_mark)
+        found: int = super().construct_yaml_int(node)
+        return found
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
@@ -89,6 +96,7 @@ class _Loader(yaml.SafeLoader):  # type: ignore[misc]  # PyYAML has no annotatio
         return super().construct_mapping(node, deep)
 
 
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+$"), [*"+-0123456789"]
 )
@@ -128,10 +136,14 @@ def _problems(sheet: Sheet) -> list[str]:
         rule["where"] for rule in sheet.rules or () if isinstance(rule.get("where"), dict) and _idle(rule, sheet)
     ]:
         problems.append(f"a rule where {idle[0]} holds for no arm: it does nothing")
-    if sheet.choose is not None and (both := {*seeds_in(sheet.choose.seeds)} & {*seeds_in(sheet.seeds)}):
-        problems.append(
-            f"choose has seed {min(both)}, which is one of the study's: what is chosen by it looks too good"
-        )
+    try:
+        ours, tried = seeds_in(sheet.seeds), seeds_in(sheet.choose.seeds) if sheet.choose else []
+        if both := {*tried} & {*ours}:
+            problems.append(
+                f"choose has seed {min(both)}, which is one of the study's: what is chosen by it looks too good"
+            )
+    except ConfigurationError as error:
+        problems.append(str(error))
     looks = sheet.looks or []
     if any(look < 2 for look in looks) or looks != sorted(set(looks)):
         problems.append(f"looks are {looks}; expected increasing numbers of seeds, from two on")
@@ -170,13 +182,21 @@ def _made(kind: type, given: Mapping[str, Any], what: str) -> Any:
     return one
 
 
-def seeds_in(given: str | int) -> list[int]:
-    """The seeds that a range "0-9" or one number names.  Raises ConfigurationError for anything else."""
-    found = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", str(given))
-    seeds = [] if found is None else [*range(int(found[1]), int(found[2] or found[1]) + 1)]
+def seeds_in(given: Any) -> list[int]:
+    """The seeds that a range "0-9", one number or a list of numbers names, in their order.
+
+    Raises ConfigurationError for anything else, and for a seed that is there twice.
+    """
+    if isinstance(given, list):
+        seeds = given if all(type(seed) is int and seed >= 0 for seed in given) else []
+    else:
+        found = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", str(given))
+        seeds = [] if found is None else [*range(int(found[1]), int(found[2] or found[1]) + 1)]
     if not seeds:
-        raise ConfigurationError(f"seeds are {given!r}; expected a range such as 0-9, or one number")
-    return seeds
+        raise ConfigurationError(f"seeds are {given!r}; expected a range such as 0-9, one number, or a list of numbers")
+    if twice := [seed for seed, count in Counter(seeds).items() if count > 1]:
+        raise ConfigurationError(f"seeds are {given!r}, with {twice[0]} twice: a seed counts once")
+    return sorted(seeds)
 
 
 def claims_of(sheet: Sheet) -> list[Claim]:

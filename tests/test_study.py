@@ -84,6 +84,12 @@ class TestUnits:
         assert [(u.seed, u.parameters["teacher_seed"]) for u in found.units] == [(0, 50), (1, 51)]
         assert found.units[0].config.learning_rate == 1e-3
 
+    def test_have_the_seeds_of_a_list_in_their_order(self, study):
+        arms = {**ARMS, "fixed": {"method": "kd", "seeds": [9, 3]}}
+        found = study(arms=arms, seeds=[5, 0])
+        told = [(unit.seed, unit.arm) for unit in found.units]
+        assert told == [(0, "alone"), (3, "fixed"), (5, "alone"), (9, "fixed")] and found.seeds == [0, 5]
+
     def test_on_text_are_runs_on_text(self, study):
         found = study(arms={"text": {"method": "soft_labels", "corpus": "mini-corpus", "task": None, "epochs": None}})
         with pytest.raises(ConfigurationError, match="unknown parameter 'task'"):
@@ -119,6 +125,11 @@ class TestMistakes:
         [
             ({"seeds": "4-2"}, "seeds are '4-2'"),
             ({"seeds": "many"}, "seeds are 'many'"),
+            ({"seeds": []}, r"seeds are \[\]; expected a range such as 0-9, one number, or a list"),
+            ({"seeds": [1, -1]}, r"seeds are \[1, -1\]; expected"),
+            ({"seeds": [4, 1, 4]}, r"seeds are \[4, 1, 4\], with 4 twice"),
+            ({"seeds": ["0-4"]}, r"a-study\.yml is wrong:\n  - seeds are \['0-4'\]; expected a range"),
+            ({"seeds": [True]}, r"seeds are \[True\]; expected a range"),
             ({"sedes": 1}, "unknown field 'sedes'; did you mean 'seeds'"),
             ({"looks": [0]}, "looks"),
             ({"rules": [{"learning_rate": 1}]}, "where"),
@@ -139,6 +150,13 @@ class TestMistakes:
             Study(tmp_path / "none.yml")
         with pytest.raises(ConfigurationError, match="arms/empty is None"):
             _ = study(arms={"empty": None}).units
+
+    @pytest.mark.parametrize(("written", "number"), [("010", 8), ("1:30", 90), ("[1, 012]", 10)])
+    def test_a_number_is_not_in_octal(self, study, written, number):
+        path = study(seeds=7).path
+        path.write_text(path.read_text().replace("seeds: 7", f"seeds: {written}"))
+        with pytest.raises(ConfigurationError, match=rf"is the number {number} to YAML(?s:.*)line \d+"):
+            Study(path)
 
     def test_a_claim_compares_one_cell_with_one(self, study):
         arms = {"alone": {"method": "fine_tune", "epochs": [1, 2]}, "fixed": {"method": "kd"}}
