@@ -235,9 +235,33 @@ def some_records(study: Study, count: int = 1):
     return lambda: len([*study.records.glob("*.json")]) >= count
 
 
-def in_mid_run(study: Study):
-    """A checkpoint is there: a run has begun and has not ended."""
-    return lambda: any(Path(study.sheet.common["output_dir"]).glob("*/checkpoint*"))
+def in_mid_run(study: Study, since: float = 0.0):
+    """A checkpoint is there, written after that moment: a run has begun and has not ended."""
+
+    def found() -> bool:
+        with contextlib.suppress(FileNotFoundError):  # that run has ended meanwhile
+            places = Path(study.sheet.common["output_dir"]).glob("*/checkpoint*")
+            return any(path.stat().st_mtime > since for path in places)
+        return False
+
+    return found
+
+
+def told_to_end(study: Study) -> None:
+    """The command, while runs are under way, gets what a batch system sends before its limit."""
+    begun = time.time()
+    with started(study.path, "--workers", "2") as process:
+        wait_for(in_mid_run(study, begun))
+        children, asked = workers_of(process), time.monotonic()
+        process.terminate()
+        said, _ = process.communicate(timeout=60)
+    assert time.monotonic() - asked < 30 and len(children) >= 2
+    assert process.returncode == __main__.INTERRUPTED and said.strip() == STOPPED
+    _, alive = psutil.wait_procs(children, timeout=10)
+    assert alive == [], "they would work on for nobody"
+
+
+STOPPED = "stopped: the same command goes on with what is missing"
 
 
 def workers_of(process: subprocess.Popen) -> list[psutil.Process]:
@@ -253,7 +277,7 @@ def same(study: Study, other: Study) -> None:
     assert ours == theirs
 
 
-def test_a_worker_is_killed_then_everything_and_the_same_command_goes_on(undisturbed, tmp_path):
+def test_a_worker_is_killed_then_everything_then_it_is_told_to_end_and_the_same_command_goes_on(undisturbed, tmp_path):
     study = Study(written(tmp_path, common={"checkpoint_every": 1}))
     with started(study.path, "--workers", "2") as process:
         wait_for(in_mid_run(study))
@@ -263,6 +287,8 @@ def test_a_worker_is_killed_then_everything_and_the_same_command_goes_on(undistu
         os.killpg(process.pid, signal.SIGKILL)
     before = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in study.records.glob("*.json")}
     assert 2 <= len(before) < len(study.units)
+    told_to_end(study)
+    assert len([*study.records.glob("*.json")]) < len(study.units)
     assert subprocess.run(command(study.path), env=environment(), timeout=200).returncode == 0
     assert {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in before} == before
     same(study, undisturbed)
