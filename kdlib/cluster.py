@@ -34,7 +34,7 @@ from kdlib.configuration import RunConfig
 from kdlib.engine import STUDENT
 from kdlib.pretraining import PretrainingConfig
 from kdlib.records import RunRecord, read_record
-from kdlib.study import Cell, Study, Unit, cell_of, record_of
+from kdlib.study import Cell, NotChosenError, Study, Unit, cell_of, record_of
 
 MEMORY_OF_A_RUN = 2 * 2**30
 """Bytes that a worker of this machine counts on; BERT-base with a batch of 32 takes more, see --workers."""
@@ -337,9 +337,18 @@ def _kinds(unit: Unit) -> list[str]:
 
 
 def plan(study: Study, choosing: bool = False) -> str:
-    """For people: what there is of a study, what is to do and about how long that takes."""
-    units = study.trials if choosing else study.units
-    _ = None if choosing else study.pairs  # claims are checked, too
+    """For people: what there is of a study, what is to do and about how long that takes.
+
+    Where trials have to come first, it is about these.
+    """
+    try:
+        units = study.trials if choosing else study.units
+        _ = None if choosing else study.pairs  # claims are checked, too
+    except NotChosenError:
+        return (
+            f"{plan(study, choosing=True)}\nThese are what --choose tries; which runs follow is known when it has "
+            f"written {study.choices}"
+        )
     todo = missing(study, units, choosing)
     rows = [
         {

@@ -57,6 +57,10 @@ LONGEST_NAME = 200
 """Bytes of a record's name; file systems take 255, and a file that is being written has a longer one."""
 
 
+class NotChosenError(ConfigurationError):
+    """A parameter of the study is to be chosen, and its trials have not been run yet; nothing else is wrong."""
+
+
 @dataclass(frozen=True)
 class Unit:
     """One thing that is computed: a cell of a study, with a seed."""
@@ -157,7 +161,10 @@ class Study:
 
     @cached_property
     def units(self) -> list[Unit]:
-        """Everything that the file asks for, seed by seed, so that what is there at any moment can be compared."""
+        """Everything that the file asks for, seed by seed, so that what is there at any moment can be compared.
+
+        Raises NotChosenError where trials have to come first, ConfigurationError for what is wrong.
+        """
         return _by_seed(self._units(self.sheet.arms, self.seeds, self._chosen))
 
     @cached_property
@@ -172,7 +179,7 @@ class Study:
         return found
 
     def _units(self, arms: Mapping[str, Any], seeds: list[int], table: pd.DataFrame | None) -> list[Unit]:
-        found, problems = [], []
+        found, problems, waiting = [], [], 0
         for arm in arms:
             try:
                 notes, own = arm_of(arm, arms, self.sheet.arms)
@@ -183,10 +190,12 @@ class Study:
                         found.append(_unit(arm, seed, axes, parameters, notes))
             except ValueError as error:
                 problems.append(f"arm {arm!r}: {error}")
+                waiting += isinstance(error, NotChosenError)
         problems += [f"arm {unit.arm!r}{_at(unit)}: {said}" for unit, said in _wrong(found)]
         problems += [] if problems else _alike(found)
         if problems:
-            raise ConfigurationError(f"the study {self.path} is wrong:\n" + "\n".join(f"  - {p}" for p in problems))
+            kind, what = (NotChosenError, "waits") if waiting == len(problems) else (ConfigurationError, "is wrong")
+            raise kind(f"the study {self.path} {what}:\n" + "\n".join(f"  - {p}" for p in problems))
         return found
 
     def _parameters(self, point: Mapping[str, Any], table: pd.DataFrame | None) -> dict[str, Any]:
@@ -210,7 +219,9 @@ class Study:
         if table is None:
             raise ValueError(f"{name} is {CHOSEN!r} in a trial: a trial gives the values that are tried")
         if table.empty:
-            raise ValueError(f"{name} is {CHOSEN!r}, and there is no {self.choices} yet: run the study with --choose")
+            raise NotChosenError(
+                f"{name} is {CHOSEN!r}, and there is no {self.choices} yet: run the study with --choose"
+            )
         told = {one: found[one] for one in choosing.by if one != name and found.get(one, CHOSEN) != CHOSEN}
         rows = table[[all(row.get(one) == value for one, value in told.items()) for _, row in table.iterrows()]]
         rows = rows.dropna(subset=[name])

@@ -360,6 +360,22 @@ def test_a_plan_says_what_there_is_and_what_is_to_do(undisturbed, capsys, tmp_pa
     assert "4 runs to do: about" in out
 
 
+def test_a_plan_without_a_table_of_choices_is_that_of_the_trials(capsys, tmp_path):
+    tried = {"method": "kd", "learning_rate": [1e-3, 2e-3]}
+    choose = {"arms": {"tried": tried}, "seeds": "100-102", "by": ["learning_rate"]}
+    arms = {"alone": {"method": "fine_tune"}, "fixed": {"method": "kd", "learning_rate": "chosen"}}
+    path = written(tmp_path, choose=choose, arms=arms)
+    assert __main__.main(["study", str(path), "--dry-run"]) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"tried +2 +3 +0 +6", out) and "6 runs to do" in out
+    assert "what --choose tries" in out and str(tmp_path / "a-study" / "choices.csv") in out
+    assert __main__.main(["study", str(path)]) == __main__.WRONG
+    assert "run the study with --choose" in capsys.readouterr().err
+    path = written(tmp_path, choose=choose, arms={**arms, "wrong": {"method": "kdd"}})
+    assert __main__.main(["study", str(path), "--dry-run"]) == __main__.WRONG
+    assert "did you mean 'kd'" in capsys.readouterr().err
+
+
 def test_a_finished_study_starts_no_workers(undisturbed, monkeypatch, capsys):
     monkeypatch.setattr(cluster, "local", None)
     assert __main__.main(["study", str(undisturbed.path)]) == 0
