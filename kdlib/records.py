@@ -109,6 +109,28 @@ def results(folder: Path | str, by: Sequence[str] | None = None) -> pd.DataFrame
     return pd.DataFrame(rows).sort_values([*found[0].settings, "metric"], ignore_index=True)
 
 
+_ALWAYS = ("method", "metric", "mean", "n")
+
+
+def by_task(table: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """What `results` returns as a table for each task, to be read: only what differs among its runs has a column.
+
+    Runs on plain text, which have no task, are together in "text".  All cells are strings, "" for what a run does not
+    have.
+    """
+    found = {}
+    for task, rows in table.groupby("task", dropna=False, sort=False):
+        told = [n for n in rows if n in _ALWAYS or (n != "task" and rows[n].map(repr).nunique() > 1)]
+        found[task if isinstance(task, str) else "text"] = rows[told].map(_cell)
+    return found
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, float):
+        return "" if np.isnan(value) else f"{value:.4g}"
+    return "" if value is None else str(value)
+
+
 @dataclass(frozen=True)
 class Arm:
     """Runs that differ in nothing but their seeds."""
