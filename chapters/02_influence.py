@@ -1005,9 +1005,9 @@ pd.DataFrame(rows, index=["AUC at the end", "AUC, summed over training"]).T
 
 
 # %% [markdown]
-# *Summed* weighs every moment with its learning rate; for influence that is TracIn {eq}`eq-infl-tracin`. Two claims, tested on pairs of
-# equal seeds. A claim *holds* if the 95 % interval of the mean (Student's $t$) lies above zero, *fails* if it lies below, and is *open* otherwise. With five seeds
-# and several claims, one "holds" more or less proves little.
+# *Summed* weighs every moment with its learning rate; for influence that is TracIn {eq}`eq-infl-tracin`. Two comparisons, of pairs of
+# equal seeds. One way is *better* if the 95 % interval of the mean difference (Student's $t$) lies above zero, *worse* if it lies below, and the comparison is *open* otherwise; there is
+# no margin within which two would be equal. With five seeds and several comparisons, one "better" more or less proves little.
 
 
 # %%
@@ -1016,37 +1016,37 @@ def bound(value):
     return f"{value:.2f}" if abs(value) >= 0.1 else f"{value:.2g}"
 
 
-def judged(values):
-    """Mean over seeds, its 95 % interval, and what follows for the claim that it is above zero."""
-    low, high = stats.ttest_1samp(values, 0).confidence_interval(0.95)
-    outcome = "holds" if low > 0 else "fails" if high < 0 else "open"
-    return [
-        spread(values), f"{bound(low)} to {bound(high)}", f"{(np.array(values) > 0).sum()} of {len(values)}", outcome
-    ]  # fmt: skip
+def judged(ours, theirs=0.0):
+    """How much larger ours are, mean over seeds, its 95 % interval, and what it says."""
+    gain = pd.Series(np.asarray(ours) - theirs)
+    found = paired(gain, 0 * gain)
+    interval = f"{bound(found.low)} to {bound(found.high)}"
+    return [spread(gain), interval, f"{(gain > 0).sum()} of {len(gain)}", verdict(found, margin=0)]
 
 
 # %%
 # NBVAL_CHECK_OUTPUT
 from kdlib.classroom import expect
+from kdlib.compare import paired, verdict
 
 VERDICT = ["mean", "95 % interval", "seeds in favour", "verdict"]
 rows = {}
 for task in ("mini-sst2", "mini-mrpc"):
     for name in ("influence", "clean"):
         ours, rival = (final(task, "labels", f"auc/{n}, summed") for n in (name, "loss"))
-        rows[task, f"{DETECTORS[name]}: better than a coin"] = judged(ours - 0.5)
-        rows[task, f"{DETECTORS[name]}: better than the loss"] = judged(ours - rival)
+        rows[task, f"{DETECTORS[name]} over a coin"] = judged(ours, 0.5)
+        rows[task, f"{DETECTORS[name]} over the loss"] = judged(ours, rival)
         assert ours.mean() < rival.mean()
     assert final(task, "labels", "auc/influence").mean() < 0.5
 detected = pd.DataFrame(rows, index=VERDICT).T
-noisy, clean = (f"{DETECTORS[name]}: better than " for name in ("influence", "clean"))
-words = {f"{noisy}a coin": "open", f"{clean}a coin": "holds"}
-expect(detected["verdict"].loc["mini-sst2"], words | {f"{noisy}the loss": "fails", f"{clean}the loss": "fails"})
+noisy, clean = (f"{DETECTORS[name]} over " for name in ("influence", "clean"))
+words = {f"{noisy}a coin": "open", f"{clean}a coin": "better"}
+expect(detected["verdict"].loc["mini-sst2"], words | {f"{noisy}the loss": "worse", f"{clean}the loss": "worse"})
 expect(detected["verdict"].loc["mini-mrpc"], words | {f"{noisy}the loss": "open", f"{clean}the loss": "open"})
 detected
 
 # %% [markdown]
-# On average influence nowhere finds more than the plain loss; that it finds more fails on `mini-sst2` and is open on `mini-mrpc`. With clean feedback it is better than a
+# On average influence nowhere finds more than the plain loss; it is worse on `mini-sst2`, and on `mini-mrpc` the comparison is open. With clean feedback it is better than a
 # coin on both tasks. With feedback as noisy as the training set even that is open, and at the end planted errors look *helpful* on average. Is something broken? Write {eq}`eq-infl-closed` for two classes, with the gap $d_i = z_{i1} - z_{i0}$ between the logits and the residual $r_i$:
 #
 # $$I_i = r_i\, \dot d_i, \qquad r_i = \sigma(d_i) - y_i . $$ (eq-infl-residual)
@@ -1222,7 +1222,7 @@ rows = {}
 for task, mode in (("mini-mrpc", "together"), ("mini-sst2", "together"), ("mini-sst2", "fixed")):
     outcome = pd.DataFrame([claims(table) for table in recorded(task, mode)])
     rows |= {(f"{task}, {mode}", claim): judged(outcome[claim]) for claim in outcome}
-read_in_figures = pd.DataFrame(rows, index=VERDICT).T
+read_in_figures = pd.DataFrame(rows, index=VERDICT).T.replace({"verdict": {"better": "holds", "worse": "fails"}})
 start, later, end, wrong, right = outcome
 said = read_in_figures["verdict"]
 expect(said.loc["mini-mrpc, together"], {start: "fails", later: "open", end: "holds", wrong: "fails", right: "open"})
@@ -1231,7 +1231,7 @@ expect(said.loc["mini-sst2, fixed"], {start: "open", later: "open", end: "holds"
 read_in_figures
 
 # %% [markdown]
-# Each number is above zero where the claim is right. The first three are differences of $\log_{10} \text{mean} |I_i|$ between the middle of training and its first two, or last two,
+# Each number is above zero where the claim is right: it *holds* if the interval lies above zero, *fails* if it lies below, and is *open* otherwise. The first three are differences of $\log_{10} \text{mean} |I_i|$ between the middle of training and its first two, or last two,
 # moments; the others are means over the moments of $I_i$ in a group, in units of that moment's mean size. *fixed* has the same teacher trained beforehand.
 #
 # Little of the three claims is left here.

@@ -72,8 +72,8 @@ from transformers import BertConfig, BertForSequenceClassification
 
 from kdlib import book, glue, models, plots, runs
 from kdlib.batches import collate
-from kdlib.classroom import expect, untouched
-from kdlib.compare import Plan, decide, family, paired, seeds_to_see, seeds_to_settle, verdict
+from kdlib.classroom import as_table, expect, judged, untouched
+from kdlib.compare import paired, seeds_to_see, verdict
 
 plots.use_style()
 torch.set_num_threads(1)
@@ -633,25 +633,7 @@ def scores(task, name, metric="test/accuracy", **axes):
     return pd.Series({record.config["seed"]: 100 * record.metrics[metric] for record in arm(task, name, **axes)})
 
 
-# %%
 MARGIN = 0.5  # points within which two ways count as equal
-COLUMNS = ["gain (points)", "95 % interval", "seeds to settle", "verdict"]
-
-
-def judged(pairs):
-    """A line for each pair of numbers in points by seed: how much larger is the first, and what do all lines say?"""
-    return as_table({name: decide(Plan(MARGIN, (len(a),)), a, b) for name, (a, b) in pairs.items()})
-
-
-def as_table(decisions, unit=1):
-    """What the decisions on some claims say as a family; one point is so many units of theirs."""
-    words, rows = family(decisions)["verdict"], {}
-    for name, decision in decisions.items():
-        found, settled = decision.difference, seeds_to_settle(decision.difference, decision.plan.margin)
-        mean, spread, low, high = (x / unit for x in (found.mean, found.std, found.low, found.high))
-        rows[name] = [f"{mean:+.1f} ± {spread:.1f}", f"{low:+.1f} to {high:+.1f}", f"{settled:,}", words[name]]
-    return pd.DataFrame.from_dict(rows, orient="index", columns=COLUMNS)
-
 
 # %% [markdown]
 # The learning rates were chosen by the validation split, with three seeds of their own: the student's as the best on average for a fixed teacher and for
@@ -724,7 +706,7 @@ for task, name in itertools.product(TASKS, ("meta", "no pilot update")):
     pairs[f"{task}, {name}"] = pd.Series(last), pd.Series(first)
     ahead[f"{task}, {name}"] = f"{(ends > last).sum()} of {len(ends)}"
 print("the teacher's accuracy, the last epoch over the first, and in how many seeds the student ends above it")
-judged(pairs).drop(columns="seeds to settle").assign(**{"student ahead": ahead})
+judged(pairs, MARGIN).assign(**{"student ahead": ahead})
 
 # %% [markdown]
 # In the paper's Figure 2 the teacher degrades after some thousand steps and the student overtakes it. The table above says what became of that
@@ -755,7 +737,7 @@ pd.DataFrame.from_dict(rows, orient="index", columns=[*TASKS, "teacher moved, mi
 
 # %%
 # NBVAL_CHECK_OUTPUT
-helps = as_table({str(pair): decision for pair, decision in study.decisions().items()}, unit=0.01)
+helps = as_table({str(pair): decision for pair, decision in study.decisions().items()}, unit=0.01, settle=True)
 helps.index = helps.index.str.replace(", test/accuracy", "")
 expect(helps["verdict"], "open")
 helps
@@ -870,8 +852,9 @@ statistic = judged(
         "teacher learns: over one half": (fair["untied"], 0 * fair["untied"] + 50),
         "teacher stands still: over one half": (null["untied"], 0 * null["untied"] + 50),
         "teacher learns over teacher stands still": (fair["untied"], null["untied"]),
-    }
-).drop(columns="seeds to settle")
+    },
+    MARGIN,
+)
 words = dict.fromkeys(statistic.index, "better") | {"teacher stands still: over one half": "open"}
 expect(statistic["verdict"], words)
 print(
@@ -1118,7 +1101,7 @@ for first, second in READINGS:
         twins = [PUPILS[pupil]] if pupil in PUPILS else list(PUPILS.values())
         gain = sum(image[(twin, *PRINTED[first])] - image[(twin, *PRINTED[second])] for twin in twins) / len(twins)
         pairs[f"{first} over {second}", pupil], there[f"{first} over {second}", pupil] = pair, f"{gain:+.2f}"
-readings = judged(pairs)
+readings = judged(pairs, MARGIN, settle=True)
 readings.insert(0, "in the paper", there)
 readings.index = pd.MultiIndex.from_tuples(pairs)
 expect(readings["verdict"], "open")
@@ -1218,10 +1201,10 @@ for field in SWEEPS:
     points |= {f"{field} {value}": (meta[value], fixed[value]) for value in SWEEPS[field]}
     pairs[f"{field}: better, on average over its values"] = meta.mean(axis=1), fixed.mean(axis=1)
     pairs[f"{field}: flatter, how much smaller its range"] = width(fixed), width(meta)
-said = judged(points)["verdict"]
+said = judged(points, MARGIN)["verdict"]
 counts = ", ".join(f"{word} at {(said == word).sum()}" for word in ("better", "worse", "equal", "open"))
 print(f"MetaDistil against the fixed teacher, of {len(points)} points: {counts}")
-sweeps = judged(pairs)
+sweeps = judged(pairs, MARGIN, settle=True)
 expect(sweeps["verdict"], "open")
 expect(said, "open")
 sweeps
@@ -1237,7 +1220,7 @@ pairs = {}
 for name, (more, less) in itertools.product(RIVALS, ((0.0, 0.5), (0.5, 0.9))):
     accuracies = swept("alpha", name)
     pairs[f"{name}: α = {more} over α = {less}"] = accuracies[more], accuracies[less]
-weights = judged(pairs)
+weights = judged(pairs, MARGIN, settle=True)
 decided = "meta: α = 0.0 over α = 0.5"
 expect(weights["verdict"], dict.fromkeys(weights.index, "open") | {decided: "better"})
 assert weights["gain (points)"].str.startswith("+").all()

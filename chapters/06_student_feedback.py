@@ -69,8 +69,8 @@ from torch.nn import functional as F
 
 from kdlib import book, glue, models, plots, runs
 from kdlib.batches import collate
-from kdlib.classroom import expect, untouched
-from kdlib.compare import Plan, decide, family, seeds_to_settle
+from kdlib.classroom import as_table, expect, untouched
+from kdlib.compare import Plan, decide, family
 
 plots.use_style()
 torch.set_num_threads(1)
@@ -896,19 +896,8 @@ def scores(task, name, metric="test/accuracy"):
 
 
 # %%
-def as_table(decisions):
-    """What the decisions on some claims say as a family, in points."""
-    words, rows = family(decisions)["verdict"], {}
-    for name, decision in decisions.items():
-        found, settled = decision.difference, seeds_to_settle(decision.difference, decision.plan.margin)
-        mean, spread, low, high = (100 * x for x in (found.mean, found.std, found.low, found.high))
-        rows[name] = [f"{mean:+.1f} ± {spread:.1f}", f"{low:+.1f} to {high:+.1f}", f"{settled:,}", words[name]]
-    columns = ["gain (points)", "95 % interval", "seeds to settle", "verdict"]
-    return pd.DataFrame.from_dict(rows, orient="index", columns=columns)
-
-
 decisions = {str(pair).replace(", test/accuracy", ""): decision for pair, decision in study.decisions().items()}
-claims = as_table(decisions)
+claims = as_table(decisions, unit=0.01, settle=True)
 
 # %% mystnb={"image": {"alt": "Mean entropy of the teacher's predictions against the epoch for three values of gamma, one panel for each task; it falls most for gamma one."}, "figure": {"name": "fig-feedback-entropy", "caption": "Mean entropy of the teacher's answers on the training examples, bands of one standard deviation over five seeds: the counterpart of IKD's Table 4."}}
 COLOURS = {"IKD, γ = 0.5": "C0", "labels only, γ = 0": "C2", "IKD, γ = 1": "C1"}

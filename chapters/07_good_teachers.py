@@ -71,8 +71,8 @@ from torch.nn import functional as F
 from transformers import BertConfig, BertForSequenceClassification
 
 from kdlib import book, glue, models, plots, runs, trainer
-from kdlib.classroom import expect, untouched
-from kdlib.compare import Plan, decide, family, paired, seeds_to_see
+from kdlib.classroom import as_table, expect, judged, untouched
+from kdlib.compare import paired, seeds_to_see
 
 plots.use_style()
 torch.set_num_threads(1)
@@ -726,28 +726,9 @@ for name in ("MetaDistil", "LGTM, weighted", "LGTM, meta, half as long"):
 # Verdicts follow the rule of {doc}`05_pilot_updates`: *better*, *worse*, *equal* within half a point, a margin that was fixed after the runs, or *open*. The interval is that of a line alone, the word that of all lines
 # of a table together.
 
-
-# %%
-MARGIN = 0.5  # points within which two ways count as equal
-
-
-def judged(pairs):
-    """A line for each pair of values in points by seed: how much larger is the first, and what do all lines say?"""
-    return as_table({name: decide(Plan(MARGIN, (len(a),)), a, b) for name, (a, b) in pairs.items()})
-
-
-def as_table(decisions, unit=1):
-    """What the decisions on some claims say as a family; one point is so many units of theirs."""
-    words, rows = family(decisions)["verdict"], {}
-    for name, decision in decisions.items():
-        found = decision.difference
-        mean, deviation, low, high = (x / unit for x in (found.mean, found.std, found.low, found.high))
-        rows[name] = [f"{mean:+.1f} ± {deviation:.1f}", f"{low:+.1f} to {high:+.1f}", words[name]]
-    return pd.DataFrame.from_dict(rows, orient="index", columns=["gain (points)", "95 % interval", "verdict"])
-
-
 # %%
 # NBVAL_CHECK_OUTPUT
+MARGIN = 0.5  # points within which two ways count as equal
 CLAIMS = [
     ("LGTM, weighted", "fixed teacher"),
     ("LGTM, weighted", "online distillation"),
@@ -757,7 +738,7 @@ CLAIMS = [
     ("LGTM, printed", "online distillation"),
     ("LGTM, released", "online distillation"),
 ]
-helps = judged({f"{first} over {second}": (scores(first), scores(second)) for first, second in CLAIMS})
+helps = judged({f"{first} over {second}": (scores(first), scores(second)) for first, second in CLAIMS}, MARGIN)
 printed_fails = {"LGTM, printed over online distillation": "worse"}
 expect(helps["verdict"], dict.fromkeys(helps.index, "open") | printed_fails)
 helps
@@ -1027,7 +1008,7 @@ def lines_of(table):
 
 
 lines = lines_of(runs_of)
-by_objective = judged(lines)
+by_objective = judged(lines, MARGIN)
 for name, word in {"squared error": "better", "DIST": "worse"}.items():
     expect(by_objective["verdict"], {f"{name}: {kind} over fixed": word for kind in ("weighted", "online")})
 expect(by_objective["verdict"], {"KL: weighted over online": "equal", "squared error: weighted over online": "worse"})
@@ -1048,7 +1029,7 @@ plt.show()
 # %%
 sizes = {(f"{UNITS} units", kind): runs_of["KL", kind] for kind in ("fixed", "online", "weighted", "meta")}
 sizes |= {("4 units", kind): train_perceptrons(kind, units=4)[0] for kind in ("fixed", "online", "weighted", "meta")}
-by_size = judged(lines_of(sizes))
+by_size = judged(lines_of(sizes), MARGIN)
 assert "better" not in set(by_size["verdict"])
 by_size
 
@@ -1070,7 +1051,8 @@ print(
 )
 best_of_paper, *others = (pd.Series(by_alpha[alpha]) for alpha in (0.6, 1.0, 0.8, 0.4))
 by_label = judged(
-    {f"α = 0.6 over {a}": (best_of_paper, other) for a, other in zip((1.0, 0.8, 0.4), others, strict=True)}
+    {f"α = 0.6 over {a}": (best_of_paper, other) for a, other in zip((1.0, 0.8, 0.4), others, strict=True)},
+    MARGIN,
 )
 expect(by_label["verdict"], "equal")
 by_label
@@ -1095,7 +1077,7 @@ def leak(first, second="LGTM, weighted"):
 
 
 feedback = {"validation feedback": "feedback from validation", "5 % of the training set": "feedback from 5 %"}
-leaks = judged({(name, split): line for name, way in feedback.items() for split, line in leak(way).items()})
+leaks = judged({(name, split): line for name, way in feedback.items() for split, line in leak(way).items()}, MARGIN)
 leaks.index = pd.MultiIndex.from_tuples(leaks.index, names=["over 10 % of the training set", ""])
 assert set(leaks["verdict"]) == {"open"}
 leaks

@@ -74,10 +74,15 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _finished(folder: Path) -> "RunRecord":
-    from kdlib.records import RECORD, read_record
+    from kdlib.records import RECORD, is_record, read_record
 
     if not folder.exists():
         raise ValueError(f"there is no folder {folder}: give that of a finished run, which `run` prints")
+    if folder.name != RECORD and folder.is_file() and is_record(folder):
+        raise ValueError(
+            f"{folder} is a record alone, and this needs the networks of its run: give the run's own folder, which "
+            "a study leaves in its output_dir unless it says keep_folders: false, or compute the run again"
+        )
     if not (folder.is_dir() and (folder / RECORD).exists()) and folder.name != RECORD:
         raise ValueError(f"{folder} holds no {RECORD}: give the folder of a finished run, which `run` prints")
     return read_record(folder)
@@ -125,7 +130,7 @@ AFTERWARDS = {"report": _report, "export": _export, "submission": _submission}
 
 
 def _shown(options: argparse.Namespace) -> int:
-    from kdlib.records import results
+    from kdlib.records import by_task, results
 
     try:
         if options.command == "describe":
@@ -133,7 +138,9 @@ def _shown(options: argparse.Namespace) -> int:
         else:
             if not options.folder.is_dir():
                 raise ValueError(f"there is no folder {options.folder}")
-            print(results(options.folder).to_string(index=False))
+            shown = by_task(results(options.folder))
+            tables = (f"{task}\n{table.to_string(index=False)}" for task, table in shown.items())
+            print("\n\n".join(tables) or f"there are no records in {options.folder}")
     except ValueError as error:
         return _said(error, WRONG if options.command == "describe" else FAILED)
     return 0

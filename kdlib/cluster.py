@@ -34,7 +34,7 @@ from kdlib.configuration import RunConfig
 from kdlib.engine import STUDENT
 from kdlib.pretraining import PretrainingConfig
 from kdlib.records import RunRecord, read_record
-from kdlib.study import Cell, Study, Unit, cell_of, record_of
+from kdlib.study import Cell, NotChosenError, Study, Unit, cell_of, record_of
 
 MEMORY_OF_A_RUN = 2 * 2**30
 """Bytes that a worker of this machine counts on; BERT-base with a batch of 32 takes more, see --workers."""
@@ -137,7 +137,7 @@ def computed(job: Job, *teachers: object) -> str:
     unit = job.unit
     if unit.measure is not None:
         found = _measuring(unit.measure)(job)
-        if isinstance(found, dict) and "run_id" not in found:  # the name of a run says what was asked
+        if isinstance(found, dict):
             found = {**found, "asked": unit.asked}
         try:
             return json.dumps(found, indent=1, allow_nan=False)
@@ -149,7 +149,7 @@ def computed(job: Job, *teachers: object) -> str:
         later |= {f"{after.task}/{name}": value for name, value in _run(_here(after, job.folders)).metrics.items()}
     # What was asked, in the place of what it is called here.
     names = {name: value for name, value in unit.config.flat.items() if name in PLACES and name != "output_dir"}
-    told = flat_record(record, run_id=unit.name, names=names, metrics=later)
+    told = {**flat_record(record, run_id=unit.name, names=names, metrics=later), "asked": unit.asked}
     if record.teacher is not None and isinstance(unit.config, RunConfig):
         teacher = configuration.teachers_config(unit.config)
         told["teacher"] = teacher and teacher.asked_id
@@ -288,6 +288,7 @@ def _keep(study: Study, job: Job, record: str, trying: bool) -> None:
 
 def choose(study: Study, client: Client, **how: Any) -> list[Failed]:
     """Compute what is tried before the study and write the table of choices, unless something failed."""
+    study.check_records(trying=True)
     failed = conduct(study, study.trials, client, trying=True, **how)
     if not failed and study.trials:
         study.choices.parent.mkdir(parents=True, exist_ok=True)
@@ -336,9 +337,18 @@ def _kinds(unit: Unit) -> list[str]:
 
 
 def plan(study: Study, choosing: bool = False) -> str:
-    """For people: what there is of a study, what is to do and about how long that takes."""
-    units = study.trials if choosing else study.units
-    _ = None if choosing else study.pairs  # claims are checked, too
+    """For people: what there is of a study, what is to do and about how long that takes.
+
+    Where trials have to come first, it is about these.
+    """
+    try:
+        units = study.trials if choosing else study.units
+        _ = None if choosing else study.pairs  # claims are checked, too
+    except NotChosenError:
+        return (
+            f"{plan(study, choosing=True)}\nThese are what --choose tries; which runs follow is known when it has "
+            f"written {study.choices}"
+        )
     todo = missing(study, units, choosing)
     rows = [
         {
@@ -392,7 +402,10 @@ def check_contents(study: Study, folders: Mapping[str, str] | None = None) -> No
 
 def finished(study: Study, choosing: bool = False) -> bool:
     """Whether there is nothing to do."""
-    return not missing(study, study.trials, trying=True) and study.choices.exists() if choosing else not to_do(study)
+    if not choosing:
+        return not to_do(study)
+    study.check_records(trying=True)
+    return not missing(study, study.trials, trying=True) and study.choices.exists()
 
 
 def carry_out(study: Study, client: Client, **how: Any) -> list[Failed]:

@@ -293,10 +293,7 @@ def _network_problems(given: RunConfig) -> list[str]:
             f"teacher is {given.teacher!r}, but method {given.method!r} trains the student {given.student!r} alone: "
             "leave it out"
         )
-    for name in (given.teacher, given.student):
-        if name is not None and name.startswith("tiny") and not models.is_tiny(name):
-            problems.append(f"{name!r} is not of the form 'tiny-<layers>x<hidden>', for example 'tiny-2x64'")
-    return problems
+    return problems + models.name_problems(given.teacher, given.student)
 
 
 def teachers_config(config: RunConfig) -> RunConfig | None:

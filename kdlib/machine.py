@@ -1,5 +1,6 @@
 """What the numbers of a run can depend on besides its parameters: versions, processor, device, commit."""
 
+import os
 import platform
 import subprocess
 from importlib.metadata import version
@@ -33,6 +34,13 @@ def processor() -> str:
         return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()
+
+
+def busy() -> str:
+    """A sentence where more processes want to compute than the cores that this one may use can serve, else ""."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+    return f"{load:.1f} processes want to compute on {cores} cores" if load > 1.25 * cores else ""
 
 
 def git_commit() -> str | None:

@@ -152,8 +152,8 @@ def _kept(name: str, what: str, otherwise: str) -> str:
     return str(folder)
 
 
-def tiny_config(name: str, vocab_size: int, num_labels: int) -> BertConfig:
-    """The configuration of a tiny BERT, "tiny-<layers>x<hidden>": heads of 32 units, feed-forward 4 × hidden.
+def tiny_shape(name: str) -> tuple[int, int, int]:
+    """Layers, width and heads of a tiny BERT, "tiny-<layers>x<hidden>", whose heads have 32 units.
 
     "tiny-<layers>x<hidden>h<heads>" has another number of heads.
 
@@ -171,6 +171,27 @@ def tiny_config(name: str, vocab_size: int, num_labels: int) -> BertConfig:
             f"{name!r}: {heads} heads cannot share {hidden} units over {layers} layers: give at least one layer and a "
             "number of heads that divides the width"
         )
+    return layers, hidden, heads
+
+
+def name_problems(*names: str | None) -> list[str]:
+    """What is wrong with names that ask for a tiny BERT; a folder may be called as it likes."""
+    problems = []
+    for name in dict.fromkeys(names):
+        if name is not None and name.startswith("tiny") and (is_tiny(name) or not Path(name).is_dir()):
+            try:
+                tiny_shape(name)
+            except ValueError as error:
+                problems.append(str(error))
+    return problems
+
+
+def tiny_config(name: str, vocab_size: int, num_labels: int) -> BertConfig:
+    """The configuration of a tiny BERT, see `tiny_shape`: feed-forward 4 × hidden.
+
+    Raises ValueError for a name that has another form, or of a network that cannot be.
+    """
+    layers, hidden, heads = tiny_shape(name)
     config = BertConfig(
         vocab_size=vocab_size,
         hidden_size=hidden,

@@ -247,7 +247,7 @@ def readable(parameters: Mapping[str, Any], method: str) -> dict[str, Any]:
 
 def _problems(given: PretrainingConfig, kind: type[OnText]) -> list[str]:
     """What does not go together in any method."""
-    problems = []
+    problems = models.name_problems(given.teacher, given.student)
     if given.student is not None and given.student_layers is not None:
         problems.append("student and student_layers are both given; give one")
     if given.corpus == corpus.MINI and given.column != "text":

@@ -49,6 +49,8 @@ class RunRecord:
     """how many of the parameters are tables of embeddings; None in records from before, as the next one"""
     stored_bytes: int | None = None
     """of the student's weights on disk"""
+    asked: dict[str, Any] = field(default_factory=dict)
+    """what a study asked for where that is more than this run, see `study.Unit`"""
     folder: Path = field(default=Path(), compare=False)
 
     @property
@@ -105,6 +107,28 @@ def results(folder: Path | str, by: Sequence[str] | None = None) -> pd.DataFrame
             spread = {"mean": np.mean(each), "std": pd.Series(each).std(), "n": len(each)}
             rows.append({**arm.settings, "metric": metric, **spread})
     return pd.DataFrame(rows).sort_values([*found[0].settings, "metric"], ignore_index=True)
+
+
+_ALWAYS = ("method", "metric", "mean", "n")
+
+
+def by_task(table: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """What `results` returns as a table for each task, to be read: only what differs among its runs has a column.
+
+    Runs on plain text, which have no task, are together in "text".  All cells are strings, "" for what a run does not
+    have.
+    """
+    found = {}
+    for task, rows in table.groupby("task", dropna=False, sort=False):
+        told = [n for n in rows if n in _ALWAYS or (n != "task" and rows[n].map(repr).nunique() > 1)]
+        found[task if isinstance(task, str) else "text"] = rows[told].map(_cell)
+    return found
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, float):
+        return "" if np.isnan(value) else f"{value:.4g}"
+    return "" if value is None else str(value)
 
 
 @dataclass(frozen=True)

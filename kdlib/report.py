@@ -28,7 +28,7 @@ from kdlib import engine, exports, metrics, models, runs
 from kdlib.batches import Encoded, collate, sequential_batches, to_device
 from kdlib.glue import encode
 from kdlib.learner import Batch
-from kdlib.machine import processor
+from kdlib.machine import busy, processor
 from kdlib.progress import notice
 from kdlib.records import RECORD, RunRecord, read_record
 
@@ -106,7 +106,7 @@ def report(
 
     `run` is a record, or the folder of one.  With `measure` each batch size is timed for about `seconds`, by
     torch.utils.benchmark with as many threads as torch uses here; a batch holds sentences of `typical` lengths.
-    Exported files are scored on the validation split, and run on the CPU.
+    Exported files are scored on the validation split, and run on the CPU.  A machine that is busy is told.
 
     Raises ValueError for a run on plain text and for a damaged record, OSError for a network that is gone, and what
     `runs.load_data` raises.
@@ -120,6 +120,8 @@ def report(
     found = [_network(config, record, *who) for who in _who(config, record)]
     if not measure:
         return Report(record.run_id, tuple(network for network, _ in found))
+    if others := busy():
+        notice(f"this machine is busy ({others}): the latencies tell little, measure again when it is quiet")
     data = runs.load_data(config)
     split = next(iter(data.evaluation))
     reader = models.load_tokenizer(str(record.folder / engine.STUDENT))

@@ -17,10 +17,10 @@ as far as its method reads them, then those of every rule that holds for it, the
 numbers that follow the seed.  A unit is a cell with a seed: usually a run, as in chapters 11 and 12, or a run and what
 comes after it (`then`), or a function of one's own (`measure`).
 
-This room reads such files; `kdlib.cluster` computes what they ask for.
+`kdlib.sheet` has the form of such a file, this room what it asks for and what the records say of it; `kdlib.cluster`
+computes them.
 """
 
-import itertools
 import json
 import re
 from collections import Counter
@@ -28,79 +28,37 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, TypeAlias
 
 import pandas as pd
-import yaml
 
 from kdlib import pretraining, runs
 from kdlib.compare import Decision, Plan, decide, family
 from kdlib.configuration import RunConfig
+from kdlib.engine import STUDENT
 from kdlib.pretraining import PretrainingConfig
 from kdlib.records import NOT_IDENTITY, RunRecord, read_record
-from kdlib.settings import ConfigurationError, Name, Positive, Size, checked, names, nearest, settings
+from kdlib.settings import ConfigurationError, nearest
+from kdlib.sheet import (
+    CHOSEN,
+    Choosing,
+    Claim,
+    agree,
+    arm_of,
+    cells_of,
+    claims_of,
+    parameters_of,
+    read,
+    seeds_in,
+    with_seed,
+)
 
-CHOSEN = "chosen"
-"""The value of a parameter that the table of choices decides."""
-NOTES = ("like", "seeds", "then", "measure", "note")
-"""What an arm says besides parameters."""
 LONGEST_NAME = 200
 """Bytes of a record's name; file systems take 255, and a file that is being written has a longer one."""
 
 
-@settings
-class Claim:
-    """Two cells of a study that are compared, seed by seed."""
-
-    arm: Name
-    against: Name
-    where: dict[str, Any] | None = None
-    """which cells of the arms, by the values of their axes; without it, all that both have"""
-    metric: Name
-    """as in a record: "test/accuracy", "validation/loss", …"""
-    margin: Positive
-    """differences below it count as none"""
-    lower_is_better: bool = False
-
-
-@settings
-class Choosing:
-    """Settings that are tried before anything else, with seeds of their own."""
-
-    arms: dict[str, dict[str, Any]]
-    """what is tried, in the form of the study's arms"""
-    seeds: str | int
-    by: list[str]
-    """the parameters that tell the trials apart: the columns of the table"""
-    metric: Name = "validation/accuracy"
-    rule: Literal["best mean", "best worst seed"] = "best worst seed"
-    higher_is_better: bool = True
-
-
-@settings
-class Sheet:
-    """A study file, as it is written."""
-
-    question: str = ""
-    """what is asked, for readers"""
-    common: dict[str, Any]
-    """parameters of all runs"""
-    rules: list[dict[str, Any]] | None = None
-    """more parameters, each with `where`, the values of others for which they hold; later ones go first"""
-    arms: dict[str, dict[str, Any]]
-    """what is compared, by names of one's own"""
-    seeds: str | int
-    """a range such as 0-9, or one seed"""
-    looks: list[Size] | None = None
-    """after how many seeds the claims are looked at; None: once, after all"""
-    choose: Choosing | None = None
-    claims: list[dict[str, Any]] | None = None
-    records: Name | None = None
-    """the folder of the records, from the file's own; None: the file's name without its ending"""
-    keep_folders: bool = True
-    """whether networks and predictions of finished runs stay where they are"""
-    choices: Name | None = None
-    """the table of what was tried; None: choices.csv among the records"""
+class NotChosenError(ConfigurationError):
+    """A parameter of the study is to be chosen, and its trials have not been run yet; nothing else is wrong."""
 
 
 @dataclass(frozen=True)
@@ -123,15 +81,24 @@ class Unit:
         kind = pretraining if pretraining.is_text(self.parameters) else runs
         return kind.configure(**self.parameters)
 
-    def after(self, **here: Any) -> list[RunConfig]:
-        """The runs that come after it, with `here` for what is known only then; seed and device are its own."""
+    def after(self, student: str = STUDENT, **here: Any) -> list[RunConfig]:
+        """The runs that come after it, with the folder of its student and what else is known only then.
+
+        Seed and device are its own.
+        """
         shared: dict[str, Any] = {n: v for n, v in self.parameters.items() if n in ("seed", "device")}
         shared["method"] = "fine_tune"
-        return [runs.configure(**{**shared, **settings, **here}) for settings in self.then]
+        return [runs.configure(**{**shared, **settings, "student": student, **here}) for settings in self.then]
 
     @property
     def asked(self) -> dict[str, Any]:
-        """What a measurement is asked, as its record keeps it."""
+        """What its record cannot tell by its name, as the record keeps it.
+
+        Of what comes after a run all settings that count; of a measurement what the study says.
+        """
+        if self.measure is None:
+            after = [{n: v for n, v in one.identity.items() if v is not None} for one in self.after()]
+            return {"then": json.loads(json.dumps(after))} if after else {}
         own = {name: value for name, value in self.parameters.items() if name not in NOT_IDENTITY}
         return {"measure": self.measure, **own, **({"then": list(self.then)} if self.then else {})}
 
@@ -183,19 +150,21 @@ class Study:
     def __init__(self, path: Path | str):
         self.path = Path(path)
         self.name = self.path.stem
-        self.sheet = _sheet(self.path)
+        self.sheet = read(self.path)
         self.records = self._beside(self.sheet.records or self.name)
         self.choices = self._beside(self.sheet.choices) if self.sheet.choices else self.records / "choices.csv"
-        self.seeds = _seeds(self.sheet.seeds)
-        _check(self.sheet, self.path)
-        self.claims = [_claim(one, self.sheet) for one in self.sheet.claims or []]
+        self.seeds = seeds_in(self.sheet.seeds)
+        self.claims = claims_of(self.sheet)
 
     def _beside(self, name: str) -> Path:
         return (self.path.parent / Path(name).expanduser()).resolve()
 
     @cached_property
     def units(self) -> list[Unit]:
-        """Everything that the file asks for, seed by seed, so that what is there at any moment can be compared."""
+        """Everything that the file asks for, seed by seed, so that what is there at any moment can be compared.
+
+        Raises NotChosenError where trials have to come first, ConfigurationError for what is wrong.
+        """
         return _by_seed(self._units(self.sheet.arms, self.seeds, self._chosen))
 
     @cached_property
@@ -204,41 +173,34 @@ class Study:
         choosing = self.sheet.choose
         if choosing is None:
             return []
-        found = _by_seed(self._units(choosing.arms, _seeds(choosing.seeds), None))
+        found = _by_seed(self._units(choosing.arms, seeds_in(choosing.seeds), None))
         if problems := _mixed(found, choosing):
             raise ConfigurationError(f"choose of the study {self.path} is wrong:\n  - {problems}")
         return found
 
     def _units(self, arms: Mapping[str, Any], seeds: list[int], table: pd.DataFrame | None) -> list[Unit]:
-        found, problems = [], []
+        found, problems, waiting = [], [], 0
         for arm in arms:
             try:
-                notes, own = _apart(_with_its_model(arm, arms, self.sheet.arms))
-                _check_arm(notes, own)
-                mine = _seeds(notes["seeds"]) if "seeds" in notes else seeds
-                for axes, point in _cells(own):
+                notes, own = arm_of(arm, arms, self.sheet.arms)
+                mine = seeds_in(notes["seeds"]) if "seeds" in notes else seeds
+                for axes, point in cells_of(own):
                     parameters = self._parameters(point, table)
                     for seed in mine:
                         found.append(_unit(arm, seed, axes, parameters, notes))
             except ValueError as error:
                 problems.append(f"arm {arm!r}: {error}")
+                waiting += isinstance(error, NotChosenError)
         problems += [f"arm {unit.arm!r}{_at(unit)}: {said}" for unit, said in _wrong(found)]
         problems += [] if problems else _alike(found)
         if problems:
-            raise ConfigurationError(f"the study {self.path} is wrong:\n" + "\n".join(f"  - {p}" for p in problems))
+            kind, what = (NotChosenError, "waits") if waiting == len(problems) else (ConfigurationError, "is wrong")
+            raise kind(f"the study {self.path} {what}:\n" + "\n".join(f"  - {p}" for p in problems))
         return found
 
     def _parameters(self, point: Mapping[str, Any], table: pd.DataFrame | None) -> dict[str, Any]:
-        """Of a cell: common, rules, its own; what is to be chosen is looked up last."""
-        found = {**self.sheet.common, **point}
-        ruled: dict[str, Any] = {}
-        for rule in self.sheet.rules or ():
-            if all(_is(found.get(name), value) for name, value in rule["where"].items()):
-                ruled |= {name: value for name, value in rule.items() if name != "where"}
-                found = {**self.sheet.common, **ruled, **point}
-        reading = pretraining.readable if pretraining.is_text(found) else runs.readable
-        read = reading(found, found.get("method", ""))
-        found = {**{name: value for name, value in self.sheet.common.items() if name in read}, **ruled, **point}
+        """Of a cell, with what did best in the place of what is to be chosen."""
+        found = parameters_of(self.sheet, point)
         for name in [name for name, value in found.items() if value == CHOSEN]:
             found[name] = self._best(name, found, table)
         return found
@@ -257,7 +219,9 @@ class Study:
         if table is None:
             raise ValueError(f"{name} is {CHOSEN!r} in a trial: a trial gives the values that are tried")
         if table.empty:
-            raise ValueError(f"{name} is {CHOSEN!r}, and there is no {self.choices} yet: run the study with --choose")
+            raise NotChosenError(
+                f"{name} is {CHOSEN!r}, and there is no {self.choices} yet: run the study with --choose"
+            )
         told = {one: found[one] for one in choosing.by if one != name and found.get(one, CHOSEN) != CHOSEN}
         rows = table[[all(row.get(one) == value for one, value in told.items()) for _, row in table.iterrows()]]
         rows = rows.dropna(subset=[name])
@@ -277,26 +241,17 @@ class Study:
         """Where the record of a unit is; those of trials are with the runs, apart from what the study reports."""
         return (self.work / "trials" if trying else self.records) / f"{unit.name}.json"
 
-    def check_records(self) -> None:
-        """Raise ValueError, naming the record, if one of a run and what comes after it was made by another file.
+    def check_records(self, trying: bool = False) -> None:
+        """Raise ValueError, naming the record, if one of more or something else than a run was made by another file.
 
-        The record of a run alone has a name that says what it was made from.
+        The record of a run alone has a name that says what it was made from.  `trying` looks at what is tried before.
         """
-        for unit in self.units:
-            path = self.record(unit)
-            if unit.measure is not None and path.exists() and record_of(path).get("asked", unit.asked) != unit.asked:
-                raise ValueError(
-                    f"{path} was measured with {record_of(path)['asked']}, and the study now says {unit.asked}: "
-                    "move the record away, or give the arm another name"
-                )
-            if unit.then and unit.measure is None and path.exists():
-                then = record_of(path).get("config", {})
-                now = {name: value for name, value in unit.config.flat.items() if name not in NOT_IDENTITY}
-                if changed := [name for name, value in now.items() if name in then and then[name] != value]:
-                    raise ValueError(
-                        f"{path} was made with {changed[0]} = {then[changed[0]]!r}, and the study now says "
-                        f"{now[changed[0]]!r}: move the record away, or give the arm another name"
-                    )
+        for unit in self.trials if trying else self.units:
+            path = self.record(unit, trying)
+            if (unit.measure is not None or unit.then) and path.exists():
+                problem = (_run_problem if unit.measure is None else _measurement_problem)(unit, record_of(path))
+                if problem:
+                    raise ValueError(f"{path} was {problem}: move the record away, or give the arm another name")
 
     @property
     def work(self) -> Path:
@@ -313,7 +268,7 @@ class Study:
         found = []
         for claim in self.claims:
             ours, theirs = (
-                [cell for cell in cells if cell[0] == name and _agree(dict(cell[1]), claim.where or {})]
+                [cell for cell in cells if cell[0] == name and agree(dict(cell[1]), claim.where or {})]
                 for name in (claim.arm, claim.against)
             )
             axes = {name for arm, place in cells if arm in (claim.arm, claim.against) for name, _ in place}
@@ -322,7 +277,7 @@ class Study:
                     f"{self.path}: the claim {claim.arm!r} against {claim.against!r} says where {strange[0]} is what, "
                     f"which is no axis of these arms{nearest(strange[0], axes)}"
                 )
-            pairs = [(a, b) for a in ours for b in theirs if _agree(dict(a[1]), dict(b[1]))]
+            pairs = [(a, b) for a in ours for b in theirs if agree(dict(a[1]), dict(b[1]))]
             if not pairs or len({a for a, _ in pairs}) < len(pairs):
                 what = "nothing" if not pairs else "one cell with several: say in `where` which"
                 raise ConfigurationError(
@@ -417,95 +372,6 @@ class Study:
         return pd.DataFrame(rows, columns=["arm", *axes_of_all, "seed", *metrics])
 
 
-class _Loader(yaml.SafeLoader):  # type: ignore[misc]  # PyYAML has no annotations
-    """YAML in which a key stands once, and 1e-3 is the number 1.0e-3."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[str] = set()
-        for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode) and key.value != "<<":
-                if key.value in seen:
-                    raise yaml.MarkedYAMLError(problem=f"{key.value!r} is there twice", problem_mark=key.start_mark)
-                seen.add(key.value)
-        return super().construct_mapping(node, deep)
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+$"), [*"+-0123456789"]
-)
-
-
-def _sheet(path: Path) -> Sheet:
-    try:
-        given = yaml.load(path.read_text(encoding="utf-8"), _Loader)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigurationError(f"cannot read {path}: {error}") from error
-    if not isinstance(given, dict):
-        raise ConfigurationError(f"{path} should hold a study: common, arms, seeds")
-    arms = given.get("arms")
-    if isinstance(arms, dict) and (odd := [name for name in arms if not isinstance(name, str)]):
-        raise ConfigurationError(f"{path}: an arm is called {odd[0]!r}, which is no text: put its name in quotes")
-    return _made(Sheet, {**given, **_choosing(path, given)}, f"the study {path}")
-
-
-def _check(sheet: Sheet, path: Path) -> None:
-    rules = [rule for rule in sheet.rules or () if not isinstance(rule.get("where"), dict)]
-    problems = [f"a rule needs `where`: {rule}" for rule in rules]
-    problems += [
-        f"{place} says seed: {one['seed']!r}, which a study gives: see seeds"
-        for place, one in [("common", sheet.common), *(("a rule", rule) for rule in sheet.rules or ())]
-        if "seed" in one
-    ]
-    problems += [f"{place} are none" for place, arms in _places(sheet) if not arms]
-    if idle := [
-        rule["where"] for rule in sheet.rules or () if isinstance(rule.get("where"), dict) and _idle(rule, sheet)
-    ]:
-        problems.append(f"a rule where {idle[0]} holds for no arm: it does nothing")
-    if sheet.choose is not None and (both := {*_seeds(sheet.choose.seeds)} & {*_seeds(sheet.seeds)}):
-        problems.append(
-            f"choose has seed {min(both)}, which is one of the study's: what is chosen by it looks too good"
-        )
-    looks = sheet.looks or []
-    if any(look < 2 for look in looks) or looks != sorted(set(looks)):
-        problems.append(f"looks are {looks}; expected increasing numbers of seeds, from two on")
-    if problems:
-        raise ConfigurationError(f"the study {path} is wrong:\n" + "\n".join(f"  - {problem}" for problem in problems))
-
-
-def _idle(rule: Mapping[str, Any], sheet: Sheet) -> bool:
-    """Whether no arm can have what a rule asks: a parameter that nobody gives, or a value."""
-    given: list[Mapping[str, Any]] = [sheet.common, *(sheet.rules or ())]
-    given += [arm for _, arms in _places(sheet) for arm in arms.values()]
-    for name, wanted in rule["where"].items():
-        values = [one[name] for one in given if name in one]
-        found = [value for one in values for value in (one if isinstance(one, list) else [one])]
-        if not any(_is(value, wanted) for value in found):
-            return True
-    return False
-
-
-def _places(sheet: Sheet) -> list[tuple[str, Mapping[str, Any]]]:
-    return [("arms", sheet.arms)] + ([("arms of choose", sheet.choose.arms)] if sheet.choose else [])
-
-
-def _check_arm(notes: Mapping[str, Any], own: Mapping[str, Any]) -> None:
-    """Raise ValueError for what an arm says in a form that nobody reads."""
-    then, measure = notes.get("then", []), notes.get("measure")
-    if not isinstance(then, list) or not all(isinstance(one, dict) for one in then):
-        raise ValueError(f"then is {then!r}; expected a list of runs, such as [{{task: mini-mnli}}]")
-    if twice := [task for task, count in Counter(str(one.get("task")) for one in then).items() if count > 1]:
-        raise ValueError(f"then has the task {twice[0]} twice: its numbers would stand in one place")
-    if measure is not None and not (isinstance(measure, str) and re.fullmatch(r"[\w.]+:\w+", measure)):
-        raise ValueError(f"measure is {measure!r}; expected module:function")
-    if "seed" in own:
-        raise ValueError(f"seed is {own['seed']!r}, which a study gives: see seeds")
-    for name, value in own.items():
-        if value == []:
-            raise ValueError(f"{name} is an empty list: give it a value, or leave it out")
-        if isinstance(value, dict) or (name == "method" and not isinstance(value, (str, list))):
-            raise ValueError(f"{name} is {value!r}; expected a value, or a list of values")
-
-
 def _alike(units: Sequence[Unit]) -> list[str]:
     """What is wrong with the names of records: a cell that is there twice, two that share a record, a long one."""
     problems, owners = [], dict[str, Cell]()
@@ -555,68 +421,42 @@ def _metrics_of(unit: Unit) -> tuple[str, ...]:
     return tuple(dict.fromkeys(name for one in (unit.config, *unit.after()) for name in one.glue_task.metrics))
 
 
-def _choosing(path: Path, given: Mapping[str, Any]) -> dict[str, Any]:
-    if not isinstance(given.get("choose"), dict):
-        return {}
-    return {"choose": _made(Choosing, given["choose"], f"choose of the study {path}")}
+def _measurement_problem(unit: Unit, record: Mapping[str, Any]) -> str:
+    """What a measurement was asked that is not asked now, or nothing."""
+    then, now = record.get("asked", unit.asked), unit.asked
+    return "" if then == now else f"measured with {then}, and the study now says {now}"
 
 
-def _made(kind: type, given: Mapping[str, Any], what: str) -> Any:
-    """An object of a settings class; every problem in one message."""
-    valid = names(kind)
-    problems = [f"unknown field {name!r}{nearest(str(name), valid)}" for name in given if name not in valid]
-    one, wrong = checked(kind, {name: value for name, value in given.items() if name in valid})
-    if problems := problems + wrong:
-        raise ConfigurationError(f"{what} is wrong:\n" + "\n".join(f"  - {problem}" for problem in problems))
-    return one
+def _run_problem(unit: Unit, record: Mapping[str, Any]) -> str:
+    """What made a run and those after it that is not asked now, or nothing."""
+    now = {name: value for name, value in unit.config.flat.items() if name not in NOT_IDENTITY}
+    if changed := _changed({n: v for n, v in record.get("config", {}).items() if n in now}, now):
+        return f"made with {changed}"
+    then, wanted = _by_task(record.get("asked", {})), _by_task(unit.asked)
+    tasks = list(then or _tasks(record))
+    if {*tasks} != {*wanted}:
+        return f"made with then on {', '.join(tasks) or 'nothing'}, and the study now says {', '.join(wanted)}"
+    for task, settings in then.items():
+        both = dict.fromkeys([*wanted[task], *settings])
+        if changed := _changed({**both, **settings}, {**both, **wanted[task]}):
+            return f"made with then on {task} with {changed}"
+    return ""
 
 
-def _seeds(given: str | int) -> list[int]:
-    """A range "0-9" or one seed."""
-    found = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", str(given))
-    seeds = [] if found is None else [*range(int(found[1]), int(found[2] or found[1]) + 1)]
-    if not seeds:
-        raise ConfigurationError(f"seeds are {given!r}; expected a range such as 0-9, or one number")
-    return seeds
+def _changed(then: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """The first of the values that are not the same any more."""
+    told = [f"{n} = {value!r}, and the study now says {now[n]!r}" for n, value in then.items() if now[n] != value]
+    return told[0] if told else ""
 
 
-def _claim(given: Mapping[str, Any], sheet: Sheet) -> Claim:
-    claim = _made(Claim, given, f"the claim {dict(given)}")
-    for name in (claim.arm, claim.against):
-        if name not in sheet.arms:
-            raise ConfigurationError(f"a claim is about arm {name!r}, which there is not{nearest(name, sheet.arms)}")
-    return claim
+def _by_task(asked: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    return {settings["task"]: settings for settings in asked.get("then", ())}
 
 
-def _with_its_model(name: str, *places: Mapping[str, Any]) -> dict[str, Any]:
-    """An arm with what it takes from the one that it is `like`, and so on; a trial may be like the arm of its name."""
-    found: dict[str, Any] = {}
-    seen: list[int] = []
-    path, following = [name], name
-    while following is not None:
-        if not isinstance(following, str):
-            raise ValueError(f"is like {following!r}; expected the name of an arm")
-        named = [arms[following] for arms in places if following in arms]
-        own = next((arm for arm in named if id(arm) not in seen), None)
-        if own is None and named:
-            raise ValueError(f"is like itself: {' → '.join(path)}")
-        if own is None:
-            raise ValueError(f"is like {following!r}, which is no arm{nearest(following, places[-1])}")
-        seen.append(id(own))
-        found = {**own, **found}
-        following = own.get("like")
-        path.append(following)
-    return found
-
-
-def _apart(arm: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What an arm says besides parameters, and its parameters."""
-    return {n: v for n, v in arm.items() if n in NOTES}, {n: v for n, v in arm.items() if n not in NOTES}
-
-
-def _agree(ours: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
-    """Whether the values of axes are those that are wanted, as far as there are such axes."""
-    return all(_is(value, wanted[name]) for name, value in ours.items() if name in wanted)
+def _tasks(record: Mapping[str, Any]) -> list[str]:
+    """The tasks after a run by the names of its metrics, for records that do not say what they were asked."""
+    parts = [name.split("/") for name in record.get("metrics", {})]
+    return [name for name in dict.fromkeys(part[0] for part in parts if len(part) > 2) if name != "teacher"]
 
 
 def _metric(record: Mapping[str, Any], metric: str, path: Path) -> float:
@@ -642,32 +482,10 @@ def record_of(path: Path) -> dict[str, Any]:
     return found
 
 
-def _is(value: Any, wanted: Any) -> bool:
-    """Whether a parameter has the value that a rule names, or one of several."""
-    return value in wanted if isinstance(wanted, list) else value == wanted
-
-
-def _cells(parameters: Mapping[str, Any]) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
-    """The combinations of an arm's lists: the values on its axes, and all of its parameters."""
-    axes = {name: value for name, value in parameters.items() if isinstance(value, list)}
-    for values in itertools.product(*axes.values()):
-        place = dict(zip(axes, values, strict=True))
-        yield place, {**parameters, **place}
-
-
 def _unit(arm: str, seed: int, axes: dict[str, Any], parameters: Mapping[str, Any], notes: Mapping[str, Any]) -> Unit:
-    own = {name: _with_seed(value, seed) for name, value in parameters.items()}
-    then = tuple({name: _with_seed(value, seed) for name, value in one.items()} for one in notes.get("then", ()))
+    own = {name: with_seed(value, seed) for name, value in parameters.items()}
+    then = tuple({name: with_seed(value, seed) for name, value in one.items()} for one in notes.get("then", ()))
     return Unit(arm, seed, axes, {**own, "seed": seed}, then, notes.get("measure"))
-
-
-def _with_seed(value: Any, seed: int) -> Any:
-    """`seed`, `seed + 50` as numbers; 1e-3, which YAML takes for a text, too."""
-    if not isinstance(value, str):
-        return value
-    if related := re.fullmatch(r"\s*seed\s*(?:\+\s*(\d+)\s*)?", value):
-        return seed + int(related[1] or 0)
-    return float(value) if re.fullmatch(r"[+-]?\d+(\.\d*)?e[+-]?\d+", value, re.IGNORECASE) else value
 
 
 def _by_seed(units: Iterable[Unit]) -> list[Unit]:
@@ -682,7 +500,7 @@ def _wrong(units: Iterable[Unit]) -> Iterator[tuple[Unit, str]]:
         if cell not in seen:
             seen.add(cell)
             try:
-                _ = None if unit.measure else (unit.config, unit.after(student=unit.parameters.get("student")))
+                _ = None if unit.measure else (unit.config, unit.after())
             except ValueError as error:
                 yield unit, str(error).replace("\n", "\n    ")
 

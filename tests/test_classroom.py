@@ -1,9 +1,11 @@
 """Unfinished exercises and words that no table bears out are found."""
 
+import numpy as np
 import pandas as pd
 import pytest
 
-from kdlib.classroom import expect, untouched
+from kdlib.classroom import as_table, expect, judged, untouched
+from kdlib.compare import Plan, decide, family, seeds_to_settle
 
 
 @pytest.mark.parametrize("answer", [None, NotImplemented])
@@ -49,3 +51,25 @@ def test_rows_that_are_missing_or_not_unique_are_refused():
         expect(pd.Series(["open", "open"], index=["a", "a"]), {"a": "open"})
     with pytest.raises(AssertionError, match="without rows"):
         expect(VERDICTS[:0], "open")
+
+
+def test_a_table_of_verdicts_says_what_the_family_says():
+    rng = np.random.default_rng(0)
+    base = pd.Series(rng.normal(60, 1, 12))
+    pairs = {
+        ("a", "test"): (base + rng.normal(3, 0.1, 12), base),
+        ("b", "test"): (base + rng.normal(0, 0.1, 12), base),
+        ("c", "test"): (base + rng.normal(0, 5, 12), base),
+    }
+    decisions = {name: decide(Plan(0.5, (12,)), ours, theirs) for name, (ours, theirs) in pairs.items()}
+    table = judged(pairs, 0.5, settle=True)
+    assert list(table["verdict"]) == list(family({str(n): d for n, d in decisions.items()})["verdict"])
+    assert list(table["verdict"]) == ["better", "equal", "open"] and list(table.index) == [*pairs]
+    first = decisions["a", "test"].difference
+    assert table["gain (points)"].iloc[0] == f"+{first.mean:.1f} ± {first.std:.1f}"
+    assert table["95 % interval"].iloc[0] == f"+{first.low:.1f} to +{first.high:.1f}"
+    assert table["seeds to settle"].iloc[2] == format(seeds_to_settle(decisions["c", "test"].difference, 0.5), ",")
+    fractions = {name: decide(Plan(0.005, (12,)), a / 100, b / 100) for name, (a, b) in pairs.items()}
+    pd.testing.assert_frame_equal(as_table(fractions, unit=0.01), table.drop(columns="seeds to settle"))
+    with pytest.raises(ValueError, match="from two on"):
+        judged({"a": (base[:1], base[:1])}, 0.5)

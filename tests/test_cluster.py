@@ -202,6 +202,8 @@ def test_what_comes_after_a_run_is_in_its_record(workers, undisturbed, tmp_path)
     after = runs.run(runs.configure(**then[0], **by_hand, output_dir=str(tmp_path)))
     assert record.run_id == "soft-labels-seed3"
     assert record.metrics == {**distilled.metrics, **{f"mini-sst2/{n}": v for n, v in after.metrics.items()}}
+    ((asked,),) = record.asked.values()
+    assert asked.items() >= {**then[0], "seed": 3, "method": "fine_tune"}.items() and str(tmp_path) not in str(asked)
 
 
 def test_what_a_run_leaves_is_removed_only_if_asked_and_after_its_record_is_there(workers, undisturbed, tmp_path):
@@ -233,9 +235,33 @@ def some_records(study: Study, count: int = 1):
     return lambda: len([*study.records.glob("*.json")]) >= count
 
 
-def in_mid_run(study: Study):
-    """A checkpoint is there: a run has begun and has not ended."""
-    return lambda: any(Path(study.sheet.common["output_dir"]).glob("*/checkpoint*"))
+def in_mid_run(study: Study, since: float = 0.0):
+    """A checkpoint is there, written after that moment: a run has begun and has not ended."""
+
+    def found() -> bool:
+        with contextlib.suppress(FileNotFoundError):  # that run has ended meanwhile
+            places = Path(study.sheet.common["output_dir"]).glob("*/checkpoint*")
+            return any(path.stat().st_mtime > since for path in places)
+        return False
+
+    return found
+
+
+def told_to_end(study: Study) -> None:
+    """The command, while runs are under way, gets what a batch system sends before its limit."""
+    begun = time.time()
+    with started(study.path, "--workers", "2") as process:
+        wait_for(in_mid_run(study, begun))
+        children, asked = workers_of(process), time.monotonic()
+        process.terminate()
+        said, _ = process.communicate(timeout=60)
+    assert time.monotonic() - asked < 30 and len(children) >= 2
+    assert process.returncode == __main__.INTERRUPTED and said.strip() == STOPPED
+    _, alive = psutil.wait_procs(children, timeout=10)
+    assert alive == [], "they would work on for nobody"
+
+
+STOPPED = "stopped: the same command goes on with what is missing"
 
 
 def workers_of(process: subprocess.Popen) -> list[psutil.Process]:
@@ -251,7 +277,7 @@ def same(study: Study, other: Study) -> None:
     assert ours == theirs
 
 
-def test_a_worker_is_killed_then_everything_and_the_same_command_goes_on(undisturbed, tmp_path):
+def test_a_worker_is_killed_then_everything_then_it_is_told_to_end_and_the_same_command_goes_on(undisturbed, tmp_path):
     study = Study(written(tmp_path, common={"checkpoint_every": 1}))
     with started(study.path, "--workers", "2") as process:
         wait_for(in_mid_run(study))
@@ -261,6 +287,8 @@ def test_a_worker_is_killed_then_everything_and_the_same_command_goes_on(undistu
         os.killpg(process.pid, signal.SIGKILL)
     before = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in study.records.glob("*.json")}
     assert 2 <= len(before) < len(study.units)
+    told_to_end(study)
+    assert len([*study.records.glob("*.json")]) < len(study.units)
     assert subprocess.run(command(study.path), env=environment(), timeout=200).returncode == 0
     assert {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in before} == before
     same(study, undisturbed)
@@ -330,6 +358,22 @@ def test_a_plan_says_what_there_is_and_what_is_to_do(undisturbed, capsys, tmp_pa
     out = capsys.readouterr().out
     assert re.search(r"fixed +2 +3 +4 +2", out)
     assert "4 runs to do: about" in out
+
+
+def test_a_plan_without_a_table_of_choices_is_that_of_the_trials(capsys, tmp_path):
+    tried = {"method": "kd", "learning_rate": [1e-3, 2e-3]}
+    choose = {"arms": {"tried": tried}, "seeds": "100-102", "by": ["learning_rate"]}
+    arms = {"alone": {"method": "fine_tune"}, "fixed": {"method": "kd", "learning_rate": "chosen"}}
+    path = written(tmp_path, choose=choose, arms=arms)
+    assert __main__.main(["study", str(path), "--dry-run"]) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"tried +2 +3 +0 +6", out) and "6 runs to do" in out
+    assert "what --choose tries" in out and str(tmp_path / "a-study" / "choices.csv") in out
+    assert __main__.main(["study", str(path)]) == __main__.WRONG
+    assert "run the study with --choose" in capsys.readouterr().err
+    path = written(tmp_path, choose=choose, arms={**arms, "wrong": {"method": "kdd"}})
+    assert __main__.main(["study", str(path), "--dry-run"]) == __main__.WRONG
+    assert "did you mean 'kd'" in capsys.readouterr().err
 
 
 def test_a_finished_study_starts_no_workers(undisturbed, monkeypatch, capsys):

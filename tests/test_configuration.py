@@ -159,11 +159,21 @@ class TestConfigure:
         assert "batch_size is 0; expected a positive number" in message
         assert "seed is True (bool); expected int" in message
 
+    def test_a_folder_may_be_called_as_it_likes(self, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        with pytest.raises(ConfigurationError, match="'tiny-student' is not of the form"):
+            configure(student="tiny-student")
+        (tmp_path / "tiny-student").mkdir()
+        assert configure(student="tiny-student").student == "tiny-student"
+
     @pytest.mark.parametrize(
         ("parameters", "message"),
         [
             ({"task": "mini-stsb", "objective": "kl"}, "regression task, where a softmax has no meaning"),
             ({"teacher": "tiny4x128"}, "not of the form 'tiny-<layers>x<hidden>'"),
+            ({"teacher": "tiny-1x16"}, "'tiny-1x16': a tiny BERT needs .* a width that is a multiple of 32"),
+            ({"student": "tiny-0x64"}, "'tiny-0x64': a tiny BERT needs at least one layer"),
+            ({"student": "tiny-2x64h5"}, "'tiny-2x64h5': 5 heads cannot share 64 units"),
             ({"source": "glue", "task": "rte", "student": "minilm"}, "needs a pretrained teacher"),
             ({"source": "glue", "task": "rte", "teacher": "minilm"}, "needs a student"),
             ({"learning_rate": float("nan")}, "learning_rate is nan"),

@@ -3,6 +3,7 @@
 import platform
 from pathlib import Path
 
+import pytest
 import torch
 
 import kdlib
@@ -17,6 +18,13 @@ def test_the_processor_has_a_name_on_every_system(monkeypatch):
 
     monkeypatch.setattr(Path, "read_text", absent)
     assert machine.processor()
+
+
+@pytest.mark.parametrize(("load", "said"), [(9.0, "9.0 processes want to compute on 4 cores"), (4.9, "")])
+def test_a_machine_is_busy_where_there_is_more_to_compute_than_cores(monkeypatch, load, said):
+    monkeypatch.setattr(machine.os, "sched_getaffinity", lambda _: {1, 2, 3, 4})
+    monkeypatch.setattr(machine.os, "getloadavg", lambda: (load, 99.0, 99.0))
+    assert machine.busy() == said
 
 
 def test_git_commit_outside_a_repository(monkeypatch, tmp_path):

@@ -183,6 +183,17 @@ def test_results_are_a_table(tmp_path, capsys):
     records.write_record(dataclasses.replace(RECORD, folder=tmp_path / "one"))
     assert __main__.main(["results", str(tmp_path)]) == 0
     assert "validation/accuracy 0.875" in capsys.readouterr().out
+    on_text = dataclasses.replace(
+        RECORD, run_id="text", config={"method": "tutor", "corpus": "c"}, metrics={"loss": 2.0}
+    )
+    (tmp_path / "two").mkdir()
+    records.write_record(dataclasses.replace(on_text, folder=tmp_path / "two"))
+    assert __main__.main(["results", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert "NaN" not in out and "None" not in out and out.count("\n\n") == 1 and "text\nmethod metric mean n" in out
+    (tmp_path / "empty").mkdir()
+    assert __main__.main(["results", str(tmp_path / "empty")]) == 0
+    assert f"there are no records in {tmp_path / 'empty'}" in capsys.readouterr().out
     assert __main__.main(["results", str(tmp_path / "nowhere")]) == 1
     assert "there is no folder" in capsys.readouterr().err
 
@@ -260,6 +271,13 @@ def test_the_doctor_gets_what_is_meant_for_it(monkeypatch):
 def test_it_is_a_command(root):
     done = subprocess.run([sys.executable, "-m", "kdlib", "run", "--odd"], cwd=root, capture_output=True, text=True)
     assert done.returncode == 2 and "unrecognized arguments: --odd" in done.stderr
+
+
+def test_a_record_alone_is_not_a_run(finished, tmp_path, capsys):
+    alone = tmp_path / "a-run.json"
+    alone.write_text((finished / "record.json").read_text())
+    assert __main__.main(["report", str(alone)]) == 1
+    assert "needs the networks of its run: give the run's own folder" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("name", "said"), [("study.yml", "holds no record.json"), ("nowhere", "there is no folder")])

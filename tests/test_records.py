@@ -12,6 +12,7 @@ from kdlib.records import (
     ROWS,
     RunRecord,
     arms,
+    by_task,
     is_record,
     latex,
     markdown,
@@ -108,6 +109,23 @@ class TestResults:
             write_record(dataclasses.replace(record, run_id=str(number), folder=folder, **fields))
         table = results(tmp_path, by=by)
         assert dict(zip(table[ROWS], table["n"], strict=True)) == {96: 2, 86: 1}
+
+    def test_are_read_task_by_task_without_what_is_the_same_or_not_there(self, record, tmp_path):
+        told = [
+            {"task": "a", "method": "kd", "temperature": 1.0, "epochs": 3},
+            {"task": "a", "method": "kd", "temperature": 2.0, "epochs": 3},
+            {"task": "b", "method": "fine_tune", "epochs": 4},
+            {"method": "tutor", "corpus": "text"},
+        ]
+        for number, config in enumerate(told):
+            fields = {"config": config, "metrics": {"loss": 0.25}, "oracle": {}, "folder": tmp_path / str(number)}
+            fields["folder"].mkdir()
+            write_record(dataclasses.replace(record, run_id=str(number), **fields))
+        found = by_task(results(tmp_path))
+        assert list(found) == ["a", "b", "text"] and by_task(results(tmp_path / "none")) == {}
+        assert list(found["a"]) == ["method", "temperature", "metric", "mean", "n"]
+        assert found["a"].to_numpy().tolist() == [["kd", t, "loss", "0.25", "1"] for t in "12"]
+        assert list(found["b"]) == list(found["text"]) == ["method", "metric", "mean", "n"]
 
     def test_an_empty_folder_gives_an_empty_table(self, tmp_path):
         assert results(tmp_path).empty

@@ -134,12 +134,17 @@ def test_without_a_teacher_and_with_one_that_learns(tmp_path, monkeypatch):
     assert teacher.parameters > student.parameters and not told
 
 
-def test_a_teacher_that_was_there_is_scored_when_measured(record, tmp_path):
+def test_a_teacher_that_was_there_is_scored_when_measured_and_a_busy_machine_told(record, tmp_path, monkeypatch):
+    told = []
+    monkeypatch.setattr(report, "notice", told.append)
+    monkeypatch.setattr(report, "busy", lambda: "9.0 processes want to compute on 2 cores")
     where = str(record.folder.parent / record.teacher / engine.STUDENT)
     config = QUICK | {"teacher": where, "teacher_epochs": 0, "output_dir": str(tmp_path), "max_train": 64}
     given = runs.run(runs.configure(**config))
     plain, *_ = report.report(given, measure=False).networks
+    assert not told, "nothing is measured"
     measured, *_ = report.report(given, batch_sizes=(1,), seconds=0.01).networks
+    assert [text for text in told if "busy (9.0 processes" in text and "measure again" in text] == told != []
     known = records.read_record(record.folder.parent / record.teacher)
     assert plain.scores == {} and plain.seconds is None and plain.stored_bytes == known.stored_bytes
     assert measured.scores == {"accuracy": known.metrics["validation/accuracy"]}

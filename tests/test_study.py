@@ -1,5 +1,6 @@
 """Study files: what they ask for, what is wrong with them, and what their records decide."""
 
+import contextlib
 import dataclasses
 import json
 import re
@@ -83,6 +84,12 @@ class TestUnits:
         assert [(u.seed, u.parameters["teacher_seed"]) for u in found.units] == [(0, 50), (1, 51)]
         assert found.units[0].config.learning_rate == 1e-3
 
+    def test_have_the_seeds_of_a_list_in_their_order(self, study):
+        arms = {**ARMS, "fixed": {"method": "kd", "seeds": [9, 3]}}
+        found = study(arms=arms, seeds=[5, 0])
+        told = [(unit.seed, unit.arm) for unit in found.units]
+        assert told == [(0, "alone"), (3, "fixed"), (5, "alone"), (9, "fixed")] and found.seeds == [0, 5]
+
     def test_on_text_are_runs_on_text(self, study):
         found = study(arms={"text": {"method": "soft_labels", "corpus": "mini-corpus", "task": None, "epochs": None}})
         with pytest.raises(ConfigurationError, match="unknown parameter 'task'"):
@@ -118,6 +125,11 @@ class TestMistakes:
         [
             ({"seeds": "4-2"}, "seeds are '4-2'"),
             ({"seeds": "many"}, "seeds are 'many'"),
+            ({"seeds": []}, r"seeds are \[\]; expected a range such as 0-9, one number, or a list"),
+            ({"seeds": [1, -1]}, r"seeds are \[1, -1\]; expected"),
+            ({"seeds": [4, 1, 4]}, r"seeds are \[4, 1, 4\], with 4 twice"),
+            ({"seeds": ["0-4"]}, r"a-study\.yml is wrong:\n  - seeds are \['0-4'\]; expected a range"),
+            ({"seeds": [True]}, r"seeds are \[True\]; expected a range"),
             ({"sedes": 1}, "unknown field 'sedes'; did you mean 'seeds'"),
             ({"looks": [0]}, "looks"),
             ({"rules": [{"learning_rate": 1}]}, "where"),
@@ -138,6 +150,13 @@ class TestMistakes:
             Study(tmp_path / "none.yml")
         with pytest.raises(ConfigurationError, match="arms/empty is None"):
             _ = study(arms={"empty": None}).units
+
+    @pytest.mark.parametrize(("written", "number"), [("010", 8), ("1:30", 90), ("[1, 012]", 10)])
+    def test_a_number_is_not_in_octal(self, study, written, number):
+        path = study(seeds=7).path
+        path.write_text(path.read_text().replace("seeds: 7", f"seeds: {written}"))
+        with pytest.raises(ConfigurationError, match=rf"is the number {number} to YAML(?s:.*)line \d+"):
+            Study(path)
 
     def test_a_claim_compares_one_cell_with_one(self, study):
         arms = {"alone": {"method": "fine_tune", "epochs": [1, 2]}, "fixed": {"method": "kd"}}
@@ -365,10 +384,52 @@ class TestDecisions:
         found = study(arms=arms, seeds=0)
         path, config = found.record(found.units[0]), dict(found.units[0].config.flat)
         path.parent.mkdir()
-        path.write_text(json.dumps({"config": {**config, "device": "elsewhere"}}))
+        path.write_text(
+            json.dumps({"config": {**config, "device": "elsewhere"}, "metrics": {"mini-mnli/test/f1": 1.0}})
+        )
         found.check_records()
         with pytest.raises(ValueError, match="was made with epochs = 2, and the study now says 3"):
             study(arms={"a": {**arms["a"], "epochs": 3}}, seeds=0).check_records()
+
+    @pytest.mark.parametrize(
+        ("then", "said"),
+        [
+            ([{"task": "mini-mnli", "epochs": 3}], None),
+            ([{"task": "mini-mnli", "epochs": 3, "checkpoint_every": 7, "weight_decay": 0.01}], None),  # the default
+            ([{"task": "mini-mnli", "epochs": 4}], "on mini-mnli with epochs = 3, and the study now says 4"),
+            ([{"task": "mini-mnli", "epochs": 3, "max_steps": 9}], "max_steps = None, and the study now says 9"),
+            ([{"task": "mini-sst2", "epochs": 3}], "on mini-mnli, and the study now says mini-sst2"),
+            ([{"task": "mini-mnli", "epochs": 3}, {"task": "mini-sst2"}], "now says mini-mnli, mini-sst2"),
+        ],
+    )
+    @pytest.mark.parametrize("trying", [False, True])
+    def test_are_not_of_records_with_something_else_after_the_run(self, study, tmp_path, then, said, trying):
+        def written(then):
+            arms = {"a": {"method": "kd", "then": then}}
+            choose = {"arms": arms, "by": ["method"], "seeds": 9}
+            return study(arms=arms, seeds=0, choose=choose, common={"output_dir": str(tmp_path / "runs")})
+
+        first = written([{"task": "mini-mnli", "epochs": 3}])
+        (unit,) = first.trials if trying else first.units
+        told = {"config": unit.config.flat, "asked": unit.asked, "metrics": {}}
+        first.record(unit, trying).parent.mkdir(parents=True)
+        first.record(unit, trying).write_text(json.dumps(told))
+        with contextlib.nullcontext() if said is None else pytest.raises(ValueError, match=said):
+            written(then).check_records(trying)
+
+    def test_that_do_not_say_what_came_after_the_run_tell_its_tasks_by_their_metrics(self, study):
+        def written(*tasks):
+            return study(arms={"a": {"method": "kd", "then": [{"task": task} for task in tasks]}}, seeds=0)
+
+        found = written("mini-mnli")
+        names = ["validation/accuracy", "teacher/validation/accuracy", "mini-mnli/validation/accuracy"]
+        found.records.mkdir()
+        told = {"config": found.units[0].config.flat, "metrics": dict.fromkeys(names, 1.0)}
+        found.record(found.units[0]).write_text(json.dumps(told))
+        found.check_records()
+        for tasks in (["mini-sst2"], ["mini-mnli", "mini-sst2"]):
+            with pytest.raises(ValueError, match=f"made with then on mini-mnli, .*now says {', '.join(tasks)}: move"):
+                written(*tasks).check_records()
 
     def test_a_table_has_a_row_for_each_record(self, study):
         found = study(arms={"fixed": {"method": "kd", "alpha": [0.1, 0.2]}, "alone": {"method": "fine_tune"}})
