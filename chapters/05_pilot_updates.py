@@ -72,7 +72,7 @@ from transformers import BertConfig, BertForSequenceClassification
 
 from kdlib import book, glue, models, plots, runs
 from kdlib.batches import collate
-from kdlib.classroom import as_table, expect, judged, untouched
+from kdlib.classroom import as_table, expect, untouched, verdicts_on
 from kdlib.compare import paired, seeds_to_see, verdict
 
 plots.use_style()
@@ -706,7 +706,7 @@ for task, name in itertools.product(TASKS, ("meta", "no pilot update")):
     pairs[f"{task}, {name}"] = pd.Series(last), pd.Series(first)
     ahead[f"{task}, {name}"] = f"{(ends > last).sum()} of {len(ends)}"
 print("the teacher's accuracy, the last epoch over the first, and in how many seeds the student ends above it")
-judged(pairs, MARGIN).assign(**{"student ahead": ahead})
+verdicts_on(pairs, MARGIN).assign(**{"student ahead": ahead})
 
 # %% [markdown]
 # In the paper's Figure 2 the teacher degrades after some thousand steps and the student overtakes it. The table above says what became of that
@@ -847,7 +847,7 @@ pd.DataFrame(shares).T.rename(columns={"untied": "better, of the untied"})
 
 # %%
 # NBVAL_CHECK_OUTPUT
-statistic = judged(
+statistic = verdicts_on(
     {
         "teacher learns: over one half": (fair["untied"], 0 * fair["untied"] + 50),
         "teacher stands still: over one half": (null["untied"], 0 * null["untied"] + 50),
@@ -1101,7 +1101,7 @@ for first, second in READINGS:
         twins = [PUPILS[pupil]] if pupil in PUPILS else list(PUPILS.values())
         gain = sum(image[(twin, *PRINTED[first])] - image[(twin, *PRINTED[second])] for twin in twins) / len(twins)
         pairs[f"{first} over {second}", pupil], there[f"{first} over {second}", pupil] = pair, f"{gain:+.2f}"
-readings = judged(pairs, MARGIN, settle=True)
+readings = verdicts_on(pairs, MARGIN, settle=True)
 readings.insert(0, "in the paper", there)
 readings.index = pd.MultiIndex.from_tuples(pairs)
 expect(readings["verdict"], "open")
@@ -1201,10 +1201,10 @@ for field in SWEEPS:
     points |= {f"{field} {value}": (meta[value], fixed[value]) for value in SWEEPS[field]}
     pairs[f"{field}: better, on average over its values"] = meta.mean(axis=1), fixed.mean(axis=1)
     pairs[f"{field}: flatter, how much smaller its range"] = width(fixed), width(meta)
-said = judged(points, MARGIN)["verdict"]
+said = verdicts_on(points, MARGIN)["verdict"]
 counts = ", ".join(f"{word} at {(said == word).sum()}" for word in ("better", "worse", "equal", "open"))
 print(f"MetaDistil against the fixed teacher, of {len(points)} points: {counts}")
-sweeps = judged(pairs, MARGIN, settle=True)
+sweeps = verdicts_on(pairs, MARGIN, settle=True)
 expect(sweeps["verdict"], "open")
 expect(said, "open")
 sweeps
@@ -1220,7 +1220,7 @@ pairs = {}
 for name, (more, less) in itertools.product(RIVALS, ((0.0, 0.5), (0.5, 0.9))):
     accuracies = swept("alpha", name)
     pairs[f"{name}: α = {more} over α = {less}"] = accuracies[more], accuracies[less]
-weights = judged(pairs, MARGIN, settle=True)
+weights = verdicts_on(pairs, MARGIN, settle=True)
 decided = "meta: α = 0.0 over α = 0.5"
 expect(weights["verdict"], dict.fromkeys(weights.index, "open") | {decided: "better"})
 assert weights["gain (points)"].str.startswith("+").all()

@@ -71,7 +71,7 @@ from torch.nn import functional as F
 from transformers import BertConfig, BertForSequenceClassification
 
 from kdlib import book, glue, models, plots, runs, trainer
-from kdlib.classroom import as_table, expect, judged, untouched
+from kdlib.classroom import as_table, expect, untouched, verdicts_on
 from kdlib.compare import paired, seeds_to_see
 
 plots.use_style()
@@ -738,7 +738,7 @@ CLAIMS = [
     ("LGTM, printed", "online distillation"),
     ("LGTM, released", "online distillation"),
 ]
-helps = judged({f"{first} over {second}": (scores(first), scores(second)) for first, second in CLAIMS}, MARGIN)
+helps = verdicts_on({f"{first} over {second}": (scores(first), scores(second)) for first, second in CLAIMS}, MARGIN)
 printed_fails = {"LGTM, printed over online distillation": "worse"}
 expect(helps["verdict"], dict.fromkeys(helps.index, "open") | printed_fails)
 helps
@@ -1008,7 +1008,7 @@ def lines_of(table):
 
 
 lines = lines_of(runs_of)
-by_objective = judged(lines, MARGIN)
+by_objective = verdicts_on(lines, MARGIN)
 for name, word in {"squared error": "better", "DIST": "worse"}.items():
     expect(by_objective["verdict"], {f"{name}: {kind} over fixed": word for kind in ("weighted", "online")})
 expect(by_objective["verdict"], {"KL: weighted over online": "equal", "squared error: weighted over online": "worse"})
@@ -1029,7 +1029,7 @@ plt.show()
 # %%
 sizes = {(f"{UNITS} units", kind): runs_of["KL", kind] for kind in ("fixed", "online", "weighted", "meta")}
 sizes |= {("4 units", kind): train_perceptrons(kind, units=4)[0] for kind in ("fixed", "online", "weighted", "meta")}
-by_size = judged(lines_of(sizes), MARGIN)
+by_size = verdicts_on(lines_of(sizes), MARGIN)
 assert "better" not in set(by_size["verdict"])
 by_size
 
@@ -1050,7 +1050,7 @@ print(
     f"; highest at {best}",
 )
 best_of_paper, *others = (pd.Series(by_alpha[alpha]) for alpha in (0.6, 1.0, 0.8, 0.4))
-by_label = judged(
+by_label = verdicts_on(
     {f"α = 0.6 over {a}": (best_of_paper, other) for a, other in zip((1.0, 0.8, 0.4), others, strict=True)},
     MARGIN,
 )
@@ -1077,7 +1077,9 @@ def leak(first, second="LGTM, weighted"):
 
 
 feedback = {"validation feedback": "feedback from validation", "5 % of the training set": "feedback from 5 %"}
-leaks = judged({(name, split): line for name, way in feedback.items() for split, line in leak(way).items()}, MARGIN)
+leaks = verdicts_on(
+    {(name, split): line for name, way in feedback.items() for split, line in leak(way).items()}, MARGIN
+)
 leaks.index = pd.MultiIndex.from_tuples(leaks.index, names=["over 10 % of the training set", ""])
 assert set(leaks["verdict"]) == {"open"}
 leaks

@@ -24,7 +24,7 @@ def untouched(answer: Any) -> bool:
     return True
 
 
-def judged(pairs: Mapping[Hashable, tuple[BySeed, BySeed]], margin: float, settle: bool = False) -> pd.DataFrame:
+def verdicts_on(pairs: Mapping[Hashable, tuple[BySeed, BySeed]], margin: float, settle: bool = False) -> pd.DataFrame:
     """How much larger the first of each pair of values by seed is, and what all of them say together; see `as_table`.
 
     Values and margin are in points.  Raises what `compare.decide` raises.

@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from kdlib.classroom import as_table, expect, judged, untouched
+from kdlib.classroom import as_table, expect, untouched, verdicts_on
 from kdlib.compare import Plan, decide, family, seeds_to_settle
 
 
@@ -62,7 +62,7 @@ def test_a_table_of_verdicts_says_what_the_family_says():
         ("c", "test"): (base + rng.normal(0, 5, 12), base),
     }
     decisions = {name: decide(Plan(0.5, (12,)), ours, theirs) for name, (ours, theirs) in pairs.items()}
-    table = judged(pairs, 0.5, settle=True)
+    table = verdicts_on(pairs, 0.5, settle=True)
     assert list(table["verdict"]) == list(family({str(n): d for n, d in decisions.items()})["verdict"])
     assert list(table["verdict"]) == ["better", "equal", "open"] and list(table.index) == [*pairs]
     first = decisions["a", "test"].difference
@@ -72,4 +72,4 @@ def test_a_table_of_verdicts_says_what_the_family_says():
     fractions = {name: decide(Plan(0.005, (12,)), a / 100, b / 100) for name, (a, b) in pairs.items()}
     pd.testing.assert_frame_equal(as_table(fractions, unit=0.01), table.drop(columns="seeds to settle"))
     with pytest.raises(ValueError, match="from two on"):
-        judged({"a": (base[:1], base[:1])}, 0.5)
+        verdicts_on({"a": (base[:1], base[:1])}, 0.5)
