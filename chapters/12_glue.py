@@ -100,10 +100,12 @@ feedback_fraction = None  # share of train kept as feedback data: 0.1 where a me
 labelled_course = None  # False: only the feedback data have labels (fine_tune, kd, ikd)
 
 # Who learns from whom
-method = "kd"  # "kd", "prokt", "dml", "metadistil", "ikd", "lgtm", or "fine_tune" for no teacher at all
+# "fine_tune" is no teacher at all; a fixed one: "kd", "pkd", "dist", "skd", "takd", "rco", "annealing", "theseus",
+# "tinybert_task"; one that learns: "pesf", "prokt", "dml", "metadistil", "ikd", "lgtm"
+method = "kd"
 teacher = None  # "tiny-4x128", "minilm", a hub id, a folder
 teacher_epochs = None  # before it teaches; 0: the teacher is taken as it is
-untrained_teacher = None  # True: kd, metadistil or ikd may learn from a classifier that was never trained
+untrained_teacher = None  # True: learn even from a classifier that was never trained
 teacher_learning_rate = None
 teacher_batch_size = None  # this and the next: of its own training, before it teaches, whatever the student's are
 teacher_micro_batches = None
@@ -126,7 +128,7 @@ warmup_ratio = 0.1
 max_grad_norm = None  # longer gradients are scaled down; None: 1
 alpha = None  # weight of the labels; the teacher's is 1 - alpha
 temperature = None
-objective = None  # kl, reverse_kl, soft_cross_entropy, logit_mse, probability_mse, dist
+objective = None  # kl, reverse_kl, soft_cross_entropy, logit_mse, probability_mse, dist, spherical
 pkd_weight = None  # hidden states as well, PKD; pkd_layers "skip" or "last", pkd_normalisation "sum" or "mean"
 pkd_layers = None
 pkd_normalisation = None
@@ -142,10 +144,21 @@ output_dir = "_runs"
 resume = True  # go on with an interrupted run, reuse a finished one
 log_with = None  # who follows the history while it grows, on this machine: "tensorboard", "trackio", "wandb"
 
+# Fixed teachers in other ways
+assistants = None  # takd: networks between teacher and student, "tiny-3x96,tiny-2x64", or a number of layers
+anchors = None  # rco: states of the teacher that are shown; fine_tune: networks kept on the way, for rco
+first_stage = None  # annealing, tinybert_task: share of the steps before labels or predictions are looked at
+max_temperature = None  # annealing: in how many steps the teacher's logits grow
+replacing_rate = None  # theseus, and the next two: probability that a block is the student's, at first
+replaced_after = None  # share of the steps after which all blocks are
+replacement = None  # "linear" or "constant" until then
+attention = None  # tinybert_task: imitate attention, too
+adapter_size = None  # pesf: hidden units of the teacher's adapter
+
 # A teacher that learns: chapters 4 to 7
 teaching_rate = None  # its learning rate while it teaches
-teacher_alpha = None  # prokt, dml, lgtm: weight of the labels for the teacher
-teacher_objective = None  # prokt, dml, lgtm: what the teacher imitates in the student
+teacher_alpha = None  # pesf, prokt, dml, lgtm: weight of the labels for the teacher
+teacher_objective = None  # pesf, prokt, dml, lgtm: what the teacher imitates in the student
 first = None  # prokt, dml: who moves first, "teacher", "student" or "simultaneous"
 zero_classifiers = None  # prokt, dml, lgtm: both start with equal probabilities
 pilot_update = None  # metadistil: the student learns from the improved teacher

@@ -45,6 +45,17 @@ def choices(chapter: str) -> pd.DataFrame:
     return pd.read_csv(path)
 
 
+def benchmark(name: str) -> pd.DataFrame:
+    """What a program of `benchmarks/` measured, `data/benchmarks/<name>.csv`.
+
+    Raises FileNotFoundError in an installation without the repository's data.
+    """
+    path = Path(kdlib.__file__).resolve().parents[1] / "data" / "benchmarks" / f"{name}.csv"
+    if not path.exists():
+        raise FileNotFoundError(f"no table {path}: `python benchmarks/{name}.py --write` measures it")
+    return pd.read_csv(path)
+
+
 def published(task: str | None = None, folder: Path | str | None = None) -> pd.DataFrame:
     """The papers' printed results, one number a row; only those of `task` if it is given.
 

@@ -63,6 +63,6 @@ def adapt(teacher: PreTrainedModel, size: int, seed: int = 0) -> None:
     teacher.requires_grad_(False)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        adapted = Adapted(head, size)
+        adapted = Adapted(head, size).to(head.weight)
     place = teacher if teacher.classifier is head else teacher.classifier
     setattr(place, "classifier" if place is teacher else "out_proj", adapted)

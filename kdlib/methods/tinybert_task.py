@@ -41,7 +41,8 @@ class TinyBERTOnTask(TwoStages):
         """The student gets W, a projection of its hidden states to the teacher's width, which learns with it."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            student.projection = nn.Linear(student.config.hidden_size, teacher.config.hidden_size, bias=False)
+            projection = nn.Linear(student.config.hidden_size, teacher.config.hidden_size, bias=False)
+        student.projection = projection.to(next(student.parameters()))
 
     def release(self, student: PreTrainedModel) -> None:
         del student.projection
