@@ -6,6 +6,7 @@ which it finds in `output_dir`, a folder that all workers must see.  So whatever
 """
 
 import argparse
+import atexit
 import contextlib
 import dataclasses
 import importlib.util
@@ -27,6 +28,7 @@ import pandas as pd
 import psutil
 import torch
 from dask.distributed import CancelledError, Client, Future, LocalCluster, as_completed
+from distributed.deploy.spec import close_clusters
 from distributed.security import Security
 
 from kdlib import configuration, files, pretraining, progress, runs
@@ -92,7 +94,12 @@ def local(count: int | None = None, dashboard: bool = False) -> Iterator[Client]
     made = {"n_workers": count or fitting, "threads_per_worker": 1, "memory_limit": 0, "silence_logs": logging.CRITICAL}
     made |= {"dashboard_address": f"127.0.0.1:{8787 if dashboard else 0}", "worker_dashboard_address": "127.0.0.1:0"}
     made |= {"security": Security.temporary()}
-    with LocalCluster(**made) as cluster, Client(cluster) as client:
+    try:
+        begun = LocalCluster(**made)
+    except KeyboardInterrupt:
+        atexit.unregister(close_clusters)  # it fails on a cluster that is half there; the workers end with this process
+        raise
+    with begun as cluster, Client(cluster) as client:
         yield client
 
 

@@ -15,6 +15,7 @@ import psutil
 import pytest
 import yaml
 from dask.distributed import Client
+from distributed.deploy import spec
 
 from kdlib import __main__, cluster, pretraining, runs
 from kdlib.records import read_record
@@ -292,6 +293,20 @@ def test_a_worker_is_killed_then_everything_then_it_is_told_to_end_and_the_same_
     assert subprocess.run(command(study.path), env=environment(), timeout=200).returncode == 0
     assert {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in before} == before
     same(study, undisturbed)
+
+
+def test_an_end_while_the_workers_start_leaves_nothing_to_complain_of(monkeypatch):
+    """Dask would close a cluster that is half there when the process ends, and fail."""
+
+    def interrupted(**_):
+        raise KeyboardInterrupt
+
+    left_out = []
+    monkeypatch.setattr(cluster, "LocalCluster", interrupted)
+    monkeypatch.setattr(cluster.atexit, "unregister", left_out.append)
+    with pytest.raises(KeyboardInterrupt), cluster.local(1):
+        pass
+    assert left_out == [spec.close_clusters]
 
 
 @contextlib.contextmanager
