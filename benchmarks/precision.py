@@ -16,22 +16,24 @@ nothing, as a rule.  Ratios within one run are what counts: the ways take turns,
 """
 
 import argparse
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
 
-from benchmarks.influence import random_batch, seconds
-from benchmarks.step import WORDS, learners
-from kdlib.learner import Batch, Learner
+from benchmarks.influence import seconds
+from benchmarks.rivals import batches, learners_of, step_of
+from kdlib.learner import Batch, Learner, accelerator_for
 from kdlib.methods import METHODS
-from kdlib.methods.base import Cast, Piloting, Step
-from kdlib.models import Outputs
+from kdlib.methods.base import Piloting, Step
+from kdlib.methods.theseus import Theseus
 
 FULL, LOW = "fp32", "bf16"
 WARM_UP = 5
@@ -44,26 +46,31 @@ State = list[tuple[dict, dict, dict]]
 """Weights, moments and schedule of each of a pair."""
 
 
-def pairs(layers: tuple[int, int], hidden: int) -> dict[str, Pair]:
-    """Student and teacher for each precision, with the same weights."""
-    # accelerate keeps its precision in the process, but an object made for fp32 never asks for it.
-    found = {precision: learners(layers, hidden, "cpu", precision) for precision in (FULL, LOW)}
-    for precision, (student, _) in found.items():
+def pairs(
+    method: str, layers: tuple[int, int], hidden: int, made: Mapping[str, Accelerator], tangent: str | None = None
+) -> dict[str, tuple[Pair, Callable[[Data], object]]]:
+    """Student and teacher for each precision, with the same weights, and their step of a batch and a feedback batch."""
+    told: dict[str, Any] = {} if tangent is None else {"tangent_precision": tangent}
+    if METHODS[method] is Theseus:
+        told["replacing_rate"] = 0.7  # so that some block is the student's at the step that is looked at
+    found = {}
+    for precision, accelerator in made.items():
+        settings, *pair = learners_of(method, layers, hidden, accelerator, **told)
+        step = step_of(settings, *pair)
+        found[precision] = tuple(pair), partial(_given, step, settings.feedback is not None)
+    for precision, ((student, _), _) in found.items():
         with student.accelerator.autocast():
             assert torch.is_autocast_enabled("cpu") == (precision == LOW)
     return found
 
 
-def step_of(method: str, pair: Pair, tangent: str | None) -> Callable[[Data], object]:
-    """A step of a method as a function of a batch and a feedback batch."""
-    student, teacher = pair
-    settings = METHODS[method](**({} if tangent is None else {"tangent_precision": tangent}))
-    if settings.teaches == "learning":
-        cast = Cast(student, teacher)
-    else:  # a fixed teacher's answers are looked up
-        cast = Cast(student, answers=lambda batch: Outputs(batch["teacher_logits"]))
-    step: Step = settings.step(cast)
-    return (lambda data: step(*data)) if settings.feedback else (lambda data: step(data[0]))
+def accelerators() -> dict[str, Accelerator]:
+    """One for each precision.  accelerate keeps that in the process, but an object made for fp32 never asks for it."""
+    return {precision: accelerator_for("cpu", precision) for precision in (FULL, LOW)}
+
+
+def _given(step: Step, feedback: bool, data: Data) -> object:
+    return step(*data) if feedback else step(data[0])
 
 
 def state_of(pair: Pair) -> State:
@@ -120,42 +127,28 @@ def without_dropout(pair: Pair) -> Iterator[None]:
             layer.p = share
 
 
-def batches(samples: int, tokens: int) -> Data:
-    """A batch and a feedback batch, with logits of a teacher that does not learn."""
-    found = []
-    for seed in (0, 1):
-        batch = random_batch(samples, tokens, "cpu", seed, WORDS)
-        batch |= {"token_type_ids": torch.zeros_like(batch["input_ids"]), "rows": torch.arange(samples)}
-        found.append(batch)
-    return found[0], found[1]
-
-
 def costs(methods: list[str], layers: tuple[int, int], hidden: int, samples: int, tokens: int, turns: int):
     """The rows of the table."""
-    both, data = pairs(layers, hidden), batches(samples, tokens)
-    start = state_of(both[FULL])
+    data, made = batches(samples, tokens), accelerators()
     size = {"layers": f"{layers[0]} → {layers[1]}", "hidden": hidden, "batch": samples, "tokens": tokens}
     rows, steps = {}, {}
     for method in methods:
-        tangents = (FULL, "autocast") if issubclass(METHODS[method], Piloting) else (None,)
-        put_back(both[FULL], start)
-        steps[method, FULL, None] = exact = step_of(method, both[FULL], None)
-        for _ in range(WARM_UP):
-            exact(data)
-        warm = state_of(both[FULL])
-        expected = moves(exact, both[FULL], data)
-        rows[method, FULL, None] = {}
-        for tangent in tangents:
-            steps[method, LOW, tangent] = step = step_of(method, both[LOW], tangent)
-            put_back(both[LOW], warm)
-            found = moves(step, both[LOW], data)
+        for tangent in (FULL, "autocast") if issubclass(METHODS[method], Piloting) else (None,):
+            both = pairs(method, layers, hidden, made, tangent)
+            (exact_pair, exact), (low_pair, low) = both[FULL], both[LOW]
+            for _ in range(WARM_UP):
+                exact(data)
+            put_back(low_pair, state_of(exact_pair))
+            expected = moves(exact, exact_pair, data)
+            found = moves(low, low_pair, data)
+            if (method, FULL, None) not in steps:
+                steps[method, FULL, None], rows[method, FULL, None] = exact, {}
+            steps[method, LOW, tangent] = low
             rows[method, LOW, tangent] = {
                 f"{what} error": ((value - expected[what]).norm() / expected[what].norm()).item()
                 for what, value in found.items()
             }
     times: dict[tuple, list[float]] = {case: [] for case in steps}
-    for pair in both.values():
-        put_back(pair, start)
     for _ in range(turns):
         for case, step in steps.items():
             times[case].append(seconds(partial(step, data), "cpu"))

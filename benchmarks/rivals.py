@@ -13,14 +13,15 @@ Ratios within one run are what counts.  --write stores the table in data/benchma
 
 import argparse
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
+from accelerate import Accelerator
 from torch import Tensor
 from torch.autograd import forward_ad
 from transformers import BertForSequenceClassification
@@ -30,11 +31,12 @@ from benchmarks.step import WORDS, Saved
 from kdlib import models
 from kdlib.learner import Batch, Learner, accelerator_for, learner
 from kdlib.methods import METHODS
-from kdlib.methods.base import Cast
+from kdlib.methods.base import Cast, Method, Step
 from kdlib.methods.kd import PKD
 
 TABLE = Path(__file__).resolve().parents[1] / "data" / "benchmarks" / "rivals.csv"
 PLAIN = "kd"
+FOREVER = 10**6
 Network = BertForSequenceClassification
 
 
@@ -75,35 +77,51 @@ def networks(
     return made[0], made[1]
 
 
-def call_of(
-    method: str, layers: tuple[int, int], hidden: int, samples: int, tokens: int
-) -> tuple[Callable, Learner, Learner]:
-    """A step of a method, which can be made again and again, its student and its teacher."""
-    settings, pair = METHODS[method](), networks(layers, hidden)
+def learners_of(
+    method: str, layers: tuple[int, int], hidden: int, accelerator: Accelerator, **told: Any
+) -> tuple[Method, Learner, Learner]:
+    """A method's settings, and a student and a teacher that are prepared for it; its training never ends."""
+    settings, pair = METHODS[method](**told), networks(layers, hidden)
     settings.prepare(*pair)
-    accelerator = accelerator_for("cpu")
     student, teacher = (
-        learner(name, one.train(), accelerator, 1e-5, 10**6, warmup_ratio=0.0, stages=settings.stages)
+        learner(name, one.train(), accelerator, 1e-5, FOREVER, warmup_ratio=0.0, stages=settings.stages)
         for name, one in zip(("student", "teacher"), pair, strict=True)
     )
-    batch, feedback = (random_batch(samples, tokens, "cpu", seed, WORDS) for seed in (0, 1))
-    for data in (batch, feedback):
-        data |= {"token_type_ids": torch.zeros_like(data["input_ids"]), "rows": torch.arange(samples)}
-    known = models.Outputs(batch["teacher_logits"])
-
-    def answers(batch: Batch) -> models.Outputs:
-        return models.targets(teacher.module, batch, **settings.wanted) if isinstance(settings, PKD) else known
-
     if settings.teaches == "fixed":
         teacher.module.eval()
-    cast = Cast(student, teacher, answers, None, teacher.module, [answers], total=10**6)
-    step = settings.step(cast if settings.teaches == "learning" else replace(cast, teacher=None))
-    return partial(step, batch, feedback) if settings.feedback else partial(step, batch), student, teacher
+    return settings, student, teacher
+
+
+def step_of(settings: Method, student: Learner, teacher: Learner) -> Step:
+    """A step; logits of a fixed teacher that are all that is asked for are in the batch, as if looked up."""
+
+    def answers(batch: Batch) -> models.Outputs:
+        if isinstance(settings, PKD):
+            return models.targets(teacher.module, batch, **settings.wanted)
+        return models.Outputs(batch["teacher_logits"])
+
+    if settings.teaches == "learning":
+        return settings.step(Cast(student, teacher))
+    return settings.step(Cast(student, None, answers, None, teacher.module, [answers], FOREVER))
+
+
+def batches(samples: int, tokens: int) -> tuple[Batch, Batch]:
+    """A batch and a feedback batch, with logits of a teacher that does not learn."""
+    found = []
+    for seed in (0, 1):
+        batch = random_batch(samples, tokens, "cpu", seed, WORDS)
+        batch |= {"token_type_ids": torch.zeros_like(batch["input_ids"]), "rows": torch.arange(samples)}
+        found.append(batch)
+    return found[0], found[1]
 
 
 def costs(layers: tuple[int, int], hidden: int, samples: int, tokens: int, turns: int) -> pd.DataFrame:
     """A row for each method."""
-    cases = {method: call_of(method, layers, hidden, samples, tokens) for method in METHODS}
+    accelerator, data, cases = accelerator_for("cpu"), batches(samples, tokens), {}
+    for method in METHODS:
+        settings, *pair = learners_of(method, layers, hidden, accelerator)
+        step = step_of(settings, *pair)
+        cases[method] = partial(step, *data) if settings.feedback else partial(step, data[0]), *pair
     rows = []
     for method, (call, student, teacher) in cases.items():
         call()  # warms up, and makes the optimisers' moments

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 import torch
 
-from benchmarks import first_batch, fixed_teacher, precision, processes, step, tutor
+from benchmarks import first_batch, fixed_teacher, precision, processes, rivals, step, tutor
 from kdlib import glue
 from kdlib.methods import METHODS, ON_TEXT
 from kdlib.methods.base import Piloting
@@ -138,16 +138,45 @@ def test_every_method_has_its_error_and_seconds_in_bf16(precise):
 
 def test_the_error_of_a_step_is_that_of_its_precision_alone():
     """The same step from the same state is the same, dropout or not; one in autocast is another."""
-    both, data = precision.pairs((2, 1), 32), precision.batches(4, 8)
-    start = precision.state_of(both["fp32"])
+    both, data = precision.pairs("metadistil", (2, 1), 32, precision.accelerators(), "fp32"), rivals.batches(4, 8)
+    start = precision.state_of(both["fp32"][0])
     found = []
     for name in ("fp32", "fp32", "bf16"):
-        precision.put_back(both[name], start)
-        found.append(precision.moves(precision.step_of("metadistil", both[name], "fp32"), both[name], data))
+        pair, step = both[name]
+        precision.put_back(pair, start)
+        found.append(precision.moves(step, pair, data))
     assert set(found[0]) == {f"{who} {what}" for who in ("student", "teacher") for what in ("gradient", "update")}
     for what, value in found[0].items():
         assert torch.equal(value, found[1][what]) and 0 < (found[2][what] - value).norm() < 0.2 * value.norm()
-    assert all(layer.p == 0.1 for layer in both["fp32"][0].module.modules() if isinstance(layer, torch.nn.Dropout))
+    assert all(layer.p == 0.1 for layer in both["fp32"][0][0].module.modules() if isinstance(layer, torch.nn.Dropout))
+
+
+@pytest.fixture(scope="module")
+def each(root) -> pd.DataFrame:
+    return pd.read_csv(root / "data" / "benchmarks" / "rivals.csv").set_index("method")
+
+
+def test_the_costs_of_the_rivals_are_counted_and_their_ratios_are_those_of_the_columns(each):
+    assert list(each.index) == list(METHODS)
+    floor = each.loc["kd", "seconds"]
+    assert ((each["seconds / kd"] - each["seconds"] / floor).abs() < 0.006).all()
+    passes = each[[column for column in each if "ward" in column]]
+    looked_up = [
+        m for m in METHODS if METHODS[m].teaches != "learning" and m not in ("pkd", "theseus", "tinybert_task")
+    ]
+    assert (passes.loc[looked_up] == [1, 1, 0, 0]).all().all()
+    assert (passes.loc[["pkd", "tinybert_task", "pesf"]] == [1, 1, 1, 0]).all().all()
+    assert passes.loc["dml"].tolist() == [1, 1, 1, 1] and passes.loc["prokt"].tolist() == [2, 1, 2, 1]
+    ship = passes.loc["theseus"]
+    assert ship["student, forward"] + ship["teacher, forward"] == pytest.approx(1, abs=0.011)
+
+
+def test_the_passes_of_a_step_are_counted_layer_by_layer():
+    """As stored, for the methods whose number does not depend on chance, with tiny networks."""
+    found = rivals.costs((4, 2), 32, 4, 8, 1).set_index("method")
+    stored = pd.read_csv(rivals.TABLE).set_index("method")
+    counted = [column for column in found if "ward" in column]
+    pd.testing.assert_frame_equal(found[counted].drop("theseus"), stored[counted].drop("theseus"))
 
 
 def test_the_parts_of_the_way_to_the_first_step_add_up(root):
