@@ -36,7 +36,7 @@ from kdlib.configuration import RunConfig
 from kdlib.engine import STUDENT
 from kdlib.pretraining import PretrainingConfig
 from kdlib.records import RunRecord, read_record
-from kdlib.study import Cell, NotChosenError, Study, Unit, cell_of, record_of
+from kdlib.study import Cell, NotChosenError, Study, Unit, cell_of, deciding_metric, record_of
 
 MEMORY_OF_A_RUN = 2 * 2**30
 """Bytes that a worker of this machine counts on; BERT-base with a batch of 32 takes more, see --workers."""
@@ -313,9 +313,10 @@ def tried(study: Study) -> pd.DataFrame:
     rows = []
     for unit in study.trials:
         record = read_record(study.record(unit, trying=True))
-        teacher = record.metrics.get(f"teacher/{choosing.metric}", math.nan)
+        metric = deciding_metric(unit, choosing)
+        teacher = record.metrics.get(f"teacher/{metric}", math.nan)
         told = {name: record.config.get(name) for name in choosing.by}
-        rows.append({**told, "value": record.metrics[choosing.metric], "teacher": teacher})
+        rows.append({**told, "value": record.metrics[metric], "teacher": teacher})
     grouped = pd.DataFrame(rows).groupby(choosing.by, dropna=False)
     table = grouped["value"].agg(
         mean="mean", std="std", count="count", worst="min" if choosing.higher_is_better else "max"

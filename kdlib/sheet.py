@@ -45,7 +45,8 @@ class Choosing:
     seeds: str | int | list[Any]
     by: list[str]
     """the parameters that tell the trials apart: the columns of the table"""
-    metric: Name = "validation/accuracy"
+    metric: Name | None = None
+    """as in a record; None: of each task the one that chooses its checkpoints, such as "validation/accuracy\""""
     rule: Literal["best mean", "best worst seed"] = "best worst seed"
     higher_is_better: bool = True
 

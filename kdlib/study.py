@@ -401,7 +401,9 @@ def _mixed(trials: Sequence[Unit], choosing: Choosing) -> str:
         if strange := [name for name in choosing.by if name not in told]:
             return f"by names {strange[0]!r}, which is no parameter of arm {unit.arm!r}{nearest(strange[0], told)}"
         known = _metrics_of(unit)
-        if known and choosing.metric.rpartition("/")[2] not in known:
+        if choosing.metric is None and not known:
+            return f"metric is missing: arm {unit.arm!r} is no run on a task, which would have one of its own"
+        if choosing.metric is not None and known and choosing.metric.rpartition("/")[2] not in known:
             return f"metric is {choosing.metric!r}, which arm {unit.arm!r} does not have; it has {', '.join(known)}"
         other = cells.setdefault((str(unit.seed), *(repr(told[name]) for name in choosing.by)), unit)
         if other.name != unit.name:
@@ -419,6 +421,15 @@ def _metrics_of(unit: Unit) -> tuple[str, ...]:
     if unit.measure is not None or not isinstance(unit.config, RunConfig):
         return ()
     return tuple(dict.fromkeys(name for one in (unit.config, *unit.after()) for name in one.glue_task.metrics))
+
+
+def deciding_metric(unit: Unit, choosing: Choosing) -> str:
+    """The name of the metric by which a trial is compared with others."""
+    if choosing.metric is not None:
+        return choosing.metric
+    assert isinstance(unit.config, RunConfig)
+    task = unit.config.glue_task
+    return f"{task.evaluation_splits[0]}/{task.metrics[0]}"
 
 
 def _measurement_problem(unit: Unit, record: Mapping[str, Any]) -> str:

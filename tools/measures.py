@@ -15,7 +15,7 @@ import pandas as pd
 import torch
 
 from kdlib import engine, glue, losses, machine, models, pretraining, runs
-from kdlib.cluster import PLACES, Job, flat_record
+from kdlib.cluster import Job, flat_record
 from tools.chapters import ROOT, read_source, tagged
 
 Record = dict[str, Any]
@@ -47,22 +47,6 @@ def teacher(job: Job) -> Record:
         network, name = models.load(place, task, tokenizer), task.name
     engine.save_pretrained(network.half(), tokenizer, TEACHERS / name)
     return flat_record(record)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The papers' tables: settings that are tried on tasks with different metrics
-
-
-def trial(job: Job) -> Record:
-    """A run whose record has "validation/score" besides, the metric that chose its checkpoint, whatever its name is.
-
-    A study chooses by one metric, and GLUE's tasks have none in common: MNLI has two validation splits, CoLA a
-    correlation.
-    """
-    record, task = runs.run(job.config), job.unit.config.glue_task
-    chosen = record.metrics[f"{task.evaluation_splits[0]}/{task.metrics[0]}"]
-    names = {name: value for name, value in job.unit.config.flat.items() if name in PLACES and name != "output_dir"}
-    return flat_record(record, names=names, metrics={"validation/score": chosen})
 
 
 # ---------------------------------------------------------------------------------------------------------------------
