@@ -306,13 +306,16 @@ class TestChosen:
         with pytest.raises(ConfigurationError, match=said):
             _ = study(choose={**CHOOSE, **changes}).trials
 
-    def test_runs_on_text_have_no_metric_of_their_own(self, study):
+    def test_runs_on_text_have_no_metric_of_their_own(self, tmp_path):
         tried = {"method": "mlm", "student": "tiny-1x32", "learning_rate": [1e-3, 2e-3]}
         choose = {"arms": {"a": tried}, "seeds": 100, "by": ["learning_rate"]}
-        texts = {"common": {"corpus": "mini-corpus", "device": "cpu"}, "arms": {"a": {**tried, "learning_rate": 1e-3}}}
+        sheet = {"common": {"corpus": "mini-corpus", "device": "cpu"}, "arms": {"a": tried}, "seeds": 0}
+        path = tmp_path / "on-text.yml"
+        path.write_text(yaml.safe_dump({**sheet, "choose": choose}))
         with pytest.raises(ConfigurationError, match="metric is missing: arm 'a' is no run on a task"):
-            _ = study(**texts, choose=choose).trials
-        assert len(study(**texts, choose={**choose, "metric": "validation/loss"}).trials) == 2
+            _ = Study(path).trials
+        path.write_text(yaml.safe_dump({**sheet, "choose": {**choose, "metric": "validation/loss"}}))
+        assert len(Study(path).trials) == 2
 
     def test_trials_have_seeds_of_their_own(self, study):
         with pytest.raises(ConfigurationError, match="choose has seed 1"):
