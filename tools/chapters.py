@@ -89,15 +89,29 @@ def source_hash(notebook: NotebookNode) -> str:
 
 
 def strip(executed: NotebookNode) -> NotebookNode:
-    """An executed notebook as it is stored: without times and papermill's notes.
+    """An executed notebook as it is stored: without times and papermill's notes, what was printed in one piece.
 
     What a cell printed to stderr is kept: progress bars are off, so it is a library's warning, and a complaint.
     """
     kept = nbformat.from_dict(executed)
     for cell in kept.cells:
         cell.metadata = nbformat.from_dict({key: cell.metadata[key] for key in CELL_METADATA if cell.metadata.get(key)})
+        if cell.cell_type == "code":
+            cell.outputs = joined(cell.outputs)
     kept.metadata = nbformat.from_dict(NOTEBOOK_METADATA | {"kdlib": {"outputs_of": source_hash(kept)}})
     return kept
+
+
+def joined(outputs: list[NotebookNode]) -> list[NotebookNode]:
+    """Outputs with what a cell prints in a row as one of them: in how many parts it comes is a matter of time."""
+    found: list[NotebookNode] = []
+    for output in outputs:
+        last = found[-1] if found else {}
+        if output.output_type == "stream" and output.name == last.get("name"):
+            found[-1] = nbformat.from_dict({**last, "text": last["text"] + output.text})
+        else:
+            found.append(output)
+    return found
 
 
 def kept_metadata(cell: NotebookNode) -> dict:

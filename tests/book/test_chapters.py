@@ -271,6 +271,15 @@ def test_cell_ids_depend_on_content_only(small_book):
     nbformat.validate(repeated)
 
 
+def test_what_a_cell_prints_in_parts_is_stored_as_one():
+    """A kernel sends what is printed when its time has come, at times between the text and the end of the line."""
+    said = [("stdout", "one"), ("stdout", "\n"), ("stderr", "two"), ("stdout", "three"), ("stdout", " four\n")]
+    outputs = [nbformat.v4.new_output("stream", name=name, text=text) for name, text in said]
+    outputs.insert(3, nbformat.v4.new_output("display_data", data={"text/plain": "a figure"}))
+    found = [(output.get("name"), output.get("text")) for output in chapters.joined(outputs)]
+    assert found == [("stdout", "one\n"), ("stderr", "two"), (None, None), ("stdout", "three four\n")]
+
+
 def test_what_is_stored_does_not_change_from_run_to_run(small_book):
     small_book.write("01_small", GOOD + "\n# %%\n'shown'\n")
     texts = []
