@@ -60,13 +60,18 @@ def _result(config: dict[str, Any], name: str, value: float) -> EvalResult:
 
 
 def _named(value: Any) -> Any:
-    """A folder's own name instead of its path."""
-    return Path(value).name if isinstance(value, str) and Path(value).expanduser().is_dir() else value
+    """A folder's own name instead of its path, also where several are joined by commas."""
+    if not isinstance(value, str):
+        return value
+    parts = [part.strip() for part in value.split(",")]
+    return ",".join(Path(part).name if Path(part).expanduser().is_dir() else part for part in parts)
 
 
 def _text(record: RunRecord, config: dict[str, Any], networks: dict[str, report.Network], licence: str | None) -> str:
     method = (METHODS[config["method"]].__doc__ or "").split("\n", 1)[0]
     by = f"Its teacher is `{config['teacher']}`." if "teacher" in networks else "It had no teacher."
+    if config.get("assistants") and "teacher" in networks:
+        by = f"Its teacher is an assistant, distilled from `{config['teacher']}`: the last of {config['assistants']}."
     metrics = {metric: None for network in networks.values() for metric in network.scores}
     columns = [*metrics, "parameters", "of these in embeddings", "bytes", "seconds of training"]
     rows = {

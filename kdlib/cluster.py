@@ -77,6 +77,9 @@ def _here(config: Config, folders: Mapping[str, str]) -> Config:
     found = {name: folders.get(value, value) for name, value in places.items() if value is not None}
     absolute = {name: str(Path(value).expanduser().resolve()) for name, value in found.items()}
     there: dict[str, Any] = {n: v for n, v in absolute.items() if n == "output_dir" or Path(v).is_dir()}
+    if isinstance(config, RunConfig) and (named := config.settings.networks):
+        assistants = ",".join(folders.get(name, name) for name in named)
+        there["settings"] = dataclasses.replace(config.settings, assistants=assistants)
     return dataclasses.replace(config, **there)
 
 

@@ -185,6 +185,10 @@ class RunConfig:
             name = getattr(self, who)
             if name is not None and (content := models.content(name)) is not None:
                 found[who] = content
+        if assistants := self.settings.networks:
+            contents = {name: None if name.isdecimal() else models.content(name) for name in assistants}
+            if any(contents.values()):
+                found["assistants"] = ",".join(content or name for name, content in contents.items())
         return found
 
     @property

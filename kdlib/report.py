@@ -163,6 +163,8 @@ def _who(config: runs.RunConfig, record: RunRecord) -> list[tuple[str, str, RunR
             notice(f"the teacher's run {record.teacher} is not beside that of its student: the report is without it")
             return [student]
         first = read_record(record.folder.parent / record.teacher)
+    if (record.folder / engine.ADAPTER).exists():
+        notice("the teacher is shown without its adapter, as its own run left it")
     if learnt.is_dir():
         return [("teacher", str(learnt), first), student]
     return [("teacher", config.reader if first is None else str(first.folder / engine.STUDENT), first), student]

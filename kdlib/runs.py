@@ -75,6 +75,8 @@ def prepare(config: RunConfig) -> Prepared:
     # Without labels elsewhere, fine-tuning has the feedback split alone.
     alone = config.settings.teaches == "nobody"
     course = encoded["feedback" if alone and config.settings.carves else "train"]
+    total = _schedule(config).total_steps(len(course))
+    config.settings.check_steps(total)
     teacher, record = (None, None) if alone else load_teacher(config, data.task, tokenizer, network, encoded)
     if teacher is not None:
         config.settings.prepare(network, teacher, config.seed)
@@ -89,6 +91,7 @@ def prepare(config: RunConfig) -> Prepared:
         schedule=_schedule(config),
         evaluate=trainer.evaluation(student, data.task, evaluated, others=learners[1:]),
         select=f"{next(iter(data.evaluation))}/{data.task.metrics[0]}",
+        select_after=config.settings.unfinished(total),
         feedback=_feedback(config, data, encoded),
         feedback_batch_size=getattr(config.settings, "feedback_batch_size", None),
         anchors=getattr(config.settings, "anchors", 0) if alone else 0,

@@ -54,6 +54,7 @@ def fill(one: Any, **values: Any) -> None:
 
 
 Share = Annotated[float, Field(ge=0, le=1)]
+InnerShare = Annotated[float, Field(gt=0, lt=1)]
 Rate = Annotated[float, Field(gt=0, le=1e3)]
 """A learning rate."""
 Positive = Annotated[float, Field(gt=0, le=1e9)]

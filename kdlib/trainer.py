@@ -161,8 +161,8 @@ class Training:
     """What is trained, on what, and how it is judged.
 
     `step` moves the `learners`; the first of them ends with the weights of the evaluation with the highest `select`, or
-    without `select` with its last ones, as the others do.  What the step returns is averaged between two evaluations
-    and goes into the history as "train_<name>".
+    without `select` with its last ones, as the others do.  Of the evaluations up to step `select_after` none is chosen.
+    What the step returns is averaged between two evaluations and goes into the history as "train_<name>".
 
     With `feedback` data the step is called with a batch of them as well, of `feedback_batch_size` samples or as many as
     in a training batch, drawn in an order of their own; `data` itself may be given for them, which says that the two
@@ -179,6 +179,7 @@ class Training:
     schedule: Schedule
     evaluate: Evaluate
     select: str | None = None
+    select_after: int = 0
     feedback: Encoded | None = None
     feedback_batch_size: int | None = None
     prepare: Callable[[Batch, int], Batch] | None = None
@@ -197,7 +198,8 @@ class Training:
             raise ValueError(f"nothing to train on: {len(self.data)} samples, {self.schedule.epochs} epochs")
         if total <= self.anchors:
             raise ValueError(
-                f"{self.anchors} networks are to be kept on a way of {total} steps: give fewer anchors, or train longer"
+                f"a training of {total} steps cannot keep {self.anchors} networks on its way: give fewer anchors, or "
+                "train longer"
             )
         return total
 
@@ -245,11 +247,15 @@ class _State:
         self.sums |= {name: self.sums.get(name, 0.0) + value for name, value in values.items()}
         self.counts |= {name: self.counts.get(name, 0) + 1 for name in values}
 
-    def judge(self, row: dict[str, float], select: str | None) -> bool:
-        """Take a row into the history and begin anew to add up; whether it is the best so far."""
+    def judge(self, row: dict[str, float], select: str | None, after: int = 0) -> bool:
+        """Take a row into the history and begin anew to add up; whether it is the best so far.
+
+        What was best up to step `after` is not any more when there is a later one.
+        """
         self.history.append(row)
         self.sums, self.counts = {}, {}
         better = not self.best_metrics or select is None or row[select] > self.best_metrics[select]
+        better = better or self.best_step <= after < self.step
         if better:
             self.best_step = self.step
             self.best_metrics = {name: value for name, value in row.items() if "/" in name}
@@ -304,7 +310,7 @@ def train(
             if _due(state.step, schedule, len(training.data), total):
                 row = _row(training, state)
                 kept.accelerator.log(row, step=state.step)  # to nobody unless the run asked for a tracker
-                if state.judge(row, training.select) and training.select is not None:
+                if state.judge(row, training.select, training.select_after) and training.select is not None:
                     best_weights = checkpoints.module_tensors(kept.module)
                     if folder is not None:
                         _write(folder / BEST, best_weights)

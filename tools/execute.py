@@ -73,7 +73,8 @@ def kernel_environment() -> None:
 
 
 class PeakMemory(threading.Thread):
-    """Samples the memory of all processes below this one while a `with` block runs; `mib` is the highest sum seen.
+    """Samples the memory of all processes that this one starts while a `with` block runs, and of those below them;
+    `mib` is the highest sum seen.
 
     Pages that processes share are counted once for each, so the number is an upper bound.
     """
@@ -83,6 +84,7 @@ class PeakMemory(threading.Thread):
         self.mib = 0.0
         self._interval = interval
         self._done = threading.Event()
+        self._others = {process.pid for process in psutil.Process().children(recursive=True)}
 
     def run(self) -> None:
         """Sample until the block is left."""
@@ -90,7 +92,7 @@ class PeakMemory(threading.Thread):
             total = 0
             for process in psutil.Process().children(recursive=True):
                 try:
-                    total += process.memory_info().rss
+                    total += 0 if process.pid in self._others else process.memory_info().rss
                 except psutil.Error:  # it ended meanwhile
                     continue
             self.mib = max(self.mib, total / MEBIBYTE)

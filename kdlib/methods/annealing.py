@@ -17,7 +17,7 @@ class AnnealingKD(TwoStages):
     """First the teacher's logits, from small to their true size, then the labels."""
 
     max_temperature: Layers = 10
-    """steps in which the logits grow: 1/10, 2/10, … of their size"""
+    """in so many sizes the logits are shown, 1/10, 2/10, … of their own; in a shorter stage as many as it has steps"""
 
     def step(self, cast: Cast) -> Step:
         return annealing(cast, self)
@@ -28,9 +28,10 @@ def annealing(cast: Cast, settings: AnnealingKD) -> Step:
 
     The temperature falls after equal numbers of steps of the first stage.
     """
-    student, answers, last = cast.student, cast.answers, settings.max_temperature
+    student, answers = cast.student, cast.answers
     assert answers is not None
     end = stage_ends(settings.stages, cast.total)[0]
+    last = min(settings.max_temperature, end)
     labels = fine_tuning(student)
 
     def step(batch: Batch) -> dict[str, float]:

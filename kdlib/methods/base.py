@@ -17,10 +17,11 @@ from torch.nn import functional as F
 from transformers import PretrainedConfig, PreTrainedModel
 
 from kdlib import glue, losses, models, representations
-from kdlib.learner import BATCH_SIZE, WARMUP_RATIO, WEIGHT_DECAY, Batch, Learner
+from kdlib.learner import BATCH_SIZE, WARMUP_RATIO, WEIGHT_DECAY, Batch, Learner, stage_ends
 from kdlib.losses import Objective
 from kdlib.models import Outputs, WantedStates
 from kdlib.settings import (
+    InnerShare,
     Number,
     Positive,
     Rate,
@@ -147,6 +148,11 @@ class Method:
         return {n: value for n, value in own.items() if value is not None}
 
     @property
+    def networks(self) -> list[str]:
+        """Networks that the method names besides teacher and student, or numbers of the teacher's layers."""
+        return []
+
+    @property
     def feedback(self) -> str | None:
         """The split that the second batch of a step comes from, "validation" for the first evaluation split."""
         return None
@@ -160,6 +166,13 @@ class Method:
     def stages(self) -> tuple[float, ...]:
         """The parts of the training, as shares of its steps: in each the learning rate rises and falls once."""
         return (1.0,)
+
+    def unfinished(self, total: int) -> int:
+        """Up to which of all steps no student can be chosen: it is in a stage before the last one."""
+        return stage_ends(self.stages, total)[-2] if len(self.stages) > 1 else 0
+
+    def check_steps(self, total: int) -> None:
+        """Raise ValueError for a training that is too short for what the method does, before the teacher is made."""
 
     def check_shapes(self, student: PretrainedConfig, teacher: PretrainedConfig) -> None:
         """Raise ValueError for a pair of networks that the method cannot teach with, before the teacher is made."""
@@ -313,12 +326,15 @@ class Imitating(Taught):
 
     def problems(self, run: Run) -> list[str]:
         found = super().problems(run)
-        if self.objective == "spherical" and run.glue_task.num_labels == 2:
+        both = ("objective", "teacher_objective")
+        for name in [name for name in both if getattr(self, name, None) == "spherical"]:
+            if run.glue_task.num_labels != 2:
+                continue
             found.append(
-                f"objective is 'spherical', but {run.glue_task.name} has two classes, whose logits have one direction "
+                f"{name} is 'spherical', but {run.glue_task.name} has two classes, whose logits have one direction "
                 "and its opposite: it has no gradient there. Take another objective, or a task of three classes"
             )
-        for name in ("objective", "teacher_objective") if run.glue_task.is_regression else ():
+        for name in both if run.glue_task.is_regression else ():
             if getattr(self, name, "logit_mse") not in losses.REGRESSION_OBJECTIVES:
                 expected = ", ".join(losses.REGRESSION_OBJECTIVES)
                 found.append(
@@ -328,7 +344,7 @@ class Imitating(Taught):
                 )
         if self.compares_samples and run.micro_batches > 1:
             found.append(
-                f"micro_batches is {run.micro_batches}: objective {self.objective!r} compares the samples of a whole "
+                f"micro_batches is {run.micro_batches}: {losses.BATCH_OBJECTIVES[0]!r} compares the samples of a whole "
                 "batch; take 1 and a smaller batch_size"
             )
         for name in ("pkd_layers", "pkd_normalisation"):
@@ -420,12 +436,20 @@ class TwoStages(Trained):
 
     teaches: ClassVar[Literal["nobody", "fixed", "learning"]] = "fixed"
 
-    first_stage: Share = 0.5
-    """share of the steps that the first stage has; each stage has a warm-up and a decay of its own"""
+    first_stage: InnerShare = 0.5
+    """share of the steps that the first stage has, a choice of this book; each stage has a warm-up and a decay of its
+    own, and the student is chosen among those of the second"""
 
     @property
     def stages(self) -> tuple[float, ...]:
         return self.first_stage, 1 - self.first_stage
+
+    def check_steps(self, total: int) -> None:
+        if not 0 < stage_ends(self.stages, total)[0] < total:
+            raise ValueError(
+                f"first_stage is {self.first_stage}, and the student takes {total} steps: one of the two stages has "
+                "none; train longer"
+            )
 
 
 @settings
@@ -470,6 +494,10 @@ class Mutual(Learning):
         """
         objective = losses.TEACHER_OBJECTIVES[self.teacher_objective]
         return _mixture(teacher, student, labels, self.teacher_alpha, self.temperature, objective)
+
+    @property
+    def compares_samples(self) -> bool:
+        return super().compares_samples or self.teacher_objective in losses.BATCH_OBJECTIVES
 
 
 @settings

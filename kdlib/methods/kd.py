@@ -65,7 +65,7 @@ class SKD(KD):
     has_one_objective: ClassVar[bool] = True
 
     objective: Literal["spherical"] = "spherical"
-    """the direction of the logits, which two classes do not have"""
+    """the direction of the logits, of which two classes have only the sign"""
 
 
 def fine_tuning(network: Learner) -> Step:

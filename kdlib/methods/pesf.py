@@ -5,6 +5,8 @@ Source: PESF-KD (Rao et al., 2022), a rival in LGTM Table 1.
 The code released with it means to fix the rest of the teacher, but sets an attribute that does not exist
 (`required_grad`) and gives all weights to the optimiser: there the whole teacher learns (1170300319/PESF-KD at d3f6aa8,
 nlp/run_glue_distillation.py).  Here it is as the paper has it.
+What is fixed answers without dropout.  A run leaves `adapter.safetensors`: `adapt` the network of its teacher's run,
+then `load_state_dict(checkpoints.read_tensors(path)[0], strict=False)`.
 """
 
 from typing import Annotated
@@ -61,6 +63,9 @@ def adapt(teacher: PreTrainedModel, size: int, seed: int = 0) -> None:
     """
     head = models.output_layer(teacher)
     teacher.requires_grad_(False)
+    for part in teacher.modules():
+        if isinstance(part, nn.Dropout):
+            part.p = 0.0
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         adapted = Adapted(head, size).to(head.weight)

@@ -13,11 +13,11 @@ from kdlib.settings import Name, by_rule, settings
 
 @settings
 class TAKD(KD):
-    """A fixed teacher that was distilled itself, from a larger one: a teaching assistant."""
+    """A fixed teacher that was itself distilled from a larger one: a teaching assistant."""
 
     assistants: Name = by_rule()
     """their networks, the largest first, joined by commas; a number stands for so many of the teacher's first layers;
-    None: for tiny networks one between teacher and student"""
+    None: between two tiny networks given by name, one half-way"""
 
     @classmethod
     def defaults(cls, run: Run) -> dict[str, Any]:
@@ -25,7 +25,10 @@ class TAKD(KD):
 
     def problems(self, run: Run) -> list[str]:
         found = super().problems(run)
-        if not self.names:
+        found += models.name_problems(*(name for name in self.networks if not name.isdecimal()))
+        if any(name.isdecimal() and int(name) < 1 for name in self.networks):
+            found.append(f"assistants is {self.assistants!r}; expected numbers of layers from 1 on")
+        if not self.networks:
             found.append(
                 "assistants is missing: name the networks between teacher and student, such as assistants=10, which is "
                 "the teacher's first ten layers, or assistants=tiny-3x96,tiny-2x64"
@@ -33,13 +36,15 @@ class TAKD(KD):
         return found
 
     @property
-    def names(self) -> list[str]:
-        """The assistants, one by one."""
+    def networks(self) -> list[str]:
         return [name.strip() for name in (self.assistants or "").split(",") if name.strip()]
 
     def teachers_run(self, run: Run) -> dict[str, Any]:
-        """The last assistant's: distilled as the student is, from the teacher or from the assistant before."""
-        *before, last = self.names
+        """The last assistant's: distilled as the student is, from the teacher or from the assistant before.
+
+        Its seed is `teacher_seed`, so that all seeds of a student share it.
+        """
+        *before, last = self.networks
         named = None if last.isdecimal() else last
         networks = {"student": named, "student_layers": None if named else int(last)}
         own = {name: value for name, value in self.flat.items() if name not in ("assistants", "labelled_course")}
@@ -51,7 +56,8 @@ class TAKD(KD):
 
 def _between(teacher: str, student: str) -> str | None:
     """A tiny network half-way between two."""
-    if not (models.is_tiny(teacher) and models.is_tiny(student)):
+    both = models.is_tiny(teacher) and models.is_tiny(student)
+    if not both or models.name_problems(teacher, student):
         return None
     shapes = [models.tiny_config(name, 1, 1) for name in (teacher, student)]
     layers = round(sum(shape.num_hidden_layers for shape in shapes) / 2)

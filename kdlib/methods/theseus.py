@@ -16,6 +16,19 @@ from kdlib.learner import Batch
 from kdlib.methods.base import Cast, Run, Step, Trained
 from kdlib.settings import Share, settings
 
+SAME = (
+    "model_type",
+    "hidden_size",
+    "embedding_size",
+    "intermediate_size",
+    "num_attention_heads",
+    "max_position_embeddings",
+    "type_vocab_size",
+    "vocab_size",
+    "hidden_act",
+)
+"""What of a configuration must be equal for one network's weights to fit into the other."""
+
 
 @settings
 class Theseus(Trained):
@@ -27,9 +40,9 @@ class Theseus(Trained):
     replacing_rate: Share = 0.3
     """the probability at first that a block is the student's"""
     replaced_after: Share = 0.5
-    """share of the steps after which all blocks are"""
+    """share of the steps after which all blocks are, a choice of this book"""
     replacement: Literal["linear", "constant"] = "linear"
-    """how the probability comes to 1, "linear", or at once after a "constant" time"""
+    """until then the probability grows, "linear", or stays, "constant\""""
 
     def problems(self, run: Run) -> list[str]:
         found = super().problems(run)
@@ -42,12 +55,13 @@ class Theseus(Trained):
 
     def check_shapes(self, student: PretrainedConfig, teacher: PretrainedConfig) -> None:
         depth, blocks = teacher.num_hidden_layers, student.num_hidden_layers
-        same = ("model_type", "hidden_size", "intermediate_size", "num_attention_heads", "max_position_embeddings")
-        if depth % blocks or any(getattr(student, name) != getattr(teacher, name) for name in same):
+        unlike = [name for name in SAME if getattr(student, name, None) != getattr(teacher, name, None)]
+        if depth % blocks or unlike:
+            differ = f"; they differ in {', '.join(unlike)}" if unlike else ""
             raise ValueError(
                 f"theseus replaces blocks of the teacher's {depth} layers of {teacher.hidden_size} units by one layer "
-                f"each, and the student has {blocks} of {student.hidden_size}: take a student that is the teacher but "
-                "for its depth (student_layers), which divides the teacher's"
+                f"each, and the student has {blocks} of {student.hidden_size}{differ}: take a student that is the "
+                "teacher but for its depth (student_layers), which divides the teacher's"
             )
 
     def prepare(self, student: PreTrainedModel, teacher: PreTrainedModel, seed: int = 0) -> None:

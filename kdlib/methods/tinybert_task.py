@@ -54,6 +54,8 @@ class TinyBERTOnTask(TwoStages):
 def tinybert_on_task(cast: Cast, settings: TinyBERTOnTask) -> Step:
     """Squared differences of hidden states and attention scores, then soft cross entropy; no label is read.
 
+    Attention is averaged over heads, as the paper has it.  The soft cross entropy is added up over the classes and has
+    the factor T², as everywhere here; the released code takes its mean and no factor.
     In a regression the second stage compares the scores, where the released code takes the labels.
     """
     student, teacher = cast.student, cast.network
@@ -73,7 +75,7 @@ def tinybert_on_task(cast: Cast, settings: TinyBERTOnTask) -> Step:
         values = inner.hidden_mse(*states, real, student.module.projection, pairs)
         if attention:
             heads = (ours.queries, ours.keys), (theirs.queries, theirs.keys)
-            values = values + inner.attention_mse(*heads, real, of="scores")
+            values = values + inner.attention_mse(*heads, real, of="scores") / len(ours.queries[0][0])
         return values
 
     def inside(batch: Batch) -> Tensor:

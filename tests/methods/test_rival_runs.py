@@ -119,8 +119,37 @@ def test_an_anchor_is_the_network_as_it_was_after_that_step(tmp_path):
 
 
 def test_a_way_that_is_shorter_than_its_anchors_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="9 networks are to be kept on a way of 9 steps: give fewer anchors"):
-        runs.run(configured("rco", tmp_path, anchors=10))
+    with pytest.raises(ValueError, match="a training of 9 steps cannot keep 9 networks on its way"):
+        runs.run(configured("rco", tmp_path, anchors=10, epochs=4))
+
+
+def test_a_student_that_would_not_see_all_of_it_is_refused_before_the_teacher_is_made(tmp_path):
+    """Too few steps for the anchors, or for one of two stages."""
+    for method, more, said in (
+        ("rco", {"anchors": 4, "max_steps": 3}, "anchors is 4, but the student takes 3 steps"),
+        ("annealing", {"max_steps": 1}, "the student takes 1 steps: one of the two stages has none"),
+        ("tinybert_task", {"first_stage": 0.01}, "first_stage is 0.01, and the student takes 9 steps"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            runs.run(configured(method, tmp_path, **more))
+    assert not [*tmp_path.glob("*/record.json")]
+    for share in (0.0, 1.0):
+        with pytest.raises(ConfigurationError, match=f"first_stage is {share}; expected a number above 0 and below 1"):
+            configured("tinybert_task", tmp_path, first_stage=share)
+
+
+@pytest.mark.parametrize("method", ["annealing", "tinybert_task"])
+def test_the_student_is_chosen_in_the_second_stage(method, tmp_path, monkeypatch):
+    """Also where one of the first has the higher score, or the same."""
+    monkeypatch.setattr(
+        trainer, "evaluation", lambda student, *_, **__: lambda: {"validation/accuracy": score(student)}
+    )
+
+    def score(student) -> float:
+        return 1.0 if student.taken <= 4 else 0.5
+
+    record = runs.run(configured(method, tmp_path, first_stage=0.5, evaluate_every=2))
+    assert [row["step"] for row in record.history] == [2, 4, 6, 8, 9] and record.best_step == 6
 
 
 def test_an_anchor_that_is_gone_is_made_again(tmp_path):
@@ -213,6 +242,29 @@ class TestAssistants:
         assert assistant == configuration.teachers_config(dataclasses.replace(config, seed=9))
         fixed = configuration.teachers_config(configured("skd", tmp_path))
         assert configuration.teachers_config(assistant).run_id == fixed.run_id
+
+    @pytest.mark.parametrize(
+        ("assistants", "said"),
+        [
+            ("0", "assistants is '0'; expected numbers of layers from 1 on"),
+            ("tiny-2x33", "'tiny-2x33': a tiny BERT needs"),
+        ],
+    )
+    def test_wrong_ones_are_named(self, assistants, said, tmp_path):
+        with pytest.raises(ConfigurationError, match=said):
+            configured("takd", tmp_path, assistants=assistants)
+        with pytest.raises(ConfigurationError, match="'tiny-2x33': a tiny BERT needs"):
+            configured("takd", tmp_path, teacher="tiny-2x33")
+
+    def test_one_in_a_folder_counts_by_what_is_in_it(self, tmp_path):
+        """Other weights under the same path are another run, the same under another path are not."""
+        tokenizer = models.load_tokenizer("tiny-2x64")
+        task = configured("pkd", tmp_path).glue_task
+        for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+            network = models.load("tiny-2x64", task, tokenizer, seed)
+            network.save_pretrained(tmp_path / name), tokenizer.save_pretrained(tmp_path / name)
+        ids = [configured("takd", tmp_path, assistants=f"{tmp_path / name}, 1").run_id for name in "abc"]
+        assert ids[0] == ids[1] != ids[2]
 
     def test_a_number_is_so_many_of_the_teachers_layers(self, tmp_path):
         networks = {"teacher": "bert-base-uncased", "student": None, "student_layers": 6}

@@ -290,7 +290,7 @@ def test_tinybert_imitates_what_is_inside_and_then_the_predictions():
                 if mine:
                     apart = scores(twin.network, own.hidden_states, mine) - scores(teacher, aim.hidden_states, their)
                     both = real[:, None, :, None] * real[:, None, None, :]
-                    loss = loss + ((apart.square() * both).sum((1, 2, 3)) / tokens**2).mean()
+                    loss = loss + ((apart.square() * both).sum((1, 2, 3)) / tokens**2).mean() / 2  # heads
             rate = RATE * (1 - number / 2)
         else:
             p = (aim.logits / 2).softmax(-1)
