@@ -13,6 +13,7 @@ sentence of everything that is wrong.
 import ast
 import dataclasses
 import difflib
+import functools
 import inspect
 import itertools
 import math
@@ -249,6 +250,7 @@ def _nearness(kind: type, name: str) -> int:
     return next(i for i, part in enumerate(kind.__mro__) if name in vars(part).get("__annotations__", {}))
 
 
+@functools.cache
 def _field_docs(kind: type) -> dict[str, str]:
     """The string under each field, of this class and of those that it is made of."""
     found: dict[str, str] = {}

@@ -34,14 +34,8 @@ OLD_NAMES = [
     "mini-mnli-dml-seed0-6eee2f73",
     "mini-mnli-metadistil-seed0-3bf77a81",
 ]
-NUMBERS = [
-    name
-    for name in (*names(RunConfig), *READ_BY)
-    for kind in (RunConfig, *METHODS.values())
-    for field, words, *_ in describe(kind)
-    if field == name and {"int", "float"} & set(words.split(" or "))
-]
-NUMBERS = [*dict.fromkeys(NUMBERS)]
+WORDS = {field: words for kind in (RunConfig, *METHODS.values()) for field, words, *_ in describe(kind)}
+NUMBERS = [name for name in (*names(RunConfig), *READ_BY) if {"int", "float"} & {*WORDS.get(name, "").split(" or ")}]
 OTHERS = {
     "pkd_weight": 0.5,
     "pkd_layers": "last",

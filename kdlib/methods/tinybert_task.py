@@ -75,7 +75,7 @@ def tinybert_on_task(cast: Cast, settings: TinyBERTOnTask) -> Step:
         values = inner.hidden_mse(*states, real, student.module.projection, pairs)
         if attention:
             heads = (ours.queries, ours.keys), (theirs.queries, theirs.keys)
-            values = values + inner.attention_mse(*heads, real, of="scores") / len(ours.queries[0][0])
+            values = values + inner.attention_mse(*heads, real, of="scores") / ours.queries[0].shape[1]
         return values
 
     def inside(batch: Batch) -> Tensor:
