@@ -13,7 +13,7 @@ from kdlib.methods import theseus
 from kdlib.methods.annealing import AnnealingKD
 from kdlib.methods.base import Cast
 from kdlib.methods.kd import DIST, KD, PKD, SKD, FineTune
-from kdlib.methods.pesf import PESFKD
+from kdlib.methods.pesf import PESFKD, adapt
 from kdlib.methods.rco import RCO
 from kdlib.methods.theseus import Theseus
 from kdlib.methods.tinybert_task import TinyBERTOnTask
@@ -161,6 +161,13 @@ def test_an_adapted_teacher_begins_as_it_was_and_only_the_adapter_and_the_studen
         same(teacher, theirs)
     assert len(models.trainable(network)) == 6
     assert all(torch.equal(value, fixed_weights[n]) for n, value in weights_of(network, learning=False).items())
+
+
+def test_what_is_fixed_of_an_adapted_teacher_answers_without_dropout():
+    network = exact.bert(1, 3, 0.5)
+    before = models.targets(network, BATCH).logits
+    adapt(network, 5)
+    assert network.train().training and torch.equal(models.logits(network, BATCH), before)
 
 
 def weights_of(network, learning: bool) -> dict[str, torch.Tensor]:
